@@ -1,0 +1,27 @@
+# make demo   learn three tasks, merge, serve, ask the client, compare speeds
+# make test   the whole test suite
+# make lint   ruff
+# make mini   rebuild the small CLIP and its tasks from registry packages (takes hours on a CPU)
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test lint mini install clean
+
+install: $(VENV)/.installed
+
+# The stamp is newer than the project's own files once everything is installed: set up once, again when they change.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/python -m trainer.demo
+
+test: install
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
