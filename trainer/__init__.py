@@ -1,0 +1,1 @@
+"""Learn image domains one after another, each as a small adapter that merges into CLIP's own weights."""

@@ -1,0 +1,210 @@
+"""An open_clip model by name: its towers, preprocessing, tokenizer, and the fingerprint of its weights."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from trainer.errors import UnknownModel, UnsupportedModel, WeightsError
+
+MINI = Path(__file__).parent / "mini"
+open_clip.add_model_config(MINI / "mini.json")
+
+# The weights a model gets when none are named.
+DEFAULT_PRETRAINED = {"mini": str(MINI / "mini.safetensors")}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A CLIP as open_clip builds it, in float32 and eval mode, with all that belongs to it.
+
+    Attributes:
+        model: open_clip's own module; its weights may be replaced by merged ones, its layers never.
+        preprocess: open_clip's transform, PIL image -> float32 tensor (3, image_size, image_size).
+        tokenizer: open_clip's tokenizer, list of str -> int64 tensor (batch, context_length).
+        fingerprint: SHA-256 of the base weights, whatever file they came from.
+    """
+
+    model_name: str
+    pretrained: str
+    model: open_clip.CLIP
+    preprocess: Callable
+    tokenizer: Callable
+    fingerprint: str
+    image_size: int
+    context_length: int
+    embed_dim: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize_mode: str
+    interpolation: str
+
+
+def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
+    """Build an open_clip CLIP and load its weights.
+
+    Args:
+        model_name: a name that open_clip knows, or ``mini``, the small CLIP that ships with clipweld.
+        pretrained: one of open_clip's tags, a local checkpoint file, or ``random`` (weights of seed 0, for speed
+            work). None takes the model's default: the shipped weights of ``mini``, else ``openai``.
+
+    Raises:
+        UnknownModel: open_clip has no model of that name.
+        UnsupportedModel: a tower is not open_clip's own transformer.
+        WeightsError: no such tag or file, no network to fetch it, or weights that don't fit.
+    """
+    if model_name not in open_clip.list_models():
+        near = difflib.get_close_matches(model_name, open_clip.list_models(), n=3, cutoff=0.5)
+        hint = f"near names: {', '.join(near)}" if near else "open_clip.list_models() has all names"
+        raise UnknownModel(f"model {model_name!r}: open_clip knows no model of this name; {hint}")
+    label = pretrained or Path(DEFAULT_PRETRAINED.get(model_name, "openai")).stem
+    model = _create(model_name, pretrained or DEFAULT_PRETRAINED.get(model_name, "openai"))
+    check_supported(model, model_name)
+    transform = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
+    return Backbone(
+        model_name=model_name,
+        pretrained=label,
+        model=model.requires_grad_(False).eval(),
+        preprocess=image_transform_v2(transform, is_train=False),
+        tokenizer=open_clip.get_tokenizer(model_name),
+        fingerprint=fingerprint(model.state_dict()),
+        image_size=transform.size[0] if isinstance(transform.size, (tuple, list)) else transform.size,
+        context_length=model.context_length,
+        embed_dim=model.visual.output_dim,
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
+        resize_mode=transform.resize_mode,
+        interpolation=transform.interpolation,
+    )
+
+
+def _create(model_name: str, pretrained: str) -> nn.Module:
+    """open_clip's factory, its failures sorted into ours."""
+    if pretrained == "random":
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return open_clip.create_model(model_name)
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
+    if pretrained not in tags and not Path(pretrained).is_file():
+        known = f"tags of {model_name}: {', '.join(tags)}; or" if tags else "give"
+        raise WeightsError(
+            f"weights {pretrained!r} for {model_name}: neither a known tag nor a file here; {known} a checkpoint file, "
+            "or 'random'"
+        )
+    try:
+        # OpenAI's weights were trained with QuickGELU: open_clip's tags say so, its plain configurations don't.
+        quick = open_clip.get_pretrained_cfg(model_name, pretrained).get("quick_gelu", False)
+        with _quiet():
+            return open_clip.create_model(
+                model_name, pretrained=pretrained, require_pretrained=True, force_quick_gelu=quick
+            )
+    except Exception as exc:  # open_clip raises RuntimeError, OSError, hub and pickle errors alike
+        raise WeightsError(
+            f"weights {pretrained!r} for {model_name} could not be loaded: {type(exc).__name__}: "
+            f"{' '.join(str(exc).split())[:300]}; give a checkpoint file that fits with --pretrained FILE"
+        ) from exc
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence libraries that log what the caller is told by an error, or asked for (random weights)."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def check_supported(model: nn.Module, model_name: str) -> None:
+    """Accept models whose towers are both open_clip's own transformers, read at one token.
+
+    Raises:
+        UnsupportedModel: names what differs.
+    """
+    supported = "supported: open_clip's own ViT and text transformer, such as ViT-B-32, ViT-B-16, ViT-L-14"
+    if type(model) is not open_clip.CLIP:
+        raise UnsupportedModel(
+            f"model {model_name}: is a {type(model).__name__}, not a plain CLIP; {supported}"
+        )
+    if not isinstance(model.visual, VisionTransformer):
+        raise UnsupportedModel(
+            f"model {model_name}: image tower is a {type(model.visual).__name__}; {supported}"
+        )
+    if (
+        model.visual.attn_pool is not None
+        or model.visual.pool_type != "tok"
+        or model.text_pool_type != "argmax"
+    ):
+        raise UnsupportedModel(
+            f"model {model_name}: a tower is not read at its [CLS] or EOT token; {supported}"
+        )
+    for block in transformer_blocks(model):
+        if not isinstance(block, ResidualAttentionBlock) or not isinstance(block.attn, nn.MultiheadAttention):
+            raise UnsupportedModel(
+                f"model {model_name}: has blocks of type {type(block).__name__}; {supported}"
+            )
+
+
+def transformer_blocks(model: open_clip.CLIP) -> list[nn.Module]:
+    """The residual blocks of the image tower, then of the text tower."""
+    return [*model.visual.transformer.resblocks, *model.transformer.resblocks]
+
+
+def fingerprint(state_dict: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values of all weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        value = state_dict[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.numpy().data)
+    return digest.hexdigest()
+
+
+def cut_to_longest(tokens: Tensor) -> Tensor:
+    """Drop the columns after the last EOT of a batch of tokens (batch, seq_len).
+
+    The text tower is causal and read at EOT, so what follows it can't matter: exact, and several times cheaper.
+    """
+    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
+
+
+def encode_text(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
+    """Text features (batch, embed_dim), not normalised, of tokens (batch, seq_len) of any length up to the context.
+
+    open_clip's own ``encode_text`` takes the full context only; this one is equal to it on every length.
+    """
+    length = tokens.shape[1]
+    x = model.token_embedding(tokens) + model.positional_embedding[:length]
+    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
+    x = model.ln_final(x)
+    x = x[torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]
+    if isinstance(model.text_projection, nn.Linear):
+        return model.text_projection(x)
+    return x if model.text_projection is None else x @ model.text_projection
+
+
+@torch.no_grad()
+def encode_classes(backbone: Backbone, class_names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
+    """Zero-shot classifier weights (num_classes, embed_dim), L2-normalised.
+
+    Prompt ensembling as CLIP does it: the mean of the normalised features of all templates, normalised again.
+    """
+    device = backbone.model.logit_scale.device
+    prompts = [template.format(name) for name in class_names for template in templates]
+    chunks = backbone.tokenizer(prompts).to(device).split(256)
+    features = torch.cat([encode_text(backbone.model, cut_to_longest(chunk)) for chunk in chunks])
+    features = F.normalize(features, dim=-1).view(len(class_names), len(templates), -1)
+    return F.normalize(features.mean(dim=1), dim=-1)

@@ -1,0 +1,85 @@
+"""What can go wrong while learning, as one family.
+
+TrainerError
+├── ConfigError             settings that contradict each other; names all of them at once
+├── ModelError
+│   ├── UnknownModel        no open_clip model of this name
+│   ├── UnsupportedModel    an architecture whose layers take no expert pools
+│   └── WeightsError        the weights can't be had, read, or don't fit
+├── TaskError
+│   ├── UnknownTask         no task of this name
+│   ├── TaskDataMissing     the task is known, its images are not here
+│   ├── TaskInvalid         the images are here but make no classification task
+│   ├── TaskAlreadyLearned  an adapter of this task is in the lineage
+│   └── UnreadableImage
+└── AdapterError
+    ├── AdapterCorrupt      truncated, tampered with, or not an adapter
+    ├── WrongBase           trained on other base weights
+    └── BrokenChain         trained on top of other adapters
+
+Every message says what, which object, expected, got, and the next step, in one line.
+"""
+
+
+class TrainerError(Exception):
+    """Base of every error that a user of the trainer can meet."""
+
+
+class ConfigError(TrainerError):
+    """Settings that contradict each other."""
+
+
+class ModelError(TrainerError):
+    """The backbone can't be had."""
+
+
+class UnknownModel(ModelError):
+    """No open_clip model of this name."""
+
+
+class UnsupportedModel(ModelError):
+    """An architecture whose layers take no expert pools."""
+
+
+class WeightsError(ModelError):
+    """The weights can't be had, read, or don't fit."""
+
+
+class TaskError(TrainerError):
+    """The task can't be used."""
+
+
+class UnknownTask(TaskError):
+    """No task of this name."""
+
+
+class TaskDataMissing(TaskError):
+    """The task is known, its images are not here."""
+
+
+class TaskInvalid(TaskError):
+    """The images are here but make no classification task."""
+
+
+class TaskAlreadyLearned(TaskError):
+    """An adapter of this task is in the lineage."""
+
+
+class UnreadableImage(TaskError):
+    """An image file that can't be decoded."""
+
+
+class AdapterError(TrainerError):
+    """The adapter can't be used."""
+
+
+class AdapterCorrupt(AdapterError):
+    """Truncated, tampered with, or not an adapter."""
+
+
+class WrongBase(AdapterError):
+    """Trained on other base weights."""
+
+
+class BrokenChain(AdapterError):
+    """Trained on top of other adapters than those at hand."""

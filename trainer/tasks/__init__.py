@@ -1,0 +1,89 @@
+"""What can be learned: the small tasks that ship, the eleven of MTIL, and a user's own folder of images."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from trainer.errors import TaskDataMissing, UnknownTask
+from trainer.tasks import folder, mtil, shipped
+from trainer.tasks.task import Images, Task
+
+__all__ = ["Availability", "Images", "Task", "catalogue", "load_task", "sample"]
+
+DATA = Path("data")
+
+
+def load_task(
+    name: str,
+    data: Path = DATA,
+    *,
+    download: bool = False,
+    rename: str | None = None,
+    templates: tuple[str, ...] = (),
+) -> Task:
+    """The task of a name, or of a folder of images.
+
+    Args:
+        name: a shipped task, one of MTIL's, or the path of a folder (anything with a separator, or a folder here).
+        data: where MTIL's data sets lie.
+        download: fetch what is missing, where torchvision still can.
+        rename, templates: what to call a folder's task, and its prompts.
+
+    Raises:
+        UnknownTask: neither a name nor a folder; gives near names.
+        TaskDataMissing: known, but its images are not here.
+    """
+    if name in shipped.names():
+        return shipped.load(name)
+    if name in mtil.names():
+        return mtil.load(name, data, download)
+    if Path(name).is_dir() or len(Path(name).parts) > 1:
+        return folder.load(Path(name), rename, templates)
+    known = (*shipped.names(), *mtil.names())
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    raise UnknownTask(
+        f"unknown task {name!r}; {'near names: ' + ', '.join(near) if near else 'known: ' + ', '.join(known)}; "
+        "or give the path of a folder of images"
+    )
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a task can be learned here. ``missing`` says what to do when it can't, and is empty when it can."""
+
+    name: str
+    classes: int
+    train: int
+    test: int
+    source: str
+    missing: str
+
+
+def catalogue(data: Path = DATA) -> list[Availability]:
+    """Every known task, learnable here or not."""
+    return [_availability(name, data) for name in (*shipped.names(), *mtil.names())]
+
+
+def _availability(name: str, data: Path) -> Availability:
+    try:
+        task = load_task(name, data)
+        return Availability(
+            name, len(task.class_names), len(task.load("train")), len(task.load("test")), task.source, ""
+        )
+    except TaskDataMissing as exc:
+        return Availability(name, 0, 0, 0, str(data), str(exc))
+
+
+def sample(count: int) -> tuple[list[Image.Image], list[str]]:
+    """Real images of the shipped tasks, in turn, and prompts of all their classes: what a check can run on."""
+    tasks = [shipped.load(name) for name in shipped.names()]
+    tests = [task.load("test") for task in tasks]
+    images = [
+        tests[i % len(tests)][(i // len(tests)) * 7 % len(tests[i % len(tests)])][0] for i in range(count)
+    ]
+    prompts = [t.templates[0].format(name) for t in tasks for name in t.class_names]
+    return images, prompts

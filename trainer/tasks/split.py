@@ -1,0 +1,23 @@
+"""Train and test where a data set has no split of its own."""
+
+from __future__ import annotations
+
+import random
+
+from trainer.tasks.task import Images
+
+SEED = 42
+TRAIN_SHARE = 0.8
+
+
+def split_by_seed(images: Images) -> dict[str, Images]:
+    """80% train, 20% test, drawn within every class by a recorded seed; each class has an image in both if it has two."""
+    draw = random.Random(SEED)
+    parts = {"train": [], "test": []}
+    for label in sorted(set(images.labels)):
+        members = [index for index, other in enumerate(images.labels) if other == label]
+        draw.shuffle(members)
+        cut = max(1, min(len(members) - 1, round(TRAIN_SHARE * len(members))))
+        parts["train"] += members[:cut]
+        parts["test"] += members[cut:]
+    return {split: images.subset(sorted(indices)) for split, indices in parts.items()}

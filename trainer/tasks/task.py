@@ -1,0 +1,113 @@
+"""What a task is: class names, prompt templates, and two splits of labelled images."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from trainer.errors import TaskInvalid, UnreadableImage
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images that are opened one at a time, when asked for.
+
+    Attributes:
+        labels: index of the class of every image; known without decoding any.
+        open: index -> PIL image, in whatever mode the file has; open_clip's preprocessing converts.
+        name_of: index -> what to call the image in an error.
+    """
+
+    labels: Sequence[int]
+    open: Callable[[int], Image.Image]
+    name_of: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Decode one image.
+
+        Raises:
+            UnreadableImage: names the file.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            image = self.open(index)
+            image.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
+            raise UnreadableImage(
+                f"image {self.name_of(index)} can't be read ({exc}); replace or remove the file"
+            ) from exc
+        return image, self.labels[index]
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        return (self[index] for index in range(len(self)))
+
+    def subset(self, indices: Sequence[int]) -> Images:
+        """The images at these places, in this order."""
+        return Images(
+            labels=[self.labels[i] for i in indices],
+            open=lambda i: self.open(indices[i]),
+            name_of=lambda i: self.name_of(indices[i]),
+        )
+
+    def few_shot(self, shots: int, seed: int) -> Images:
+        """At most ``shots`` images of every class, drawn by ``seed``; all of them where ``shots`` is 0."""
+        if shots == 0:
+            return self
+        by_class = defaultdict(list)
+        for index, label in enumerate(self.labels):
+            by_class[label].append(index)
+        draw = random.Random(seed)
+        return self.subset(
+            sorted(
+                i for c in sorted(by_class) for i in draw.sample(by_class[c], min(shots, len(by_class[c])))
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task.
+
+    Attributes:
+        name: what the adapter and the served task are called.
+        class_names: one a class, as they stand in a prompt.
+        templates: prompts with one ``{}`` for the class name.
+        load: split (``train`` or ``test``) -> its images.
+        source: where the images come from, for messages and for the record.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    load: Callable[[str], Images]
+    source: str
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) < 2:
+            raise TaskInvalid(
+                f"task {self.name!r} ({self.source}) has {len(self.class_names)} class; it takes two or more"
+            )
+        doubled = sorted({name for name in self.class_names if self.class_names.count(name) > 1})
+        if doubled:
+            raise TaskInvalid(
+                f"task {self.name!r} ({self.source}): class name {doubled[0]!r} stands twice; rename one"
+            )
+        for template in self.templates:
+            if template.count("{}") != 1 or template.replace("{}", "").count("{") + template.count("}") != 1:
+                raise TaskInvalid(
+                    f"task {self.name!r}: template {template!r} must hold exactly one {{}} for the class name"
+                )
+        if not self.templates:
+            raise TaskInvalid(
+                f"task {self.name!r}: no prompt templates; give at least one, such as 'a photo of a {{}}'"
+            )
