@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import open_clip
@@ -51,6 +52,11 @@ class Backbone:
     resize_mode: str
     interpolation: str
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.model.logit_scale.device
+
 
 def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
     """Build an open_clip CLIP and load its weights.
@@ -88,6 +94,13 @@ def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
         resize_mode=transform.resize_mode,
         interpolation=transform.interpolation,
     )
+
+
+def with_weights(backbone: Backbone, state_dict: dict[str, Tensor]) -> Backbone:
+    """The same backbone on other weights, as a copy; ``fingerprint`` stays that of the base."""
+    model = copy.deepcopy(backbone.model)
+    model.load_state_dict(state_dict)
+    return replace(backbone, model=model)
 
 
 def _create(model_name: str, pretrained: str) -> nn.Module:
@@ -136,26 +149,14 @@ def check_supported(model: nn.Module, model_name: str) -> None:
     """
     supported = "supported: open_clip's own ViT and text transformer, such as ViT-B-32, ViT-B-16, ViT-L-14"
     if type(model) is not open_clip.CLIP:
-        raise UnsupportedModel(
-            f"model {model_name}: is a {type(model).__name__}, not a plain CLIP; {supported}"
-        )
+        raise UnsupportedModel(f"model {model_name}: is a {type(model).__name__}, not a plain CLIP; {supported}")
     if not isinstance(model.visual, VisionTransformer):
-        raise UnsupportedModel(
-            f"model {model_name}: image tower is a {type(model.visual).__name__}; {supported}"
-        )
-    if (
-        model.visual.attn_pool is not None
-        or model.visual.pool_type != "tok"
-        or model.text_pool_type != "argmax"
-    ):
-        raise UnsupportedModel(
-            f"model {model_name}: a tower is not read at its [CLS] or EOT token; {supported}"
-        )
+        raise UnsupportedModel(f"model {model_name}: image tower is a {type(model.visual).__name__}; {supported}")
+    if model.visual.attn_pool is not None or model.visual.pool_type != "tok" or model.text_pool_type != "argmax":
+        raise UnsupportedModel(f"model {model_name}: a tower is not read at its [CLS] or EOT token; {supported}")
     for block in transformer_blocks(model):
         if not isinstance(block, ResidualAttentionBlock) or not isinstance(block.attn, nn.MultiheadAttention):
-            raise UnsupportedModel(
-                f"model {model_name}: has blocks of type {type(block).__name__}; {supported}"
-            )
+            raise UnsupportedModel(f"model {model_name}: has blocks of type {type(block).__name__}; {supported}")
 
 
 def transformer_blocks(model: open_clip.CLIP) -> list[nn.Module]:
@@ -202,9 +203,8 @@ def encode_classes(backbone: Backbone, class_names: tuple[str, ...], templates: 
 
     Prompt ensembling as CLIP does it: the mean of the normalised features of all templates, normalised again.
     """
-    device = backbone.model.logit_scale.device
-    prompts = [template.format(name) for name in class_names for template in templates]
-    chunks = backbone.tokenizer(prompts).to(device).split(256)
+    prompts = [template.replace("{}", name) for name in class_names for template in templates]
+    chunks = backbone.tokenizer(prompts).to(backbone.device).split(256)
     features = torch.cat([encode_text(backbone.model, cut_to_longest(chunk)) for chunk in chunks])
     features = F.normalize(features, dim=-1).view(len(class_names), len(templates), -1)
     return F.normalize(features.mean(dim=1), dim=-1)

@@ -43,9 +43,7 @@ def merge(state_dict: dict[str, Tensor], adapters: Iterable[Adapter]) -> dict[st
         for module in adapter.modules():
             key, stacked_at = weight_of(module)
             if key not in merged:
-                raise WrongBase(
-                    f"adapter {adapter.task!r}: layer {module} is not in these weights (no {key})"
-                )
+                raise WrongBase(f"adapter {adapter.task!r}: layer {module} is not in these weights (no {key})")
             delta = delta_weight(*adapter.experts(module), adapter.scaling)
             weight = merged[key].float()
             if stacked_at is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def load_task(
         return shipped.load(name)
     if name in mtil.names():
         return mtil.load(name, data, download)
-    if Path(name).is_dir() or len(Path(name).parts) > 1:
+    if Path(name).is_dir() or os.sep in name:
         return folder.load(Path(name), rename, templates)
     known = (*shipped.names(), *mtil.names())
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
@@ -82,8 +83,6 @@ def sample(count: int) -> tuple[list[Image.Image], list[str]]:
     """Real images of the shipped tasks, in turn, and prompts of all their classes: what a check can run on."""
     tasks = [shipped.load(name) for name in shipped.names()]
     tests = [task.load("test") for task in tasks]
-    images = [
-        tests[i % len(tests)][(i // len(tests)) * 7 % len(tests[i % len(tests)])][0] for i in range(count)
-    ]
-    prompts = [t.templates[0].format(name) for t in tasks for name in t.class_names]
+    images = [tests[i % len(tests)][(i // len(tests)) * 7 % len(tests[i % len(tests)])][0] for i in range(count)]
+    prompts = [prompt for task in tasks for prompt in task.prompts()]
     return images, prompts

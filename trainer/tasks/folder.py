@@ -1,8 +1,8 @@
 """A user's own images: a folder in torchvision's ImageFolder layout.
 
 ``FOLDER/train/<class>/*`` and ``FOLDER/test/<class>/*``, or one tree ``FOLDER/<class>/*`` that is split 80/20 by a
-fixed seed. Class names are the folders' names, with ``_`` and ``-`` read as spaces, unless ``classes.txt`` lists others, one a line,
-in the folders' sorted order. Prompt templates come from ``templates.txt``, one a line, else ``a photo of a {}``.
+fixed seed. Class names are the folders' names, with ``_`` and ``-`` read as spaces, unless ``classes.txt`` lists
+others, one a line, in the folders' sorted order. Prompt templates come from ``templates.txt``, one a line, else ``a photo of a {}``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from trainer.errors import TaskDataMissing, TaskInvalid
-from trainer.tasks.task import SPLITS, Images, Task
 from trainer.tasks.split import split_by_seed
+from trainer.tasks.task import SPLITS, Images, Task
 
 TEMPLATES = ("a photo of a {}",)
 
@@ -31,16 +31,12 @@ def load(folder: Path, name: str | None = None, templates: tuple[str, ...] = ())
         TaskInvalid: no classes, a class without images, or splits of different classes.
     """
     if not folder.is_dir():
-        raise TaskDataMissing(
-            f"task folder {folder}: no such folder; give one with train/<class>/ and test/<class>/"
-        )
+        raise TaskDataMissing(f"task folder {folder}: no such folder; give one with train/<class>/ and test/<class>/")
     splits = {split: folder / split for split in SPLITS}
     if any(path.is_dir() for path in splits.values()):
         missing = [str(path) for path in splits.values() if not path.is_dir()]
         if missing:
-            raise TaskInvalid(
-                f"task folder {folder}: {missing[0]} is missing; give both train/ and test/, or neither"
-            )
+            raise TaskInvalid(f"task folder {folder}: {missing[0]} is missing; give both train/ and test/, or neither")
         trees = {split: _tree(path) for split, path in splits.items()}
         if trees["train"].classes != trees["test"].classes:
             odd = sorted(set(trees["train"].classes) ^ set(trees["test"].classes))
@@ -81,7 +77,5 @@ def _lines(path: Path, expected: int | None = None) -> tuple[str, ...]:
         return ()
     lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     if expected is not None and len(lines) != expected:
-        raise TaskInvalid(
-            f"{path}: {len(lines)} class names for {expected} class folders; give one line a class"
-        )
+        raise TaskInvalid(f"{path}: {len(lines)} class names for {expected} class folders; give one line a class")
     return lines

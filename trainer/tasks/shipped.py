@@ -41,9 +41,7 @@ def load(name: str) -> Task:
 def _images(path: Path, split: str, class_names: tuple[str, ...]) -> Images:
     """Members ``<split>/<class>/<file>`` of an archive, read into memory at once: it is small."""
     with zipfile.ZipFile(path) as archive:
-        members = sorted(
-            name for name in archive.namelist() if name.startswith(f"{split}/") and not name.endswith("/")
-        )
+        members = sorted(name for name in archive.namelist() if name.startswith(f"{split}/") and not name.endswith("/"))
         encoded = [archive.read(name) for name in members]
     return Images(
         labels=[class_names.index(name.split("/")[1]) for name in members],

@@ -11,7 +11,7 @@ TRAIN_SHARE = 0.8
 
 
 def split_by_seed(images: Images) -> dict[str, Images]:
-    """80% train, 20% test, drawn within every class by a recorded seed; each class has an image in both if it has two."""
+    """80% train, 20% test, drawn within every class by a recorded seed; a class of two images has one in each."""
     draw = random.Random(SEED)
     parts = {"train": [], "test": []}
     for label in sorted(set(images.labels)):

@@ -68,9 +68,7 @@ class Images:
             by_class[label].append(index)
         draw = random.Random(seed)
         return self.subset(
-            sorted(
-                i for c in sorted(by_class) for i in draw.sample(by_class[c], min(shots, len(by_class[c])))
-            )
+            sorted(i for c in sorted(by_class) for i in draw.sample(by_class[c], min(shots, len(by_class[c]))))
         )
 
 
@@ -99,11 +97,9 @@ class Task:
             )
         doubled = sorted({name for name in self.class_names if self.class_names.count(name) > 1})
         if doubled:
-            raise TaskInvalid(
-                f"task {self.name!r} ({self.source}): class name {doubled[0]!r} stands twice; rename one"
-            )
+            raise TaskInvalid(f"task {self.name!r} ({self.source}): class name {doubled[0]!r} stands twice; rename one")
         for template in self.templates:
-            if template.count("{}") != 1 or template.replace("{}", "").count("{") + template.count("}") != 1:
+            if template.count("{}") != 1:
                 raise TaskInvalid(
                     f"task {self.name!r}: template {template!r} must hold exactly one {{}} for the class name"
                 )
@@ -111,3 +107,7 @@ class Task:
             raise TaskInvalid(
                 f"task {self.name!r}: no prompt templates; give at least one, such as 'a photo of a {{}}'"
             )
+
+    def prompts(self) -> list[str]:
+        """Every class name in the first template."""
+        return [self.templates[0].replace("{}", name) for name in self.class_names]

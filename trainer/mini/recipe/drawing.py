@@ -110,7 +110,5 @@ def nearest(queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarr
         squares = (part**2).sum(axis=1, keepdims=True) + key_norms - 2 * part @ keys.T
         best = squares.argmin(axis=1)
         index[start : start + 1024] = best
-        distance[start : start + 1024] = np.sqrt(
-            np.maximum(squares[np.arange(len(part)), best], 0) / part.shape[1]
-        )
+        distance[start : start + 1024] = np.sqrt(np.maximum(squares[np.arange(len(part)), best], 0) / part.shape[1])
     return index, distance

@@ -1,0 +1,88 @@
+"""The settings of every command: the one source of flags, defaults, help, and the record kept in an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """One expert pool. Defaults are the published ones (arXiv 2601.22828)."""
+
+    rank: int = 12
+    """Rank-1 experts in every layer's pool."""
+    k_active: int = 8
+    """Experts that serve a batch."""
+    k_merge: int = 4
+    """Experts that a task leaves behind."""
+    alpha: float = 1.0
+    """An expert is scaled by alpha / rank."""
+    dropout: float = 0.2
+    """Dropout on a pool's input."""
+
+    def __post_init__(self) -> None:
+        _raise_faults(self._faults())
+
+    def _faults(self) -> list[str]:
+        faults = []
+        if not 1 <= self.k_active <= self.rank:
+            faults.append(f"k_active {self.k_active} must lie between 1 and rank {self.rank}")
+        if not 1 <= self.k_merge <= self.k_active:
+            faults.append(f"k_merge {self.k_merge} must lie between 1 and k_active {self.k_active}")
+        if self.alpha <= 0:
+            faults.append(f"alpha {self.alpha} must be above 0")
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout {self.dropout} must lie in [0, 1)")
+        return faults
+
+
+@dataclass(frozen=True)
+class TrainConfig(PoolConfig):
+    """How one task is learned. Defaults are the published ones; ``PRESETS`` has those of single models."""
+
+    shots: int = 5
+    """Training images a class, drawn by the seed; 0 takes all."""
+    iterations: int = 500
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Images a step."""
+    lr: float = 2e-3
+    """AdamW's learning rate at the start of a cosine to 1e-6."""
+    weight_decay: float = 1e-2
+    """AdamW's weight decay."""
+    ago: Literal["sum", "mean", "off"] = "sum"
+    """How the orthogonality to earlier tasks adds up within a layer."""
+    ago_weight: float = 0.1
+    """Weight of the orthogonality loss."""
+    seed: int = 42
+    """Draws shots, batches, prompts, dropout and the pools' start."""
+
+    def _faults(self) -> list[str]:
+        positive = {name: getattr(self, name) for name in ("iterations", "batch_size", "lr")}
+        faults = [f"{name} {value} must be above 0" for name, value in positive.items() if value <= 0]
+        not_negative = {name: getattr(self, name) for name in ("shots", "weight_decay", "ago_weight", "seed")}
+        faults += [f"{name} {value} must not be negative" for name, value in not_negative.items() if value < 0]
+        return super()._faults() + faults
+
+
+# What differs from the published settings where a model is better off with something else.
+PRESETS: dict[str, dict[str, Any]] = {"mini": {}}
+
+
+def train_config(model_name: str, **chosen: Any) -> TrainConfig:
+    """The model's own preset with the settings that were chosen (those not None) on top.
+
+    Raises:
+        ConfigError: names every fault at once.
+    """
+    return replace(
+        TrainConfig(**PRESETS.get(model_name, {})), **{name: v for name, v in chosen.items() if v is not None}
+    )
+
+
+def _raise_faults(faults: list[str]) -> None:
+    if faults:
+        raise ConfigError("; ".join(faults))

@@ -1,0 +1,85 @@
+"""Pools into both towers, and out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import open_clip
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from trainer.config import PoolConfig
+from trainer.pool.attention import SplitAttention
+from trainer.pool.experts import ExpertPool, RoutingPosition
+
+
+@dataclass
+class PoolSet:
+    """The pools of a model, by the open_clip path of the layer each one sits on."""
+
+    pools: dict[str, ExpertPool]
+    _originals: list[tuple[nn.Module, str, nn.Module]] = field(repr=False)
+    _hook: RemovableHandle = field(repr=False)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All that is trained: experts and routers."""
+        for pool in self.pools.values():
+            yield from (pool.lora_A, pool.lora_B, *pool.router.parameters())
+
+    @property
+    def num_trainable(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def merged_tensors(self) -> dict[str, Tensor]:
+        """What the task leaves behind: ``<module>.lora_A`` and ``<module>.lora_B`` of the merged experts, float32."""
+        tensors = {}
+        for module, pool in self.pools.items():
+            lora_A, lora_B = pool.merged_experts()  # noqa: N806
+            tensors[f"{module}.lora_A"] = lora_A.detach().float().cpu().contiguous()
+            tensors[f"{module}.lora_B"] = lora_B.detach().float().cpu().contiguous()
+        return tensors
+
+
+def attach_pools(model: open_clip.CLIP, config: PoolConfig) -> PoolSet:
+    """Put a pool on q, k, v, out, c_fc and c_proj of every block of both towers.
+
+    The image tower is routed on token 0, the text tower on each prompt's EOT token, which a hook on the token
+    embedding notes as the tokens come in. Base weights are used in place, not copied.
+    """
+    image, text = RoutingPosition(), RoutingPosition()
+
+    def note_eot(_module: nn.Module, inputs: tuple[Tensor]) -> None:
+        text.index = inputs[0].argmax(dim=-1)
+
+    hook = model.token_embedding.register_forward_pre_hook(note_eot)
+    pools, originals = {}, []
+    for tower, path, position in (
+        (model.visual.transformer, "visual.transformer", image),
+        (model.transformer, "transformer", text),
+    ):
+        for number, block in enumerate(tower.resblocks):
+            originals.append((block, "attn", block.attn))
+            block.attn = SplitAttention(block.attn)
+            for parent, name in _layers(block):
+                layer = getattr(parent, name)
+                pool = ExpertPool(layer, config, position)
+                originals.append((parent, name, layer))
+                setattr(parent, name, pool)
+                prefix = "attn" if parent is block.attn else "mlp"
+                pools[f"{path}.resblocks.{number}.{prefix}.{name}"] = pool
+    return PoolSet(pools, originals, hook)
+
+
+def detach_pools(pool_set: PoolSet) -> None:
+    """Leave the model as ``attach_pools`` found it."""
+    pool_set._hook.remove()
+    for parent, name, layer in reversed(pool_set._originals):
+        setattr(parent, name, layer)
+
+
+def _layers(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The six linear layers of a block."""
+    attention = [(block.attn, name) for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
+    return attention + [(block.mlp, name) for name in ("c_fc", "c_proj")]
