@@ -1,0 +1,130 @@
+"""The card: a tiny ONNX model that answers a JSON saying what a version is."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import open_clip.tokenizer
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from open_clip import SimpleTokenizer
+from trainer.adapter import Adapter
+from trainer.backbone import Backbone
+
+from exporter.errors import RepositoryError, UnsupportedModel
+from exporter.graph import IR_VERSION, OPSET
+
+FORMAT = 1
+RESIZE_MODES = ("shortest", "squash")
+CARD_INPUT, CARD_OUTPUT = "index", "card"
+_TEXT = "cards"
+
+
+def describe(name: str, version: int, backbone: Backbone, adapters: Sequence[Adapter]) -> dict:
+    """All that a client must know about a version, and its lineage.
+
+    Raises:
+        UnsupportedModel: a tokenizer or resize mode that the client does not have.
+    """
+    if backbone.resize_mode not in RESIZE_MODES:
+        raise UnsupportedModel(
+            f"model {backbone.model_name}: resize mode {backbone.resize_mode!r}, clients know "
+            f"{' and '.join(RESIZE_MODES)}; take another model"
+        )
+    bias = getattr(backbone.model, "logit_bias", None)
+    return {
+        "format": FORMAT,
+        "model": name,
+        "version": version,
+        "image": {
+            "size": backbone.image_size,
+            "resize_mode": backbone.resize_mode,
+            "interpolation": backbone.interpolation,
+        },
+        "text": {"context_length": backbone.context_length, "tokenizer_sha256": tokenizer_sha256(backbone)},
+        "embed_dim": backbone.embed_dim,
+        "logit_scale": float(backbone.model.logit_scale.detach().exp()),
+        "logit_bias": None if bias is None else float(bias.detach()),
+        "base": {
+            "model_name": backbone.model_name,
+            "pretrained": backbone.pretrained,
+            "fingerprint": backbone.fingerprint,
+        },
+        "tasks": [_task(adapter) for adapter in adapters],
+    }
+
+
+def tokenizer_sha256(backbone: Backbone) -> str:
+    """SHA-256 of the vocabulary behind the tokenizer, decompressed: gzip's own bytes vary.
+
+    Raises:
+        UnsupportedModel: not open_clip's SimpleTokenizer over its shipped vocabulary, as the client has it.
+    """
+    plain = SimpleTokenizer(context_length=backbone.context_length)
+    tokenizer = backbone.tokenizer
+    alike = type(tokenizer) is SimpleTokenizer and tokenizer.encoder == plain.encoder
+    if not alike or tokenizer.clean_fn is not plain.clean_fn or tokenizer.reduction_fn is not None:
+        raise UnsupportedModel(
+            f"model {backbone.model_name}: tokenizer {type(tokenizer).__name__}, clients have CLIP's own "
+            "(SimpleTokenizer, lower case); take another model"
+        )
+    return hashlib.sha256(gzip.decompress(Path(open_clip.tokenizer.default_bpe()).read_bytes())).hexdigest()
+
+
+def card_model(card: dict) -> ModelProto:
+    """ONNX: ``index`` int32 (batch, 1) -> ``card`` string (batch, 1). Every index answers the one card.
+
+    An index out of range is clamped: it may not fail the requests that Triton batches with it.
+    """
+    text = json.dumps(card, sort_keys=True, ensure_ascii=False)
+    zero = numpy_helper.from_array(np.array(0, np.int32), "zero")
+    cards = helper.make_tensor(_TEXT, TensorProto.STRING, [1], [text.encode()])
+    graph = helper.make_graph(
+        [
+            helper.make_node("Clip", [CARD_INPUT, "zero", "zero"], ["row"], name="only_row"),
+            helper.make_node("Gather", [_TEXT, "row"], [CARD_OUTPUT], name="read", axis=0),
+        ],
+        CARD_OUTPUT,
+        [helper.make_tensor_value_info(CARD_INPUT, TensorProto.INT32, ["batch", 1])],
+        [helper.make_tensor_value_info(CARD_OUTPUT, TensorProto.STRING, ["batch", 1])],
+        [zero, cards],
+    )
+    opset = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="clipweld")
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def read_card(file: Path) -> dict:
+    """The card inside a ``model.onnx``, without running it.
+
+    Raises:
+        RepositoryError: not a card of a format that this clipweld reads.
+    """
+    try:
+        model = onnx.load(file)
+        text = next(t.string_data[0] for t in model.graph.initializer if t.name == _TEXT)
+        card = json.loads(text)
+        known = card["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, onnx.checker.ValidationError) as exc:
+        raise RepositoryError(f"card {file}: can't be read ({exc}); restore it, or remove the version") from exc
+    except Exception as exc:  # protobuf's DecodeError has a different home in each of its implementations
+        raise RepositoryError(f"card {file}: not ONNX ({exc}); restore it, or remove the version") from exc
+    if not known:
+        raise RepositoryError(f"card {file}: format {card['format']!r}, this clipweld reads format {FORMAT}; upgrade it")
+    return card
+
+
+def _task(adapter: Adapter) -> dict:
+    return {
+        "name": adapter.task,
+        "class_names": list(adapter.class_names),
+        "templates": list(adapter.templates),
+        "accuracy": {when: adapter.accuracy.get(when, {}).get(adapter.task) for when in ("before", "after")},
+        "adapter_sha256": adapter.sha256,
+    }

@@ -1,0 +1,85 @@
+"""What can go wrong between adapters and a served model, as one family.
+
+ExporterError
+├── UnsupportedModel        an architecture, tokenizer or resize mode that can't be served faithfully
+├── ParityError
+│   ├── AnswersDiffer       ONNX Runtime and PyTorch disagree
+│   └── GraphsDiffer        merged and base differ in more than weights
+├── RepositoryError
+│   ├── RepositoryEmpty     nothing to serve
+│   ├── RepositoryBusy      another merge is writing
+│   ├── OtherBase           versions of other base weights are there
+│   └── ConfigChanged       a new config.pbtxt would differ from the one there
+├── CheckpointError         the open_clip checkpoint can't be written
+└── TritonError
+    ├── TritonMissing       no tritonserver here
+    ├── PortTaken
+    ├── TritonFailed        did not start, or died
+    └── CommandMissing      the command to run beside it does not exist
+
+Every message says what, which object, expected, got, and the next step, in one line.
+"""
+
+
+class ExporterError(Exception):
+    """Base of every error that a user of the exporter can meet."""
+
+
+class UnsupportedModel(ExporterError):
+    """An architecture, tokenizer or resize mode that can't be served faithfully."""
+
+
+class ParityError(ExporterError):
+    """A version that must not count."""
+
+
+class AnswersDiffer(ParityError):
+    """ONNX Runtime and PyTorch disagree on real images and prompts."""
+
+
+class GraphsDiffer(ParityError):
+    """Merged and base differ in more than the values of their weights."""
+
+
+class RepositoryError(ExporterError):
+    """The model repository can't be used."""
+
+
+class RepositoryEmpty(RepositoryError):
+    """No version to serve."""
+
+
+class RepositoryBusy(RepositoryError):
+    """Another merge is writing to it."""
+
+
+class OtherBase(RepositoryError):
+    """Its version 1 holds other base weights."""
+
+
+class ConfigChanged(RepositoryError):
+    """The config.pbtxt of a new version would differ from the one there."""
+
+
+class CheckpointError(ExporterError):
+    """The open_clip checkpoint can't be written."""
+
+
+class TritonError(ExporterError):
+    """No server."""
+
+
+class TritonMissing(TritonError):
+    """No tritonserver here."""
+
+
+class PortTaken(TritonError):
+    """Another process listens there."""
+
+
+class TritonFailed(TritonError):
+    """Triton did not start, or died."""
+
+
+class CommandMissing(TritonError):
+    """The command to run beside the server does not exist."""
