@@ -1,0 +1,170 @@
+"""One merge: from adapters to a version that counts."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import onnx
+import open_clip
+from onnx import ModelProto
+from PIL import Image
+from safetensors.torch import save_file
+from trainer.adapter import Adapter
+from trainer.backbone import Backbone
+from trainer.merge import merge
+
+from exporter.card import card_model, describe
+from exporter.errors import CheckpointError, OtherBase, RepositoryError
+from exporter.graph import fill, to_bytes, trace_image_tower, trace_text_tower
+from exporter.parity import Parity, check_parity, check_same_graph, measure_parity
+from exporter.repository import BASE_VERSION, CONFIG_FILE, MODEL_FILE, Repository, config, stage
+
+TOWERS = ("image", "text")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A version that was written, and the checks it passed.
+
+    Attributes:
+        model: the common name of the three models.
+        version: the newest version written.
+        parity: ONNX Runtime against PyTorch.
+        graph_identical_to_base: always true of a version that exists; false ones are refused.
+        seconds: wall time of the whole merge.
+    """
+
+    model: str
+    version: int
+    parity: Parity
+    graph_identical_to_base: bool
+    seconds: float
+
+    def to_dict(self) -> dict:
+        """The fields as JSON has them."""
+        return asdict(self) | {"seconds": round(self.seconds, 2)}
+
+
+def merged_backbone(backbone: Backbone, adapters: Sequence[Adapter]) -> Backbone:
+    """A backbone with the adapters folded into its weights; the one given keeps its own."""
+    if not adapters:
+        return backbone
+    model = copy.deepcopy(backbone.model)
+    model.load_state_dict(merge(backbone.model.state_dict(), adapters))
+    return replace(backbone, model=model.eval())
+
+
+def release(
+    backbone: Backbone,
+    adapters: Sequence[Adapter],
+    repository: Repository,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    report: Callable[[str], None] = lambda step: None,
+) -> Release:
+    """Write the next version: base with all adapters merged; before it version 1, the base, where there is none.
+
+    Args:
+        backbone: the base.
+        adapters: one lineage, in order (``trainer.adapter.load_lineage``); empty writes the base alone.
+        images, prompts: what ONNX Runtime and PyTorch must agree on.
+        report: called with a line when a step begins.
+
+    Raises:
+        ParityError: answers or graphs differ; nothing was written.
+        RepositoryError: held by another merge, of another base or architecture, or nothing to add.
+        UnsupportedModel: the backbone can't be exported or served faithfully.
+    """
+    began = time.perf_counter()
+    with repository.writing() as staging:
+        has_base = bool(repository.versions())
+        if has_base:
+            _check_base(repository, backbone, adapters)
+        describe(repository.name, BASE_VERSION, backbone, adapters)  # refuses what clients can't follow, early
+        report("tracing both towers")
+        graphs = {"image": trace_image_tower(backbone), "text": trace_text_tower(backbone)}
+        if not has_base:
+            version = BASE_VERSION
+            parity = _stage_version(staging, repository, version, backbone, (), graphs, images, prompts, report)
+        if adapters:
+            version = max(repository.next_version(), BASE_VERSION + 1)
+            merged = merged_backbone(backbone, adapters)
+            parity = _stage_version(staging, repository, version, merged, adapters, graphs, images, prompts, report)
+            base = repository if has_base else Repository(staging, repository.name)
+            for kind in TOWERS:
+                file = Repository(staging, repository.name).file(kind, version)
+                check_same_graph(onnx.load(base.file(kind, BASE_VERSION)), onnx.load(file), f"{kind} tower")
+        repository.publish(staging)
+    return Release(repository.name, version, parity, True, time.perf_counter() - began)
+
+
+def save_checkpoint(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> None:
+    """Write merged weights as safetensors that ``open_clip.create_model(name, pretrained=out)`` loads.
+
+    Raises:
+        CheckpointError: the file can't be written.
+    """
+    weights = merge(backbone.model.state_dict(), adapters)
+    staged = out.with_name(f".{out.name}.staged")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in weights.items()}, staged)
+        staged.replace(out)
+    except OSError as exc:
+        raise CheckpointError(f"checkpoint {out}: {exc.strerror}; give another --out") from exc
+    finally:
+        staged.unlink(missing_ok=True)
+    # Proves that open_clip takes every tensor of it.
+    open_clip.load_checkpoint(copy.deepcopy(backbone.model), str(out), strict=True)
+
+
+def _check_base(repository: Repository, backbone: Backbone, adapters: Sequence[Adapter]) -> None:
+    base = repository.card(repository.versions()[0])["base"]
+    if base["fingerprint"] != backbone.fingerprint:
+        raise OtherBase(
+            f"repository {repository.path}: its {repository.name!r} is {base['model_name']} ({base['pretrained']}), base "
+            f"{base['fingerprint'][:8]}; to merge is {backbone.model_name} ({backbone.pretrained}), "
+            f"{backbone.fingerprint[:8]}: give another --name or --repository"
+        )
+    if not repository.file("image", BASE_VERSION).is_file():
+        raise RepositoryError(
+            f"repository {repository.path}: version {BASE_VERSION}, the base that a merge is compared with, is gone; "
+            "merge into a new repository"
+        )
+    if not adapters:
+        raise RepositoryError(
+            f"repository {repository.path}: the base is there already and there is no adapter to merge; learn a task "
+            "first: trainer fit"
+        )
+
+
+def _stage_version(
+    staging: Path,
+    repository: Repository,
+    version: int,
+    backbone: Backbone,
+    adapters: Sequence[Adapter],
+    graphs: dict[str, ModelProto],
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    report: Callable[[str], None],
+) -> Parity:
+    """Write a version to the staging folder and compare it with PyTorch."""
+    label = f"{repository.name} version {version}"
+    report(f"{label}: writing")
+    weights = backbone.model.state_dict()
+    models = {kind: fill(graph, weights) for kind, graph in graphs.items()}
+    models["card"] = card_model(describe(repository.name, version, backbone, adapters))
+    stage(staging, repository.name, version, {kind: to_bytes(model) for kind, model in models.items()})
+    for kind, model in models.items():
+        folder = staging / repository.model(kind).name
+        (folder / CONFIG_FILE).write_text(config(repository.name, kind, model))
+    report(f"{label}: comparing ONNX Runtime with PyTorch")
+    files = (staging / repository.model(kind).name / str(version) / MODEL_FILE for kind in TOWERS)
+    parity = measure_parity(backbone, *files, images, prompts)
+    check_parity(parity, label)
+    return parity
