@@ -51,6 +51,8 @@ class TrainConfig(PoolConfig):
     """Images a step."""
     lr: float = 2e-3
     """AdamW's learning rate at the start of a cosine to 1e-6."""
+    consolidate: float = 0.0
+    """Share of the steps, at the end, that train only the experts that will be merged."""
     weight_decay: float = 1e-2
     """AdamW's weight decay."""
     ago: Literal["sum", "mean", "off"] = "sum"
@@ -65,6 +67,8 @@ class TrainConfig(PoolConfig):
         faults = [f"{name} {value} must be above 0" for name, value in positive.items() if value <= 0]
         not_negative = {name: getattr(self, name) for name in ("shots", "weight_decay", "ago_weight", "seed")}
         faults += [f"{name} {value} must not be negative" for name, value in not_negative.items() if value < 0]
+        if not 0 <= self.consolidate < 1:
+            faults.append(f"consolidate {self.consolidate} must lie in [0, 1)")
         return super()._faults() + faults
 
 

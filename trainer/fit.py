@@ -98,7 +98,7 @@ def fit(
         scaling=config.alpha / config.rank,
         seed=config.seed,
         accuracy={"before": before, "after": {}},
-        config=asdict(config),
+        config={**asdict(config), "source": task.source},
         tensors=pools.merged_tensors(),
     )
     merged = with_weights(base, merge(base.model.state_dict(), [*lineage, adapter]))
@@ -116,15 +116,18 @@ def train(
 ) -> None:
     """Train the pools of a model in place; the model's own weights stay frozen."""
     fabric = Fabric(accelerator=backbone.device.type, devices=1)
-    optimizer = torch.optim.AdamW(pools.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(pools.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.iterations, eta_min=MIN_LR)
     optimizer = fabric.setup_optimizers(optimizer)
     past = past_columns(lineage, backbone.device)
     logit_scale = backbone.model.logit_scale.exp()
+    consolidate_at = config.iterations - round(config.consolidate * config.iterations) + 1
     backbone.model.train()
     batches = draw_batches(task, backbone, config)
     for number in range(1, config.iterations + 1):
         started = time.perf_counter()
+        if number == consolidate_at:
+            pools.consolidate()
         pixels, labels, tokens, text_of = next(batches)
         image_features = F.normalize(backbone.model.encode_image(pixels), dim=-1)
         text_features = F.normalize(encode_text(backbone.model, tokens), dim=-1)[text_of]

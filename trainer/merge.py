@@ -46,6 +46,7 @@ def merge(state_dict: dict[str, Tensor], adapters: Iterable[Adapter]) -> dict[st
                 raise WrongBase(f"adapter {adapter.task!r}: layer {module} is not in these weights (no {key})")
             delta = delta_weight(*adapter.experts(module), adapter.scaling)
             weight = merged[key].float()
+            delta = delta.to(weight.device)
             if stacked_at is not None:
                 rows = weight.shape[0] // 3
                 whole = torch.zeros_like(weight)

@@ -37,6 +37,8 @@ class ExpertPool(nn.Module):
     the merge will make of it: the ``k_merge`` most activated experts, no router, no votes, no dependence on the batch.
 
     Attributes:
+        consolidating: train exactly the experts that will be merged; set for the last part of training, so that the
+            merged model is the trained one.
         lora_A: (rank, d_in), Kaiming-uniform.
         lora_B: (d_out, rank), zeros, so that a fresh pool changes nothing.
         router: linear map d_in -> rank on the layer's own input at the routing token.
@@ -47,6 +49,7 @@ class ExpertPool(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.position = position
+        self.consolidating = False
         self.k_active = config.k_active
         self.k_merge = config.k_merge
         self.scaling = config.alpha / config.rank
@@ -65,7 +68,7 @@ class ExpertPool(nn.Module):
             lora_A, lora_B = self.merged_experts()  # noqa: N806
             return out + F.linear(F.linear(x, lora_A), lora_B) * self.scaling
         probabilities = self.router(self.position.pick(x)).softmax(dim=-1)
-        active = self.vote(probabilities)
+        active = self.most_activated() if self.consolidating else self.vote(probabilities)
         # Straight-through: exactly 1 in the forward pass, the gradient of the probability in the backward pass.
         chosen = probabilities[:, active]
         gate = 1 + (chosen - chosen.detach())

@@ -32,6 +32,11 @@ class PoolSet:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def consolidate(self) -> None:
+        """From here on train exactly the experts that will be merged."""
+        for pool in self.pools.values():
+            pool.consolidating = True
+
     def merged_tensors(self) -> dict[str, Tensor]:
         """What the task leaves behind: ``<module>.lora_A`` and ``<module>.lora_B`` of the merged experts, float32."""
         tensors = {}

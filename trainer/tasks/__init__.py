@@ -54,7 +54,7 @@ def load_task(
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a task can be learned here. ``missing`` says what to do when it can't, and is empty when it can."""
+    """Whether a task can be learned here: ``missing`` says what is not, and how to get it; it is empty when all is."""
 
     name: str
     classes: int
@@ -72,11 +72,10 @@ def catalogue(data: Path = DATA) -> list[Availability]:
 def _availability(name: str, data: Path) -> Availability:
     try:
         task = load_task(name, data)
-        return Availability(
-            name, len(task.class_names), len(task.load("train")), len(task.load("test")), task.source, ""
-        )
-    except TaskDataMissing as exc:
-        return Availability(name, 0, 0, 0, str(data), str(exc))
+    except TaskDataMissing:
+        step = "provide the folder, its download is dead" if mtil.SOURCES[name].by_hand else "--download fetches it"
+        return Availability(name, 0, 0, 0, str(data / mtil.SOURCES[name].folder), step)
+    return Availability(name, len(task.class_names), len(task.load("train")), len(task.load("test")), task.source, "")
 
 
 def sample(count: int) -> tuple[list[Image.Image], list[str]]:

@@ -2,7 +2,8 @@
 
 ``FOLDER/train/<class>/*`` and ``FOLDER/test/<class>/*``, or one tree ``FOLDER/<class>/*`` that is split 80/20 by a
 fixed seed. Class names are the folders' names, with ``_`` and ``-`` read as spaces, unless ``classes.txt`` lists
-others, one a line, in the folders' sorted order. Prompt templates come from ``templates.txt``, one a line, else ``a photo of a {}``.
+others, one a line, in the folders' sorted order. Prompt templates come from ``templates.txt``, one a line, else
+``a photo of a {}``.
 """
 
 from __future__ import annotations

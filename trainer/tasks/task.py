@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,8 @@ class Task:
     source: str
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w .-]*", self.name):
+            raise TaskInvalid(f"task name {self.name!r} ({self.source}): use letters, digits, spaces, '_', '-' and '.'")
         if len(self.class_names) < 2:
             raise TaskInvalid(
                 f"task {self.name!r} ({self.source}) has {len(self.class_names)} class; it takes two or more"
