@@ -13,11 +13,11 @@ import onnx
 import open_clip.tokenizer
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from open_clip import SimpleTokenizer
-from trainer.adapter import Adapter
-from trainer.backbone import Backbone
 
 from exporter.errors import RepositoryError, UnsupportedModel
 from exporter.graph import IR_VERSION, OPSET
+from trainer.adapter import Adapter
+from trainer.backbone import Backbone
 
 FORMAT = 1
 RESIZE_MODES = ("shortest", "squash")
@@ -116,7 +116,7 @@ def read_card(file: Path) -> dict:
     except Exception as exc:  # protobuf's DecodeError has a different home in each of its implementations
         raise RepositoryError(f"card {file}: not ONNX ({exc}); restore it, or remove the version") from exc
     if not known:
-        raise RepositoryError(f"card {file}: format {card['format']!r}, this clipweld reads format {FORMAT}; upgrade it")
+        raise RepositoryError(f"card {file}: format {card['format']!r}, this clipweld reads {FORMAT}; upgrade it")
     return card
 
 

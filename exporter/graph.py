@@ -22,9 +22,9 @@ from onnx import ModelProto, numpy_helper
 from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.export import Dim
-from trainer.backbone import Backbone
 
 from exporter.errors import UnsupportedModel
+from trainer.backbone import Backbone
 
 # Loads in ONNX Runtime from 1.15 on, so in every Triton container from 24.03 on.
 OPSET = 18
@@ -175,8 +175,7 @@ def _trace(tower: nn.Module, example: Tensor, shapes: dict, input_name: str, out
     except torch.onnx.OnnxExporterError as exc:
         reason = " ".join(str(exc.__cause__ or exc).split())[:200]
         raise UnsupportedModel(
-            f"{type(tower).__name__} of this model can't be traced to ONNX: {reason}; "
-            "try a plain ViT such as ViT-B-16"
+            f"{type(tower).__name__} of this model can't be traced to ONNX: {reason}; try a plain ViT such as ViT-B-16"
         ) from exc
     model = program.model
     weights = set(tower.state_dict())

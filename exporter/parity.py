@@ -12,9 +12,9 @@ import torch
 from onnx import ModelProto
 from PIL import Image
 from torch import Tensor
-from trainer.backbone import Backbone
 
 from exporter.errors import AnswersDiffer, GraphsDiffer
+from trainer.backbone import Backbone
 
 BATCHES = (1, 3, 8)
 MAX_ABS = 1e-4  # of unit vectors; float32 towers agree to about 1e-6
@@ -105,13 +105,13 @@ def check_same_graph(base: ModelProto, merged: ModelProto, tower: str) -> None:
         if ours != theirs:
             place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
             raise GraphsDiffer(
-                f"{tower}: merged and base differ in their {what}, {len(ours)} against {len(theirs)}, first at {place}; "
-                "was the base exported by another torch? merge into a new repository"
+                f"{tower}: merged and base differ in their {what}, {len(ours)} against {len(theirs)}, first at "
+                f"{place}; was the base exported by another torch? merge into a new repository"
             )
 
 
 def to_uint8(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Undo the normalisation: float (batch, 3, size, size) -> the uint8 (batch, size, size, 3) it came from, exactly."""
+    """Undo the normalisation: float (batch, 3, size, size) -> the uint8 (batch, size, size, 3) it came from."""
     scale, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (std, mean))
     return ((pixels * scale + shift) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 

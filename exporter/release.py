@@ -13,15 +13,15 @@ import open_clip
 from onnx import ModelProto
 from PIL import Image
 from safetensors.torch import save_file
-from trainer.adapter import Adapter
-from trainer.backbone import Backbone
-from trainer.merge import merge
 
 from exporter.card import card_model, describe
 from exporter.errors import CheckpointError, OtherBase, RepositoryError
 from exporter.graph import fill, to_bytes, trace_image_tower, trace_text_tower
 from exporter.parity import Parity, check_parity, check_same_graph, measure_parity
 from exporter.repository import BASE_VERSION, CONFIG_FILE, MODEL_FILE, Repository, config, stage
+from trainer.adapter import Adapter
+from trainer.backbone import Backbone
+from trainer.merge import merge
 
 TOWERS = ("image", "text")
 
@@ -126,8 +126,8 @@ def _check_base(repository: Repository, backbone: Backbone, adapters: Sequence[A
     base = repository.card(repository.versions()[0])["base"]
     if base["fingerprint"] != backbone.fingerprint:
         raise OtherBase(
-            f"repository {repository.path}: its {repository.name!r} is {base['model_name']} ({base['pretrained']}), base "
-            f"{base['fingerprint'][:8]}; to merge is {backbone.model_name} ({backbone.pretrained}), "
+            f"repository {repository.path}: its {repository.name!r} is {base['model_name']} ({base['pretrained']}), "
+            f"base {base['fingerprint'][:8]}; to merge is {backbone.model_name} ({backbone.pretrained}), "
             f"{backbone.fingerprint[:8]}: give another --name or --repository"
         )
     if not repository.file("image", BASE_VERSION).is_file():

@@ -71,9 +71,7 @@ class Repository:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as exc:
-            raise RepositoryError(
-                f"repository {self.path}: {exc.strerror}; give a folder that can be written"
-            ) from exc
+            raise RepositoryError(f"repository {self.path}: {exc.strerror}; give a folder that can be written") from exc
         try:
             self._hold(lock)
             self._clean()
@@ -173,7 +171,11 @@ def stage(staging: Path, name: str, version: int, models: Mapping[str, bytes]) -
 
 
 def config(name: str, kind: str, model: ModelProto) -> str:
-    """The text of ``config.pbtxt``, from the graph alone: equal for every version of one architecture."""
+    """The text of ``config.pbtxt``, from the graph alone: equal for every version of one architecture.
+
+    One instance, as Triton's default for this backend is two a version on a CPU: twice the memory, and sessions that
+    fight over the same cores. Its kind is left open: a GPU where there is one.
+    """
     ends = (("input", model.graph.input), ("output", model.graph.output))
     tensors = "\n".join(_tensors(field, values) for field, values in ends)
     return f"""\
@@ -181,6 +183,7 @@ name: "{name}_{kind}"
 backend: "onnxruntime"
 max_batch_size: {MAX_BATCH_SIZE[kind]}
 {tensors}
+instance_group [ {{ count: 1 }} ]
 dynamic_batching {{ }}
 version_policy {{ all {{ }} }}
 """
@@ -192,9 +195,7 @@ def _tensors(field: str, values: list[ValueInfoProto]) -> str:
         tensor = value.type.tensor_type
         # A dimension without a fixed value is dynamic; the first is the batch, which Triton leaves out.
         dims = ", ".join(str(d.dim_value or -1) for d in tensor.shape.dim[1:])
-        lines.append(
-            f'{field} [ {{ name: "{value.name}" data_type: {TYPES[tensor.elem_type]} dims: [ {dims} ] }} ]'
-        )
+        lines.append(f'{field} [ {{ name: "{value.name}" data_type: {TYPES[tensor.elem_type]} dims: [ {dims} ] }} ]')
     return "\n".join(lines)
 
 

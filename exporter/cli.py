@@ -1,0 +1,184 @@
+"""``exporter``: adapters -> a model repository -> a running Triton."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from exporter.errors import ExporterError, RepositoryError
+from trainer.errors import TrainerError
+
+app = typer.Typer(
+    name="exporter",
+    help="Merge adapters into CLIP, write Triton model repositories, serve them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+REPOSITORY = Path("model_repository")
+PARITY_IMAGES = 16
+
+RepositoryOption = Annotated[Path, typer.Option(help="The Triton model repository.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Target(str, Enum):
+    """What a merge writes."""
+
+    onnx = "onnx"
+    open_clip = "open_clip"
+
+
+def main() -> None:
+    """The console script: one line and status 1 for errors that have a reason; a bug keeps its traceback."""
+    try:
+        app()
+    except (ExporterError, TrainerError) as exc:
+        print(f"exporter: {' '.join(str(exc).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def merge(
+    to: Annotated[Target, typer.Option(help="What to write: the next version, or an open_clip checkpoint.")],
+    model: Annotated[str, typer.Option(help="open_clip's name of the model, or mini.")] = "ViT-B-16",
+    pretrained: Annotated[
+        str | None, typer.Option(help="open_clip's tag, or a checkpoint file; the model's default if left out.")
+    ] = None,
+    adapters: Annotated[Path, typer.Option(help="Folder of adapter files.")] = Path("adapters"),
+    repository: RepositoryOption = REPOSITORY,
+    name: Annotated[str, typer.Option(help="Common name of the three models.")] = "clip",
+    out: Annotated[Path | None, typer.Option(help="The checkpoint file, with --to open_clip.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge all adapters, in the order they were learned, and check the result before it counts.
+
+    Version 1 of a repository is the base; each merge adds the next number.
+
+    Example: exporter merge --to onnx --model mini
+    """
+    if (to is Target.open_clip) != (out is not None):
+        raise typer.BadParameter("--out FILE belongs to --to open_clip, and must be given there")
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise typer.BadParameter(f"--name {name!r}: letters, digits, - and _ only")
+    from trainer.adapter import load_lineage
+    from trainer.backbone import load_backbone
+
+    console = Console(stderr=True)
+    with console.status("loading weights") as status:
+        backbone = load_backbone(model, pretrained)
+        lineage = load_lineage(adapters, backbone.fingerprint)
+        tasks = [adapter.task for adapter in lineage]
+        if to is Target.open_clip:
+            from exporter.release import save_checkpoint
+
+            status.update("merging")
+            save_checkpoint(backbone, lineage, out)
+            _print({"out": str(out), "model": model, "tasks": tasks}, as_json, f"{out}: {_learned(tasks)}")
+            return
+        from exporter.release import release
+        from exporter.repository import Repository
+        from trainer.tasks import sample
+
+        images, prompts = sample(PARITY_IMAGES)
+        result = release(backbone, lineage, Repository(repository, name), images, prompts, status.update)
+    parity = result.parity
+    line = (
+        f"{repository}: {name} version {result.version}, {_learned(tasks)}; ONNX Runtime is within "
+        f"{max(parity.image_max_abs, parity.text_max_abs):.1e} of PyTorch, the graph is the base's own; "
+        f"{result.seconds:.1f} s"
+    )
+    _print(result.to_dict(), as_json, line)
+
+
+@app.command()
+def serve(
+    command: Annotated[list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="Serve while it runs.")] = None,
+    repository: RepositoryOption = REPOSITORY,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0 takes free ports.")] = 8001,
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")] = 8000,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that loading may take.")] = 120.0,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show Triton's log.")] = False,
+) -> None:
+    """Run a local Triton on loopback until Ctrl-C, or while COMMAND runs, and exit with its status.
+
+    COMMAND finds the server in CLIPWELD_URL (gRPC) and CLIPWELD_HTTP_URL.
+
+    Example: exporter serve --port 0 -- client classify cat.jpg --labels "a cat, a dog"
+    """
+    from exporter.repository import repositories
+    from exporter.triton import find_command, run_beside, wait_until_stopped
+    from exporter.triton import serve as serve_triton
+
+    console = Console(stderr=True)
+    versions = {r.name: r.versions() for r in repositories(repository)}
+    if command:
+        find_command(command)
+    signal.signal(signal.SIGTERM, _terminate)
+
+    def log(line: str) -> None:
+        if verbose:
+            print(line, file=sys.stderr, flush=True)
+
+    ports = {"port": port, "http_port": http_port if port else 0}
+    try:
+        with serve_triton(repository, **ports, timeout_s=timeout, log=log) as server:
+            served = ", ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in versions.items())
+            text = f"{server.url} and {server.http_url}: {served}; {server.description}"
+            console.print(text, highlight=False, soft_wrap=True)
+            if command:
+                raise typer.Exit(run_beside(server, command))
+            console.print("Ctrl-C stops it", highlight=False)
+            wait_until_stopped(server)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+@app.command()
+def versions(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
+    """Show the versions in a repository: what they have learned, on which base.
+
+    Example: exporter versions
+    """
+    from rich.table import Table
+
+    from exporter.repository import repositories
+
+    cards = [r.card(version) for r in repositories(repository) for version in r.versions()]
+    if as_json:
+        print(json.dumps([_summary(card) for card in cards], ensure_ascii=False))
+        return
+    table = Table("model", "version", "tasks", "base")
+    for card in cards:
+        row = _summary(card)
+        base = f"{row['base']['model_name']} ({row['base']['pretrained']}) {row['base']['fingerprint'][:8]}"
+        table.add_row(row["model"], str(row["version"]), ", ".join(row["tasks"]) or "none: the base", base)
+    Console().print(table)
+
+
+def _summary(card: dict) -> dict:
+    try:
+        tasks = [task["name"] for task in card["tasks"]]
+        return {"model": card["model"], "version": card["version"], "tasks": tasks, "base": card["base"]}
+    except KeyError as exc:
+        raise RepositoryError(f"a card lacks {exc}: {json.dumps(card)[:80]}; merge again") from exc
+
+
+def _learned(tasks: list[str]) -> str:
+    return f"learned {', '.join(tasks)}" if tasks else "the base, no adapters"
+
+
+def _print(result: dict, as_json: bool, line: str) -> None:
+    print(json.dumps(result, ensure_ascii=False) if as_json else line)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    """SIGTERM is an orderly end: unwind, so that Triton is stopped."""
+    raise SystemExit(128 + signum)
