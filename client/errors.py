@@ -1,0 +1,74 @@
+"""Everything that can go wrong between a caller and the server, as types.
+
+ClientError
+├── ServerUnavailable    nobody answers at the address
+├── RequestTimeout       the server took longer than timeout_s
+├── ServerError          the server answered that it failed
+├── ModelNotFound        the server does not serve this model
+├── VersionGone          the model is served, this version of it is not
+├── ContractMismatch     the served model is not one that this client understands
+├── UnknownTask          the served version has not learned this task
+├── BadImage             an image that cannot be read or used
+└── InvalidRequest       the call itself is wrong: labels, templates, url, ...
+
+Messages are one line: what, which object, what was expected and found, and the next step.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+
+class ClientError(Exception):
+    """Base of every error that `client` raises on purpose."""
+
+
+class ServerUnavailable(ClientError):
+    """Nobody answers at the address, or what answers there is no Triton server."""
+
+
+class RequestTimeout(ClientError):
+    """The server did not answer within ``timeout_s`` seconds."""
+
+
+class ServerError(ClientError):
+    """The server was reached and reports a failure of its own."""
+
+
+class ModelNotFound(ClientError):
+    """The server does not serve all three parts (image, text, card) of the model."""
+
+
+class VersionGone(ClientError):
+    """The model is served, but not in the version that was asked for."""
+
+
+class ContractMismatch(ClientError):
+    """The served model needs another client: card format, tokenizer, preprocessing, batching."""
+
+
+class UnknownTask(ClientError):
+    """The served version has not learned this task.
+
+    Attributes:
+        name: the task that was asked for.
+        known: names of the tasks that this version has learned.
+        near: those of ``known`` that are spelled like ``name``, best first.
+    """
+
+    def __init__(self, name: str, known: Sequence[str], version: int) -> None:
+        self.name = name
+        self.known = tuple(known)
+        self.near = tuple(difflib.get_close_matches(name, self.known))
+        hint = f"did you mean {' or '.join(map(repr, self.near))}? " if self.near else ""
+        listed = f"it has: {', '.join(self.known)}" if known else "it is the base model, without tasks"
+        super().__init__(f"version {version} has no task {name!r}; {hint}{listed}")
+
+
+class BadImage(ClientError):
+    """An image that cannot be read, or that is not something an image can be made of."""
+
+
+class InvalidRequest(ClientError):
+    """The arguments of a call are wrong, or the server refused the request as malformed."""
