@@ -1,0 +1,132 @@
+"""From anything that can be an image to the pixels the image tower takes, equal to open_clip's preprocessing.
+
+Order as in open_clip: resize, crop the centre, then convert to RGB. Scaling to [0, 1], mean and std are inside the
+served model. Exif orientation is not applied, as in open_clip.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from client.errors import BadImage
+
+ImageLike = str | Path | bytes | Image.Image | np.ndarray
+"""One image: a path, the bytes of an image file, a PIL image, or a uint8 array (height, width[, 3]) in RGB."""
+
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESIZE_MODES = ("shortest", "squash")
+
+# What Pillow's readers raise on damaged or hostile files.
+_PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+def as_image_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
+    """One image or several, as a list."""
+    one = isinstance(images, (str, Path, bytes, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim <= 3)
+    if one:
+        return [images]
+    if not isinstance(images, Iterable):
+        raise BadImage(f"images is a {type(images).__name__}; {_EXPECTED}")
+    return list(images)
+
+
+def preprocess(image: ImageLike, name: str, *, size: int, resize_mode: str, interpolation: str) -> np.ndarray:
+    """Read, resize and crop one image.
+
+    Args:
+        image: see `ImageLike`.
+        name: what error messages call it.
+        size: side of the square that the model takes, in pixels.
+        resize_mode: "shortest" (shortest side to ``size``, then a centre crop) or "squash" (both sides).
+        interpolation: "bicubic" or "bilinear".
+
+    Returns:
+        uint8 (size, size, 3), RGB.
+
+    Raises:
+        BadImage: unreadable, too large, or not an image at all.
+    """
+    opened = _open(image, name)
+    width, height = (size, size) if resize_mode == "squash" else _shortest_side_to(size, *opened.size)
+    if max(opened.width * opened.height, width * height) > (Image.MAX_IMAGE_PIXELS or float("inf")):
+        raise BadImage(
+            f"{name} is too large: {opened.width} x {opened.height} pixels, resized {width} x {height}, "
+            f"expected at most {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS)"
+        )
+    try:
+        if opened.size != (width, height):
+            opened = opened.resize((width, height), INTERPOLATIONS[interpolation])
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        cropped = opened.crop((left, top, left + size, top + size))
+        return np.array(cropped.convert("RGB"))
+    except _PILLOW_ERRORS as exc:
+        raise BadImage(f"{name} cannot be decoded: {_one_line(exc)}") from exc
+
+
+def name_of(image: Any, index: int) -> str:
+    """What an error message calls an image: its path, or its place in the call, counted from 0."""
+    if isinstance(image, (str, Path)):
+        return str(image)
+    kind = "PIL image" if isinstance(image, Image.Image) else type(image).__name__
+    return f"image {index} ({kind})"
+
+
+def _open(image: Any, name: str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise BadImage(f"{name} is empty: {image.width} x {image.height} pixels")
+        return image
+    if isinstance(image, np.ndarray):
+        return _from_array(image, name)
+    if not isinstance(image, (str, Path, bytes)):
+        raise BadImage(f"{name}: {_EXPECTED}")
+    try:
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    except IsADirectoryError as exc:
+        raise BadImage(f"{name} is a directory; name the image files in it") from exc
+    except (OSError, ValueError) as exc:
+        raise BadImage(f"{name} cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
+    try:
+        return Image.open(io.BytesIO(data))
+    except Image.UnidentifiedImageError as exc:
+        raise BadImage(f"{name} is not an image that Pillow can read ({len(data)} bytes)") from exc
+    except _PILLOW_ERRORS as exc:
+        raise BadImage(f"{name} cannot be decoded: {_one_line(exc)}") from exc
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    fits = array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3))
+    if not fits or 0 in array.shape:
+        raise BadImage(
+            f"{name} is {array.dtype} of shape {array.shape}; "
+            f"expected uint8 of shape (height, width, 3) in RGB or (height, width) in grey"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _shortest_side_to(size: int, width: int, height: int) -> tuple[int, int]:
+    """(width, height) with the shortest side at ``size``; the longest is rounded down, as torchvision does."""
+    if width <= height:
+        return size, int(size * height / width)
+    return int(size * width / height), size
+
+
+def _one_line(exc: BaseException) -> str:
+    return " ".join(str(exc).split()) or type(exc).__name__
+
+
+_EXPECTED = "expected a path, the bytes of an image file, a PIL image or a uint8 array (height, width[, 3])"

@@ -1,0 +1,195 @@
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import Compose
+
+from client._images import INTERPOLATIONS, RESIZE_MODES, as_image_list, name_of, preprocess
+from client.errors import BadImage
+
+SIZE = 32
+MODES = (
+    "RGB",
+    "L",
+    "LA",
+    "P",
+    "RGBA",
+    "CMYK",
+    "1",
+    "I;16",
+    "YCbCr",
+    "I",
+    "F",
+    "HSV",
+    "LAB",
+    "PA",
+    "La",
+    "RGBX",
+    "RGBa",
+)
+SIZES = ((1, 1), (1, 9), (33, 32), (32, 32), (31, 33), (63, 64), (97, 101), (200, 3), (2, 331), (640, 480))
+
+
+def random_image(mode: str, size: tuple[int, int], seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    width, height = size
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
+    if mode == "1":
+        return Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)).convert("1")
+    if mode in ("LA", "La", "PA"):
+        pixels = rng.integers(0, 256, (height, width, 2), dtype=np.uint8)
+        return Image.frombytes(mode, size, pixels.tobytes())
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)))
+        return image
+    if mode == "RGBa":
+        return random_image("RGBA", size, seed).convert(mode)
+    if mode == "LAB":
+        return Image.frombytes("LAB", size, image.tobytes())
+    return image.convert("L").convert(mode) if mode in ("I", "F") else image.convert(mode)
+
+
+def open_clip_transform(size: int, resize_mode: str, interpolation: str) -> Compose:
+    return open_clip.image_transform(size, is_train=False, resize_mode=resize_mode, interpolation=interpolation)
+
+
+def ours(image, size=SIZE, resize_mode="shortest", interpolation="bicubic"):
+    return preprocess(image, "it", size=size, resize_mode=resize_mode, interpolation=interpolation)
+
+
+def assert_equals_open_clip(image, size, resize_mode, interpolation):
+    transform = open_clip_transform(size, resize_mode, interpolation)
+    *spatial, to_tensor, normalize = transform.transforms
+    try:
+        expected = np.array(Compose(spatial)(image))
+    except ValueError:  # a mode that Pillow cannot resize: refused by both
+        with pytest.raises(BadImage, match=r"^it cannot be decoded"):
+            ours(image, size, resize_mode, interpolation)
+        return
+    got = ours(image, size, resize_mode, interpolation)
+    assert got.dtype == np.uint8
+    assert got.shape == (size, size, 3)
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(normalize(to_tensor(got)).numpy(), transform(image).numpy())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("resize_mode", RESIZE_MODES)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_pixels_equal_open_clip(mode, resize_mode, interpolation):
+    for size in SIZES:
+        assert_equals_open_clip(random_image(mode, size), SIZE, resize_mode, interpolation)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(("RGB", "L", "RGBA", "P")),
+    st.integers(1, 120),
+    st.integers(1, 120),
+    st.integers(1, 65),
+    st.sampled_from(RESIZE_MODES),
+    st.sampled_from(sorted(INTERPOLATIONS)),
+)
+def test_pixels_equal_open_clip_for_any_size(mode, width, height, size, resize_mode, interpolation):
+    assert_equals_open_clip(random_image(mode, (width, height)), size, resize_mode, interpolation)
+
+
+def test_palette_with_transparency_equals_open_clip():
+    image = random_image("P", (50, 40))
+    image.info["transparency"] = 3
+    assert_equals_open_clip(image, SIZE, "shortest", "bicubic")
+
+
+def test_exif_orientation_is_left_alone_as_in_open_clip(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    random_image("RGB", (60, 40)).save(path, exif=exif)
+    expected = Compose(open_clip_transform(SIZE, "shortest", "bicubic").transforms[:-2])(Image.open(path))
+    np.testing.assert_array_equal(ours(path), np.array(expected))
+
+
+def test_every_kind_of_image_gives_the_same_pixels(tmp_path):
+    image = random_image("RGB", (50, 40))
+    path = tmp_path / "image.png"
+    image.save(path)
+    kinds = (path, str(path), path.read_bytes(), image, np.asarray(image), np.asarray(image)[:, ::-1][:, ::-1])
+    for kind in kinds:
+        np.testing.assert_array_equal(ours(kind), ours(image))
+
+
+def test_grey_array_equals_grey_image():
+    image = random_image("L", (50, 40))
+    np.testing.assert_array_equal(ours(np.asarray(image)), ours(image))
+
+
+def test_one_image_or_several_become_a_list():
+    array = np.zeros((4, 5, 3), np.uint8)
+    image = Image.fromarray(array)
+    for one in ("a.png", Path("a.png"), b"bytes", image, array, array[..., 0]):
+        assert as_image_list(one)[0] is one
+    assert len(as_image_list(np.stack([array, array]))) == 2
+    assert as_image_list(name for name in ("a", "b")) == ["a", "b"]
+    assert as_image_list([]) == []
+    with pytest.raises(BadImage, match="images is a int; expected a path"):
+        as_image_list(3)
+
+
+def test_names_are_paths_or_places():
+    assert name_of(Path("a/b.png"), 3) == "a/b.png"
+    assert name_of(b"", 3) == "image 3 (bytes)"
+    assert name_of(Image.new("RGB", (1, 1)), 0) == "image 0 (PIL image)"
+    assert name_of(np.zeros(1), 2) == "image 2 (ndarray)"
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (b"", "it is not an image that Pillow can read (0 bytes)"),
+        (b"GIF89a", "it is not an image that Pillow can read (6 bytes)"),
+        (png(random_image("RGB", (50, 40)))[:-300], "it cannot be decoded"),
+        ("missing.png", "it cannot be read: No such file or directory"),
+        ("nul\0.png", "it cannot be read: embedded null byte"),
+        (np.zeros((4, 4, 3), np.float32), "it is float32 of shape (4, 4, 3); expected uint8"),
+        (np.zeros((4, 4, 4), np.uint8), "it is uint8 of shape (4, 4, 4); expected uint8"),
+        (np.zeros((0, 4, 3), np.uint8), "it is uint8 of shape (0, 4, 3); expected uint8"),
+        (Image.new("RGB", (0, 4)), "it is empty: 0 x 4 pixels"),
+        (Image.new("L", (1, 1_000_000)), "it is too large: 1 x 1000000 pixels, resized 32 x 32000000"),
+        (None, "it: expected a path"),
+    ],
+)
+def test_bad_image_says_which_and_why(image, message):
+    with pytest.raises(BadImage) as caught:
+        ours(image)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_directory_is_refused_by_name(tmp_path):
+    with pytest.raises(BadImage, match="is a directory; name the image files in it"):
+        preprocess(tmp_path, str(tmp_path), size=SIZE, resize_mode="shortest", interpolation="bicubic")
+
+
+@pytest.mark.parametrize("side", [12, 20])  # Pillow warns from its limit on, and raises from twice that
+@pytest.mark.parametrize("warnings_are", ["error", "ignore"])
+def test_decompression_bomb_is_a_bad_image(monkeypatch, side, warnings_are):
+    data = png(random_image("RGB", (side, side)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter(warnings_are, Image.DecompressionBombWarning)
+        with pytest.raises(BadImage, match=r"^it (is too large|cannot be decoded)"):
+            ours(data, size=4)
