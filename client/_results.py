@@ -1,0 +1,53 @@
+"""What a classification answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One label of one image.
+
+    Attributes:
+        label: the label, as the caller or the task spells it.
+        probability: softmax over all labels of the call, in [0, 1].
+        score: cosine of image and label features, in [-1, 1]; comparable between calls.
+    """
+
+    label: str
+    probability: float
+    score: float
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.probability:.1%}"
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The best labels of one image, best first.
+
+    Attributes:
+        predictions: at most ``top_k`` of them, by falling probability.
+        version: the model version that both features came from.
+    """
+
+    predictions: tuple[Prediction, ...]
+    version: int
+
+    @property
+    def best(self) -> Prediction:
+        """The most probable label."""
+        return self.predictions[0]
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return iter(self.predictions)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.predictions))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types: {"version": 2, "predictions": [{"label", "probability", "score"}, ...]}."""
+        return {"version": self.version, "predictions": [asdict(prediction) for prediction in self.predictions]}

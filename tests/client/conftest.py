@@ -1,0 +1,127 @@
+"""A gRPC server in this process that speaks just enough of Triton's protocol to misbehave on request.
+
+Only for faults that a healthy server cannot be made to show: versions that vanish in the middle of a call, cards of
+another format, broken statuses. Everything else is tested against a real Triton.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent import futures
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import serialize_byte_tensor
+
+from client._tokenizer import default_tokenizer
+
+EMBED_DIM = 8
+IMAGE_SIZE = 16
+MAX_BATCH_SIZE = 4
+
+
+class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Serves model "clip" in the versions of ``cards``.
+
+    Attributes:
+        cards: what is served, a card by version number; change it and the server changes.
+        before_infer: called with (model, version, gRPC context) before each answer; may abort, sleep, change ``cards``.
+        requests: (model, version, shape) of every inference answered.
+        url: where it listens.
+    """
+
+    def __init__(self) -> None:
+        self.cards = {1: self.card(1), 2: self.card(2)}
+        self.before_infer: Callable[[str, int, grpc.ServicerContext], None] = lambda *_: None
+        self.requests: list[tuple[str, int, tuple[int, ...]]] = []
+        self._server = grpc.server(futures.ThreadPoolExecutor(4))
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
+        self.url = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop(grace=None).wait()
+
+    @staticmethod
+    def card(version: int) -> dict:
+        """A well-formed card; version 2 and later have learned one task."""
+        learned = {
+            "name": "digits",
+            "class_names": ["zero", "one", "two"],
+            "templates": ["a photo of the number {}", "the digit {}"],
+            "accuracy": {"before": 45.2, "after": None},
+            "adapter_sha256": "ab" * 32,
+        }
+        return {
+            "format": 1,
+            "model": "clip",
+            "version": version,
+            "image": {"size": IMAGE_SIZE, "resize_mode": "shortest", "interpolation": "bicubic"},
+            "text": {"context_length": 24, "tokenizer_sha256": default_tokenizer().sha256},
+            "embed_dim": EMBED_DIM,
+            "logit_scale": 100.0,
+            "logit_bias": None,
+            "base": {"model_name": "mini", "pretrained": "mini", "fingerprint": "cd" * 32},
+            "tasks": [learned] if version > 1 else [],
+        }
+
+    @staticmethod
+    def features(rows: np.ndarray, version: int) -> np.ndarray:
+        """Unit vectors float32 (rows, EMBED_DIM) that depend on the content of a row; zeros at its end don't count."""
+        seeds = [(version, *np.trim_zeros(row, "b").tolist()) for row in rows]
+        drawn = np.stack([np.random.default_rng(seed).normal(size=EMBED_DIM) for seed in seeds])
+        return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+
+    def RepositoryIndex(self, request, context):  # noqa: N802
+        answer = service_pb2.RepositoryIndexResponse()
+        for part in ("image", "text", "card"):
+            answer.models.add(name=f"clip_{part}")
+            for version in self.cards:
+                answer.models.add(name=f"clip_{part}", version=str(version), state="READY")
+        return answer
+
+    def ModelConfig(self, request, context):  # noqa: N802
+        self._abort_if_gone(request.version, context)
+        answer = service_pb2.ModelConfigResponse()
+        answer.config.max_batch_size = MAX_BATCH_SIZE
+        return answer
+
+    def ModelInfer(self, request, context):  # noqa: N802
+        version = int(request.model_version)
+        self.before_infer(request.model_name, version, context)
+        self._abort_if_gone(request.model_version, context)
+        shape = tuple(request.inputs[0].shape)
+        self.requests.append((request.model_name, version, shape))
+        answer = service_pb2.ModelInferResponse(model_name=request.model_name, model_version=request.model_version)
+        name = request.outputs[0].name
+        if name == "card":
+            text = np.array([[json.dumps(self.cards[version])]], dtype=np.object_)
+            answer.outputs.add(name=name, datatype="BYTES", shape=[1, 1])
+            answer.raw_output_contents.append(serialize_byte_tensor(text).item())
+        else:
+            dtype = np.uint8 if name == "image_features" else np.int32
+            rows = np.frombuffer(request.raw_input_contents[0], dtype=dtype).reshape(shape[0], -1)
+            answer.outputs.add(name=name, datatype="FP32", shape=[shape[0], EMBED_DIM])
+            answer.raw_output_contents.append(self.features(rows, version).tobytes())
+        return answer
+
+    def _abort_if_gone(self, version: str, context: grpc.ServicerContext) -> None:
+        if int(version) not in self.cards:
+            context.abort(grpc.StatusCode.NOT_FOUND, "gone")
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    """A fresh fake server with versions 1 (base) and 2 (has learned "digits")."""
+    server = FakeServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def picture() -> np.ndarray:
+    """uint8 (40, 50, 3)."""
+    return np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)

@@ -1,0 +1,198 @@
+"""What the classifier does when the server misbehaves; needs a server that does so on request."""
+
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+from client import ZeroShotClassifier
+from client.errors import (
+    BadImage,
+    ContractMismatch,
+    InvalidRequest,
+    ModelNotFound,
+    RequestTimeout,
+    ServerError,
+    ServerUnavailable,
+    UnknownTask,
+    VersionGone,
+)
+
+LABELS = ["cat", "dog"]
+
+
+@pytest.fixture
+def clip(fake):
+    with ZeroShotClassifier(fake.url, timeout_s=10) as classifier:
+        yield classifier
+
+
+def shapes(fake, part):
+    return [shape for model, _, shape in fake.requests if model == f"clip_{part}"]
+
+
+def test_newest_version_is_pinned_until_it_is_gone(fake, clip, picture):
+    assert clip.classify(picture, LABELS)[0].version == 2
+    fake.cards[3] = fake.card(3)
+    assert clip.classify(picture, LABELS)[0].version == 2
+    del fake.cards[2]
+    assert clip.classify(picture, LABELS)[0].version == 3
+
+
+def test_version_that_vanishes_between_the_towers_redoes_the_whole_call(fake, clip, picture):
+    def drop_2_before_an_image(model, version, context):
+        if model == "clip_image":
+            fake.cards.pop(2, None)
+
+    fake.before_infer = drop_2_before_an_image
+    answer = clip.classify(picture, LABELS)[0]
+    assert answer.version == 1
+    assert [(model, version) for model, version, _ in fake.requests] == [
+        ("clip_card", 2),
+        ("clip_text", 2),
+        ("clip_card", 1),
+        ("clip_text", 1),
+        ("clip_image", 1),
+    ]
+
+
+def test_version_that_vanishes_while_it_is_opened_is_not_the_end(fake, clip):
+    fake.before_infer = lambda model, version, context: fake.cards.pop(2, None)
+    assert clip.card.version == 1
+
+
+def test_named_version_is_never_replaced(fake, picture):
+    with ZeroShotClassifier(fake.url, version=1) as clip:
+        assert clip.classify(picture, LABELS)[0].version == 1
+        del fake.cards[1]
+        with pytest.raises(VersionGone, match=r"version 1 of model 'clip' is not served at .*; ready: 2"):
+            clip.image_features(picture)
+
+
+def test_model_whose_versions_are_all_gone(fake, clip, picture):
+    clip.classify(picture, LABELS)
+    fake.cards.clear()
+    with pytest.raises(ModelNotFound, match="has no version with image, text, card all ready"):
+        clip.classify(picture, LABELS)
+
+
+def test_requests_never_exceed_the_servers_batch(fake, clip, picture):
+    answers = clip.classify([picture] * 9, [f"label {i}" for i in range(6)], templates=["a {}", "the photo of a {}"])
+    assert len(answers) == 9
+    assert [shape[0] for shape in shapes(fake, "image")] == [4, 4, 1]
+    assert [shape[0] for shape in shapes(fake, "text")] == [4, 4, 4]
+
+
+def test_texts_are_cut_to_the_longest_of_their_request(fake, clip):
+    clip.text_features(["a", "a b", "a b c", "a b c d", "a", "word " * 99])
+    assert shapes(fake, "text") == [(4, 6), (2, 24)]
+
+
+def test_label_features_are_encoded_once(fake, clip, picture):
+    for _ in range(3):
+        clip.classify(picture, LABELS)
+    assert len(shapes(fake, "text")) == 1
+    clip.classify(picture, LABELS, templates=["{}"])
+    clip.classify(picture, LABELS[::-1])
+    assert len(shapes(fake, "text")) == 3
+
+
+def test_answer_equals_the_formula(fake, clip, picture):
+    """softmax(logit_scale * image @ text.T), text the normalised mean over templates."""
+    templates = ["a photo of a {}", "a {} or so"]
+    image = clip.image_features(picture)[0].astype(np.float64)
+    rows = []
+    for label in LABELS:
+        mean = clip.text_features([template.format(label) for template in templates]).mean(axis=0)
+        rows.append(mean / np.linalg.norm(mean))
+    scores = np.stack(rows) @ image
+    probabilities = np.exp(100 * scores) / np.exp(100 * scores).sum()
+    answer = clip.classify(picture, LABELS, templates=templates)[0]
+    order = np.argsort(-scores)
+    assert [found.label for found in answer] == [LABELS[i] for i in order]
+    np.testing.assert_allclose([found.score for found in answer], scores[order], atol=1e-6)
+    np.testing.assert_allclose([found.probability for found in answer], probabilities[order], atol=1e-4)
+
+
+def test_task_brings_its_labels_and_templates(fake, clip, picture):
+    task = fake.card(2)["tasks"][0]
+    by_task = clip.classify(picture, task="digits")
+    assert by_task == clip.classify(picture, task["class_names"], templates=task["templates"])
+    assert by_task != clip.classify(picture, task="digits", templates=["{}"])
+
+
+def test_unknown_task_names_those_that_are_alike(clip, picture):
+    with pytest.raises(UnknownTask, match="no task 'digit'; did you mean 'digits'") as caught:
+        clip.classify(picture, task="digit")
+    assert (caught.value.name, caught.value.known, caught.value.near) == ("digit", ("digits",), ("digits",))
+
+
+def test_no_images_give_no_answers(fake, clip):
+    assert clip.classify([], LABELS) == []
+    assert clip.image_features([]).shape == (0, 8)
+    assert clip.text_features([]).shape == (0, 8)
+
+
+def test_bad_image_among_good_ones_is_named(clip, picture):
+    with pytest.raises(BadImage, match=r"^image 1 \(bytes\) is not an image"):
+        clip.classify([picture, b"nonsense"], LABELS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "has format 2, this client reads format 1"),
+        ({"version": 7}, "says version 7"),
+        ({"embed_dim": None}, "cannot be read"),
+        ({"image": {"size": 16, "resize_mode": "longest", "interpolation": "bicubic"}}, "needs resize mode 'longest'"),
+        ({"image": {"size": 16, "resize_mode": "squash", "interpolation": "cubic"}}, "needs interpolation 'cubic'"),
+        ({"image": {"size": 16}}, "has no 'resize_mode'"),
+        ({"text": {"context_length": 24, "tokenizer_sha256": "00"}}, "needs tokenizer sha256 '00'"),
+    ],
+)
+def test_card_that_this_client_cannot_serve_is_refused(fake, clip, change, message):
+    fake.cards[2] |= change
+    with pytest.raises(ContractMismatch, match=message):
+        _ = clip.card
+
+
+def test_slow_answer_is_a_timeout(fake, picture):
+    with ZeroShotClassifier(fake.url, timeout_s=0.5) as clip:
+        _ = clip.card
+        fake.before_infer = lambda *_: time.sleep(1)
+        with pytest.raises(RequestTimeout, match=r"no answer from .* within 0\.5 s"):
+            clip.classify(picture, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (grpc.StatusCode.INTERNAL, ServerError),
+        (grpc.StatusCode.UNKNOWN, ServerError),
+        (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest),
+        (grpc.StatusCode.UNAVAILABLE, ServerUnavailable),
+    ],
+)
+def test_failure_of_a_version_that_is_still_there_keeps_its_kind(fake, clip, picture, status, error):
+    _ = clip.card
+    fake.before_infer = lambda model, version, context: context.abort(status, "two\nlines")
+    with pytest.raises(error) as caught:
+        clip.image_features(picture)
+    assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_server_that_stops(fake, clip, picture):
+    clip.classify(picture, LABELS)
+    fake.stop()
+    with pytest.raises(ServerUnavailable, match="connection refused; start one with: exporter serve"):
+        clip.classify(picture, LABELS)
+
+
+def test_closed_classifier_connects_anew(fake, clip, picture):
+    first = clip.classify(picture, LABELS)
+    clip.close()
+    clip.close()
+    assert clip.classify(picture, LABELS) == first

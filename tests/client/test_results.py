@@ -1,0 +1,32 @@
+import dataclasses
+import json
+
+import pytest
+
+from client import Classification, Prediction
+
+ANSWER = Classification((Prediction("cat", 0.975, 0.31), Prediction("dog", 0.025, 0.27)), version=2)
+
+
+def test_prints_labels_with_their_probabilities():
+    assert str(ANSWER) == "cat 97.5%, dog 2.5%"
+
+
+def test_to_dict_is_json():
+    assert json.loads(json.dumps(ANSWER.to_dict())) == {
+        "version": 2,
+        "predictions": [
+            {"label": "cat", "probability": 0.975, "score": 0.31},
+            {"label": "dog", "probability": 0.025, "score": 0.27},
+        ],
+    }
+
+
+def test_best_is_the_first_and_iteration_follows_the_order():
+    assert ANSWER.best.label == "cat"
+    assert [found.label for found in ANSWER] == ["cat", "dog"]
+
+
+def test_results_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ANSWER.version = 3
