@@ -1,0 +1,41 @@
+import inspect
+import subprocess
+import sys
+
+import client
+
+
+def test_public_names_are_exactly_these():
+    assert set(client.__all__) == {
+        "BenchResult", "Card", "Classification", "ClientError", "ImageLike", "Prediction", "Task", "TowerTiming",
+        "ZeroShotClassifier", "bench", "errors",
+    }  # fmt: skip
+    public = {name for name in vars(client) if not name.startswith("_")} - {"cli"}
+    assert public == set(client.__all__)
+
+
+def test_public_names_are_documented():
+    for name in client.__all__:
+        value = getattr(client, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__doc__, name
+            methods = [method for key, method in vars(value).items() if not key.startswith("_")]
+            assert all(method.__doc__ for method in methods if inspect.isfunction(method)), name
+
+
+def loaded_after(statement: str) -> set[str]:
+    script = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_import_and_help_load_nothing_heavy():
+    heavy = {"torch", "torchvision", "open_clip", "onnx", "onnxruntime", "trainer", "exporter", "tritonclient", "grpc"}
+    heavy |= {"gevent", "tokenizers", "ftfy"}
+    assert not loaded_after("import client") & heavy
+    assert not loaded_after("import client.cli") & heavy
+
+
+def test_a_whole_classification_needs_neither_torch_nor_the_other_packages(fake):
+    call = f"import client, numpy; client.ZeroShotClassifier({fake.url!r}).classify(numpy.ones((9, 9, 3), 'u1'), ['a'])"
+    assert not loaded_after(call) & {"torch", "torchvision", "open_clip", "onnx", "onnxruntime", "trainer", "exporter"}
