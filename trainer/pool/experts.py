@@ -61,6 +61,11 @@ class ExpertPool(nn.Module):
         self.router = nn.Linear(weight.shape[1], config.rank, device=weight.device)
         self.register_buffer("activation_counts", torch.zeros(config.rank, dtype=torch.int64, device=weight.device))
 
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight: open_clip asks a block's ``c_fc`` for its dtype."""
+        return self.base_layer.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, seq_len, d_in) -> (batch, seq_len, d_out)."""
         out = self.base_layer(x)

@@ -34,7 +34,7 @@ def load(name: str) -> Task:
         class_names=class_names,
         templates=tuple(entry["templates"]),
         load=lambda split: _images(FOLDER / f"{name}.zip", split, class_names),
-        source="ships with clipweld",
+        source="shipped",
     )
 
 

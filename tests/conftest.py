@@ -1,0 +1,45 @@
+"""What several rooms' tests stand on: the small CLIP, one learned task, one real server."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("COLUMNS", "120")  # help screens and tables of one width, whatever runs the tests
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def mini():
+    """The small CLIP with its shipped weights; tests don't change it."""
+    from trainer.backbone import load_backbone
+
+    return load_backbone("mini")
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The shipped task of handwritten digits."""
+    from trainer.tasks import load_task
+
+    return load_task("digits")
+
+
+@pytest.fixture(scope="session")
+def fitted(mini, digits):
+    """Digits, learned in a few steps."""
+    from trainer.config import train_config
+    from trainer.fit import fit
+
+    config = train_config("mini", iterations=25, shots=8)
+    return fit(digits, mini, [], config, test_on=[digits])
+
+
+@pytest.fixture(scope="session")
+def adapters(fitted, tmp_path_factory):
+    """A folder that holds the adapter of digits."""
+    from trainer.adapter import save_adapter
+
+    folder = tmp_path_factory.mktemp("adapters")
+    save_adapter(fitted.adapter, folder / "digits.safetensors")
+    return folder

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from torch import nn
+
+from trainer.config import PoolConfig
+from trainer.pool import ExpertPool
+from trainer.pool.experts import RoutingPosition
+
+CONFIG = PoolConfig(rank=6, k_active=4, k_merge=2, alpha=3.0, dropout=0.0)
+BATCH, LENGTH, D_IN, D_OUT = 5, 7, 8, 10
+
+
+@pytest.fixture
+def pool():
+    torch.manual_seed(0)
+    pool = ExpertPool(nn.Linear(D_IN, D_OUT), CONFIG, RoutingPosition())
+    nn.init.normal_(pool.lora_B)
+    pool.activation_counts += torch.tensor([5, 0, 9, 1, 7, 2])
+    return pool
+
+
+@pytest.fixture
+def x():
+    return torch.randn(BATCH, LENGTH, D_IN, generator=torch.Generator().manual_seed(1))
+
+
+def votes_by_hand(pool, phi):
+    votes = [0] * CONFIG.rank
+    for sample in phi:
+        scores = (pool.router.weight @ sample + pool.router.bias).tolist()
+        for expert in sorted(range(CONFIG.rank), key=lambda e: -scores[e])[: CONFIG.k_active]:
+            votes[expert] += 1
+    return votes
+
+
+def added_by_hand(pool, x, experts):
+    """One rank-1 expert at a time: scaling * b_i (a_i . x)."""
+    out = x @ pool.base_layer.weight.T + pool.base_layer.bias
+    for expert in experts:
+        dot = (x * pool.lora_A[expert]).sum(-1, keepdim=True)
+        out = out + CONFIG.alpha / CONFIG.rank * dot * pool.lora_B[:, expert]
+    return out
+
+
+def test_forward_equals_the_sum_over_experts_with_most_votes(pool, x):
+    before = pool.activation_counts.clone()
+    out = pool.train()(x)
+    votes = votes_by_hand(pool, x[:, 0])
+    active = sorted(range(CONFIG.rank), key=lambda e: -votes[e])[: CONFIG.k_active]
+    assert sorted(votes)[CONFIG.rank - CONFIG.k_active - 1] < votes[active[-1]], "the vote must be clear for this test"
+    torch.testing.assert_close(out, added_by_hand(pool, x, active), atol=1e-5, rtol=1e-5)
+    assert (pool.activation_counts - before).tolist() == votes
+
+
+def test_fresh_pool_changes_nothing(x):
+    pool = ExpertPool(nn.Linear(D_IN, D_OUT), CONFIG, RoutingPosition())
+    torch.testing.assert_close(pool.train()(x), pool.base_layer(x), atol=0, rtol=0)
+
+
+def test_eval_is_the_merged_layer_and_counts_nothing(pool, x):
+    before = pool.activation_counts.clone()
+    out = pool.eval()(x)
+    torch.testing.assert_close(out, added_by_hand(pool, x, [2, 4]), atol=1e-5, rtol=1e-5)
+    assert torch.equal(pool.activation_counts, before)
+
+
+def test_eval_does_not_depend_on_batch_mates(pool, x):
+    pool.eval()
+    torch.testing.assert_close(pool(x)[2:3], pool(x[2:3]), atol=1e-6, rtol=1e-6)
+
+
+def test_router_gets_a_gradient_and_base_layer_none(pool, x):
+    pool.base_layer.requires_grad_(False)
+    pool.train()(x).square().sum().backward()
+    assert pool.router.weight.grad.abs().sum() > 0
+    assert pool.router.bias.grad.abs().sum() > 0
+    assert pool.base_layer.weight.grad is None
+
+
+def test_router_gradient_is_that_of_the_probability(pool, x):
+    """Straight-through: d out / d router equals the gradient of probability * contribution at the active experts."""
+    pool.train()(x).sum().backward()
+    got = pool.router.weight.grad.clone()
+    pool.router.zero_grad()
+    votes = votes_by_hand(pool, x[:, 0])
+    probabilities = pool.router(x[:, 0]).softmax(-1)
+    total = 0
+    for expert in sorted(range(CONFIG.rank), key=lambda e: -votes[e])[: CONFIG.k_active]:
+        contribution = (
+            CONFIG.alpha
+            / CONFIG.rank
+            * (x @ pool.lora_A[expert]).detach().sum(1)
+            * pool.lora_B[:, expert].sum().detach()
+        )
+        total = total + (probabilities[:, expert] * contribution).sum()
+    total.backward()
+    torch.testing.assert_close(got, pool.router.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_routing_position_picks_each_text_s_own_token(x):
+    position = RoutingPosition()
+    assert torch.equal(position.pick(x), x[:, 0])
+    position.index = torch.tensor([3, 0, 6, 2, 2])
+    assert torch.equal(position.pick(x), torch.stack([x[i, p] for i, p in enumerate(position.index)]))
+
+
+def test_consolidating_trains_only_the_experts_that_will_be_merged(pool, x):
+    pool.consolidating = True
+    before = pool.activation_counts.clone()
+    out = pool.train()(x)
+    torch.testing.assert_close(out, added_by_hand(pool, x, [2, 4]), atol=1e-5, rtol=1e-5)
+    out.square().sum().backward()
+    assert pool.lora_A.grad.abs().sum(1).nonzero().flatten().tolist() == [2, 4]
+    assert torch.equal(pool.activation_counts, before)

@@ -1,0 +1,144 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer.errors import TaskDataMissing, TaskInvalid, UnknownTask, UnreadableImage
+from trainer.tasks import Task, catalogue, load_task, sample
+from trainer.tasks.split import split_by_seed
+from trainer.tasks.task import Images
+
+
+def paint(path, colour):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((20, 30, 3), colour, dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def bolts(tmp_path):
+    """Three classes, each of one colour, as a user would lay them out."""
+    folder = tmp_path / "bolts"
+    for split, count in (("train", 4), ("test", 2)):
+        for value, name in enumerate(("hex_bolt", "eye-bolt", "rivet")):
+            for i in range(count):
+                paint(folder / split / name / f"{i}.png", 50 * value)
+    return folder
+
+
+def test_shipped_task_has_both_splits():
+    task = load_task("digits")
+    assert task.class_names[7] == "seven"
+    assert (len(task.load("train")), len(task.load("test"))) == (993, 797)
+    image, label = task.load("test")[5]
+    assert image.size == (64, 64)
+    assert task.class_names[label] == task.load("test").name_of(5).split("/")[-2]
+
+
+def test_folder_becomes_a_task(bolts):
+    task = load_task(str(bolts))
+    assert task.name == "bolts"
+    assert task.class_names == ("eye bolt", "hex bolt", "rivet")
+    assert task.templates == ("a photo of a {}",)
+    test = task.load("test")
+    assert list(test.labels) == [0, 0, 1, 1, 2, 2]
+    assert np.asarray(test[2][0])[0, 0, 0] == 0, "hex_bolt was painted black"
+
+
+def test_folder_takes_names_and_templates_from_files_or_the_caller(bolts):
+    (bolts / "classes.txt").write_text("eyelet\nhexagon\nrivet\n")
+    (bolts / "templates.txt").write_text("a photo of a {}\n\na close-up of a {}\n")
+    task = load_task(str(bolts))
+    assert task.class_names == ("eyelet", "hexagon", "rivet")
+    assert task.templates == ("a photo of a {}", "a close-up of a {}")
+    renamed = load_task(str(bolts), rename="fasteners", templates=("a {}, a type of bolt",))
+    assert (renamed.name, renamed.templates) == ("fasteners", ("a {}, a type of bolt",))
+
+
+def test_one_tree_is_split_the_same_way_every_time(bolts):
+    tree = bolts / "train"
+    first, second = load_task(str(tree)), load_task(str(tree))
+    assert len(first.load("train")) == 9
+    assert len(first.load("test")) == 3
+    names = [[task.load("test").name_of(i) for i in range(3)] for task in (first, second)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda f: (f / "classes.txt").write_text("one\ntwo\n"), "2 class names for 3"),
+        (lambda f: (f / "templates.txt").write_text("a photo\n"), "exactly one {}"),
+        (lambda f: (f / "classes.txt").write_text("a\na\nb\n"), "'a' stands twice"),
+        (lambda f: (f / "train" / "empty").mkdir(), "empty"),
+        (lambda f: paint(f / "test" / "nut" / "1.png", 3), "'nut' is in one of"),
+    ],
+)
+def test_folders_that_make_no_task_are_refused(bolts, spoil, says):
+    spoil(bolts)
+    with pytest.raises(TaskInvalid, match=says):
+        load_task(str(bolts))
+
+
+def test_one_class_is_no_task(tmp_path):
+    paint(tmp_path / "t" / "only" / "1.png", 3)
+    with pytest.raises(TaskInvalid, match="has 1 class"):
+        load_task(str(tmp_path / "t"))
+
+
+def test_a_name_that_would_leave_the_folder_is_refused(bolts):
+    with pytest.raises(TaskInvalid, match="task name"):
+        load_task(str(bolts), rename="../escape")
+
+
+def test_unreadable_image_is_named(bolts):
+    bad = bolts / "test" / "rivet" / "0.png"
+    bad.write_bytes(b"not a picture")
+    with pytest.raises(UnreadableImage, match=r"rivet/0\.png"):
+        list(load_task(str(bolts)).load("test"))
+
+
+def test_unknown_task_gets_near_names():
+    with pytest.raises(UnknownTask, match="near names: digits"):
+        load_task("digit")
+    with pytest.raises(TaskDataMissing, match="no such folder"):
+        load_task("./nowhere")
+
+
+def test_catalogue_says_where_data_was_looked_for(tmp_path):
+    entries = {entry.name: entry for entry in catalogue(tmp_path)}
+    assert len(entries) == 17
+    assert entries["digits"].missing == ""
+    assert entries["aircraft"].source == str(tmp_path / "fgvc-aircraft-2013b")
+    assert "--download" in entries["aircraft"].missing
+    assert "dead" in entries["sun397"].missing
+    with pytest.raises(TaskDataMissing, match=r"fgvc-aircraft-2013b.*--download"):
+        load_task("aircraft", tmp_path)
+
+
+def test_few_shot_draws_the_same_few_of_every_class():
+    images = Images([0] * 9 + [1] * 2 + [2] * 9, lambda i: None, str)
+    drawn = images.few_shot(3, seed=1)
+    assert list(drawn.labels) == [0] * 3 + [1] * 2 + [2] * 3
+    assert [drawn.name_of(i) for i in range(8)] == [images.few_shot(3, seed=1).name_of(i) for i in range(8)]
+    assert [drawn.name_of(i) for i in range(8)] != [images.few_shot(3, seed=2).name_of(i) for i in range(8)]
+    assert images.few_shot(0, seed=1) is images
+
+
+def test_split_by_seed_covers_everything_once():
+    images = Images([0] * 10 + [1] * 2 + [2], lambda i: None, str)
+    parts = split_by_seed(images)
+    names = [part.name_of(i) for part in parts.values() for i in range(len(part))]
+    assert sorted(names, key=int) == [str(i) for i in range(13)]
+    assert list(parts["test"].labels) == [0, 0, 1]
+
+
+def test_templates_need_one_place_for_the_name():
+    for templates in ((), ("no place",), ("{} and {}",)):
+        with pytest.raises(TaskInvalid):
+            Task("t", ("a", "b"), templates, lambda split: None, "here")
+
+
+def test_sample_gives_real_images_and_prompts():
+    images, prompts = sample(12)
+    assert len(images) == 12
+    assert all(image.size == (64, 64) for image in images)
+    assert "the flag of france" in prompts

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from trainer.backbone import cut_to_longest, encode_classes, encode_text, fingerprint, load_backbone, with_weights
+from trainer.errors import UnknownModel, UnsupportedModel, WeightsError
+
+
+def test_mini_is_an_ordinary_open_clip_model(mini):
+    import open_clip
+
+    theirs, _, _ = open_clip.create_model_and_transforms(
+        "mini", pretrained="trainer/mini/mini.safetensors", require_pretrained=True
+    )
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(mini.model.state_dict()[name], weight), name
+    assert (mini.image_size, mini.context_length, mini.embed_dim) == (64, 24, 192)
+
+
+def test_encode_text_equals_open_clip_on_cut_prompts(mini):
+    tokens = mini.tokenizer(["a", "a cat", "a long prompt about the letter q, with many more words in it than fit"])
+    expected = mini.model.encode_text(tokens)
+    for rows in ([0], [0, 1], [0, 1, 2]):
+        cut = cut_to_longest(tokens[rows])
+        torch.testing.assert_close(encode_text(mini.model, cut), expected[rows], atol=1e-5, rtol=1e-5)
+    assert cut_to_longest(tokens[:1]).shape == (1, 3)
+
+
+def test_encode_classes_is_the_normalised_mean_of_normalised_prompts(mini):
+    features = mini.model.encode_text(mini.tokenizer(["a cat", "the cat"]), normalize=True)
+    expected = features.mean(0) / features.mean(0).norm()
+    got = encode_classes(mini, ("dog", "cat"), ("a {}", "the {}"))
+    torch.testing.assert_close(got[1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_fingerprint_is_of_the_weights_alone(mini):
+    state = mini.model.state_dict()
+    assert fingerprint(dict(reversed(state.items()))) == mini.fingerprint
+    state["logit_scale"] = state["logit_scale"] + 1e-6
+    assert fingerprint(state) != mini.fingerprint
+
+
+def test_with_weights_leaves_the_original_alone(mini):
+    changed = with_weights(mini, {name: weight * 0 for name, weight in mini.model.state_dict().items()})
+    assert changed.model.logit_scale == 0
+    assert mini.model.logit_scale != 0
+    assert changed.fingerprint == mini.fingerprint
+
+
+def test_random_weights_are_the_same_every_time():
+    assert load_backbone("mini", "random").fingerprint == load_backbone("mini", "random").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        (("ViT-B-17",), UnknownModel, "ViT-B-16"),
+        (("RN50", "random"), UnsupportedModel, "ModifiedResNet"),
+        (("mini", "nope"), WeightsError, "neither a known tag nor a file"),
+        (("ViT-B-32", "trainer/mini/mini.safetensors"), WeightsError, "could not be loaded"),
+        (("mini", "LICENSE"), WeightsError, "could not be loaded"),
+    ],
+)
+def test_what_can_not_be_loaded_is_named(arguments, error, says):
+    with pytest.raises(error, match=says) as caught:
+        load_backbone(*arguments)
+    assert "\n" not in str(caught.value)

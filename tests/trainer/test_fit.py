@@ -1,0 +1,93 @@
+import dataclasses
+
+import pytest
+import torch
+
+from trainer.backbone import with_weights
+from trainer.config import train_config
+from trainer.errors import ConfigError, TaskAlreadyLearned
+from trainer.evaluate import accuracy
+from trainer.fit import draw_batches, fit, past_columns
+from trainer.merge import merge
+from trainer.tasks import load_task
+
+QUICK = {"iterations": 3, "shots": 2, "batch_size": 8}
+
+
+def test_fit_learns(fitted):
+    before, after = (fitted.adapter.accuracy[when]["digits"] for when in ("before", "after"))
+    assert after > before + 3
+
+
+def test_accuracy_recorded_is_that_of_base_and_adapter_merged(mini, fitted, digits):
+    merged = with_weights(mini, merge(mini.model.state_dict(), [fitted.adapter]))
+    assert accuracy(merged, digits) == fitted.adapter.accuracy["after"]["digits"]
+
+
+def test_same_seed_same_adapter_and_another_seed_another(mini):
+    task = load_task("emoji")
+
+    def sha(seed):
+        return fit(task, mini, [], train_config("mini", seed=seed, **QUICK), test_on=[]).adapter.sha256
+
+    assert sha(1) == sha(1) != sha(2)
+
+
+def test_fit_leaves_the_base_and_the_global_seed_alone(mini):
+    before = {name: weight.clone() for name, weight in mini.model.state_dict().items()}
+    state = torch.get_rng_state()
+    fit(load_task("emoji"), mini, [], train_config("mini", **QUICK), test_on=[])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(mini.model.state_dict()[name], weight) for name, weight in before.items())
+
+
+def test_second_task_names_the_first_as_parent_and_stays_off_its_columns(mini, fitted):
+    task = load_task("emoji")
+    losses = {}
+    for ago in ("sum", "off"):
+        config = train_config("mini", ago=ago, ago_weight=10.0, **QUICK)
+        seen = []
+        second = fit(task, mini, [fitted.adapter], config, test_on=[], on_step=seen.append)
+        losses[ago] = [step.loss for step in seen]
+        assert second.adapter.parents == (fitted.adapter.sha256,)
+    assert losses["sum"][0] == losses["off"][0], "fresh pools have no overlap"
+    assert losses["sum"][-1] > losses["off"][-1]
+
+
+def test_past_columns_stand_side_by_side(fitted):
+    other = dataclasses.replace(fitted.adapter, tensors={k: v + 1 for k, v in fitted.adapter.tensors.items()})
+    past = past_columns([fitted.adapter, other], torch.device("cpu"))
+    name = fitted.adapter.modules()[0]
+    first, second = fitted.adapter.experts(name)[1], other.experts(name)[1]
+    assert torch.equal(past[name], torch.cat([first, second], dim=1))
+    assert past_columns([], torch.device("cpu")) == {}
+
+
+def test_a_task_is_learned_once(mini, fitted, digits):
+    with pytest.raises(TaskAlreadyLearned, match="digits"):
+        fit(digits, mini, [fitted.adapter], train_config("mini", **QUICK), test_on=[])
+
+
+def test_batches_pair_every_image_with_its_own_prompt(mini, digits):
+    pixels, labels, tokens, text_of = next(draw_batches(digits, mini, train_config("mini", batch_size=20)))
+    assert pixels.shape == (20, 3, 64, 64)
+    assert len(tokens) == len(labels.unique())
+    prompts = [template.replace("{}", name) for template in digits.templates for name in digits.class_names]
+    encoded = {
+        tuple(row[row > 0].tolist()): prompt for row, prompt in zip(mini.tokenizer(prompts), prompts, strict=True)
+    }
+    for label, row in zip(labels, tokens[text_of], strict=True):
+        assert digits.class_names[label] in encoded[tuple(row[row > 0].tolist())]
+
+
+def test_batches_show_every_image_before_any_twice(mini, digits):
+    config = train_config("mini", shots=4, batch_size=10)
+    batches = draw_batches(digits, mini, config)
+    seen = [tuple(image.flatten()[::97].tolist()) for _ in range(4) for image in next(batches)[0]]
+    assert len(set(seen)) == 40
+
+
+def test_config_names_all_faults_at_once():
+    with pytest.raises(ConfigError, match=r"k_active 20.*dropout 1.5.*lr -1") as caught:
+        train_config("mini", k_active=20, dropout=1.5, lr=-1.0)
+    assert "\n" not in str(caught.value)
