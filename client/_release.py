@@ -115,10 +115,13 @@ class Release:
         return size
 
     def _raise_if_gone(self, exc: ClientError) -> None:
-        """A failed request has many reasons: ask the server whether the version is still there."""
+        """A failed request has many reasons: ask the server whether the version is still there.
+
+        Triton answers UNAVAILABLE for a version that was dropped, as gRPC does for a server that is.
+        """
         available = ready_versions(self._transport, self.model)
         if self.version not in available:
-            raise _version_gone(self._transport, self.model, self.version, available) from exc
+            raise _version_gone(self._transport, self.model, self.version, available) from exc.__cause__
 
 
 def _version_gone(transport: Transport, model: str, version: int, available: list[int]) -> VersionGone:

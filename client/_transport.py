@@ -20,6 +20,13 @@ from client.errors import (
     ServerUnavailable,
 )
 
+# gRPC's own limit of 4 MB a message is Triton's to set, and its pause before it connects again grows to two minutes.
+_CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
 _DATATYPES = {"uint8": "UINT8", "int32": "INT32"}
 
 # Statuses as tritonclient reports them: gRPC code names and HTTP numbers. Any other is a ServerError.
@@ -84,7 +91,7 @@ class Transport:
         if address.scheme == "grpc":
             import tritonclient.grpc as binding
 
-            self._client = binding.InferenceServerClient(str(address))
+            self._client = binding.InferenceServerClient(str(address), channel_args=_CHANNEL_OPTIONS)
             self._options: dict[str, Any] = {"client_timeout": timeout_s}
         else:
             import tritonclient.http as binding
