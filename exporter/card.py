@@ -7,17 +7,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-import open_clip.tokenizer
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from open_clip import SimpleTokenizer
 
+from exporter.config import IR_VERSION, OPSET, PRODUCER
 from exporter.errors import RepositoryError, UnsupportedModel
-from exporter.graph import IR_VERSION, OPSET
-from trainer.adapter import Adapter
-from trainer.backbone import Backbone
+
+if TYPE_CHECKING:  # reading a card needs neither torch nor open_clip
+    from trainer.adapter import Adapter
+    from trainer.backbone import Backbone
 
 FORMAT = 1
 RESIZE_MODES = ("shortest", "squash")
@@ -65,6 +66,8 @@ def tokenizer_sha256(backbone: Backbone) -> str:
     Raises:
         UnsupportedModel: not open_clip's SimpleTokenizer over its shipped vocabulary, as the client has it.
     """
+    from open_clip.tokenizer import SimpleTokenizer, default_bpe
+
     plain = SimpleTokenizer(context_length=backbone.context_length)
     tokenizer = backbone.tokenizer
     alike = type(tokenizer) is SimpleTokenizer and tokenizer.encoder == plain.encoder
@@ -73,7 +76,7 @@ def tokenizer_sha256(backbone: Backbone) -> str:
             f"model {backbone.model_name}: tokenizer {type(tokenizer).__name__}, clients have CLIP's own "
             "(SimpleTokenizer, lower case); take another model"
         )
-    return hashlib.sha256(gzip.decompress(Path(open_clip.tokenizer.default_bpe()).read_bytes())).hexdigest()
+    return hashlib.sha256(gzip.decompress(Path(default_bpe()).read_bytes())).hexdigest()
 
 
 def card_model(card: dict) -> ModelProto:
@@ -95,7 +98,7 @@ def card_model(card: dict) -> ModelProto:
         [zero, cards],
     )
     opset = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="clipweld")
+    model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name=PRODUCER)
     onnx.checker.check_model(model, full_check=True)
     return model
 

@@ -23,12 +23,10 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.export import Dim
 
+from exporter.config import IR_VERSION, OPSET, PRODUCER
 from exporter.errors import UnsupportedModel
 from trainer.backbone import Backbone
 
-# Loads in ONNX Runtime from 1.15 on, so in every Triton container from 24.03 on.
-OPSET = 18
-IR_VERSION = 9
 PROTOBUF_LIMIT = 2**31 - 1
 
 IMAGE_INPUT, IMAGE_OUTPUT = "image", "image_features"
@@ -190,7 +188,7 @@ def _trace(tower: nn.Module, example: Tensor, shapes: dict, input_name: str, out
 def _strip(model: ModelProto) -> ModelProto:
     """Drop what differs between machines: stack traces, source paths, versions of the tools."""
     model.ir_version = IR_VERSION
-    model.producer_name, model.producer_version = "clipweld", ""
+    model.producer_name, model.producer_version = PRODUCER, ""
     graph = model.graph
     graph.name = graph.output[0].name
     del graph.value_info[:]

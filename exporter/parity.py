@@ -76,7 +76,8 @@ def check_parity(parity: Parity, version: str) -> None:
     """
     # Written so that NaN fails.
     if (
-        max(parity.image_max_abs, parity.text_max_abs) <= MAX_ABS
+        parity.image_max_abs <= MAX_ABS
+        and parity.text_max_abs <= MAX_ABS
         and parity.cosine_min >= COSINE_MIN
         and parity.top1_agreement == 1
     ):

@@ -1,0 +1,95 @@
+"""The card says what a client must know."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime
+import open_clip
+import pytest
+from open_clip.tokenizer import HFTokenizer
+
+from exporter.card import card_model, describe, read_card
+from exporter.errors import RepositoryError, UnsupportedModel
+from exporter.graph import to_bytes
+
+
+def test_card_of_a_merge(mini, make_adapter):
+    adapter = make_adapter("digits")
+    card = describe("clip", 2, mini, [adapter])
+    assert card == {
+        "format": 1,
+        "model": "clip",
+        "version": 2,
+        "image": {"size": 64, "resize_mode": "shortest", "interpolation": "bicubic"},
+        "text": {"context_length": 24, "tokenizer_sha256": card["text"]["tokenizer_sha256"]},
+        "embed_dim": 192,
+        "logit_scale": pytest.approx(mini.model.logit_scale.exp().item()),
+        "logit_bias": None,
+        "base": {"model_name": "mini", "pretrained": "mini", "fingerprint": mini.fingerprint},
+        "tasks": [
+            {
+                "name": "digits",
+                "class_names": ["cat", "dög"],
+                "templates": ["a photo of a {}"],
+                "accuracy": {"before": 10.0, "after": 90.0},
+                "adapter_sha256": adapter.sha256,
+            }
+        ],
+    }
+
+
+def test_tokenizer_is_named_by_its_decompressed_vocabulary(mini):
+    import gzip
+
+    from open_clip.tokenizer import default_bpe
+
+    with gzip.open(default_bpe()) as file:
+        want = hashlib.sha256(file.read()).hexdigest()
+    assert describe("clip", 1, mini, [])["text"]["tokenizer_sha256"] == want
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_card_model_answers_the_json_whatever_the_index(mini, make_adapter, tmp_path, batch):
+    card = describe("clip", 7, mini, [make_adapter("pets")])
+    content = to_bytes(card_model(card))
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    index = np.arange(-1, batch - 1, dtype=np.int32).reshape(-1, 1) * 5
+    answer = session.run(None, {"index": index})[0]
+    assert answer.shape == (batch, 1)
+    assert all(json.loads(text) == card for text in answer.ravel())
+    (tmp_path / "model.onnx").write_bytes(content)
+    assert read_card(tmp_path / "model.onnx") == card
+
+
+def test_other_tokenizers_are_refused_by_name(mini):
+    foreign = object.__new__(HFTokenizer)
+    with pytest.raises(UnsupportedModel, match="HFTokenizer"):
+        describe("clip", 1, replace(mini, tokenizer=foreign), [])
+    case = open_clip.SimpleTokenizer(context_length=24, clean="whitespace")
+    with pytest.raises(UnsupportedModel, match="lower case"):
+        describe("clip", 1, replace(mini, tokenizer=case), [])
+
+
+def test_other_resize_modes_are_refused_by_name(mini):
+    with pytest.raises(UnsupportedModel, match="'longest'"):
+        describe("clip", 1, replace(mini, resize_mode="longest"), [])
+
+
+@pytest.mark.parametrize("content", [b"", b"not onnx", None])
+def test_a_file_that_is_no_card_is_refused(tmp_path, content):
+    file = tmp_path / "model.onnx"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(RepositoryError, match="card .*model.onnx"):
+        read_card(file)
+
+
+def test_a_card_of_a_later_format_is_refused(tmp_path):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(to_bytes(card_model({"format": 2})))
+    with pytest.raises(RepositoryError, match="format 2, this clipweld reads 1"):
+        read_card(file)

@@ -1,0 +1,104 @@
+"""The command line: contract of names, one-line errors, instant help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from exporter import cli
+from trainer.adapter import save_adapter
+
+
+def run(*arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["exporter", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+@pytest.mark.parametrize("command", ["merge", "serve", "versions"])
+def test_help_has_a_runnable_example(command, monkeypatch, capsys):
+    assert run(command, "--help", monkeypatch=monkeypatch) == 0
+    assert f"Example: exporter {command}" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['exporter', '--help']\nfrom exporter.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'onnx', 'onnxruntime', 'open_clip', 'PIL') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
+
+
+def test_serving_needs_no_torch():
+    code = "import sys, exporter.repository, exporter.triton; print('torch' in sys.modules, 'open_clip' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["False", "False"]
+
+
+@pytest.mark.usefixtures("traced")
+def test_merge_writes_the_lineage_in_order(make_adapter, tmp_path, monkeypatch, capsys):
+    first = make_adapter("zebras")
+    second = make_adapter("ants", (first,), seed=1)
+    for adapter in (first, second):
+        save_adapter(adapter, tmp_path / "adapters" / f"{adapter.task}.safetensors")
+    where = ["--repository", tmp_path / "r"]
+    merge = ["merge", "--to", "onnx", "--model", "mini", "--adapters", tmp_path / "adapters", *where, "--json"]
+    assert run(*merge, monkeypatch=monkeypatch) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result) == ["model", "version", "parity", "graph_identical_to_base", "seconds"]
+    assert (result["version"], result["graph_identical_to_base"]) == (2, True)
+    assert run("versions", *where, "--json", monkeypatch=monkeypatch) == 0
+    versions = json.loads(capsys.readouterr().out)
+    assert [(v["model"], v["version"], v["tasks"]) for v in versions] == [
+        ("clip", 1, []),
+        ("clip", 2, ["zebras", "ants"]),
+    ]
+    assert run("versions", *where, monkeypatch=monkeypatch) == 0
+    assert "zebras, ants" in capsys.readouterr().out
+
+
+def test_a_broken_chain_is_one_line_and_status_1(make_adapter, tmp_path, monkeypatch, capsys):
+    orphan = make_adapter("ants", (make_adapter("zebras"),))
+    save_adapter(orphan, tmp_path / "adapters" / "ants.safetensors")
+    merge = ["merge", "--to", "onnx", "--model", "mini", "--adapters", tmp_path / "adapters"]
+    assert run(*merge, "--repository", tmp_path / "r", monkeypatch=monkeypatch) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    line = captured.err.strip().splitlines()[-1]
+    assert line.startswith("exporter: adapter 'ants' was trained on top of")
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_empty_repository_is_one_line_and_status_1(tmp_path, monkeypatch, capsys):
+    assert run("serve", "--repository", tmp_path, monkeypatch=monkeypatch) == 1
+    assert capsys.readouterr().err == (
+        f"exporter: repository {tmp_path}: no model in it; write one with: exporter merge --to onnx\n"
+    )
+
+
+def test_a_missing_command_is_refused_before_serving(released, monkeypatch, capsys):
+    arguments = ["serve", "--repository", released[0].path, "--port", "0", "--", "no-such-program"]
+    assert run(*arguments, monkeypatch=monkeypatch) == 1
+    assert "command 'no-such-program': no such program" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["merge"],
+        ["merge", "--to", "tensorrt"],
+        ["merge", "--to", "open_clip"],
+        ["merge", "--to", "onnx", "--out", "x"],
+        ["merge", "--to", "onnx", "--name", "../clip"],
+        ["serve", "--port", "99999"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_usage_is_status_2(arguments, monkeypatch):
+    assert run(*arguments, monkeypatch=monkeypatch) == 2

@@ -1,0 +1,133 @@
+"""The traced towers: right on every length and batch, equal bytes, nothing of this machine inside."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+
+from exporter import graph
+from exporter.errors import UnsupportedModel
+
+
+def session(model):
+    return onnxruntime.InferenceSession(graph.to_bytes(model), providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="module")
+def text(mini, graphs):
+    return session(graph.fill(graphs.text, mini.model.state_dict()))
+
+
+@pytest.fixture(scope="module")
+def image(mini, graphs):
+    return session(graph.fill(graphs.image, mini.model.state_dict()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_image_tower_is_open_clips_on_raw_pixels(mini, image, batch):
+    pixels = torch.randint(0, 256, (batch, 64, 64, 3), dtype=torch.uint8, generator=torch.manual_seed(batch))
+    mean, std = torch.tensor(mini.mean), torch.tensor(mini.std)
+    want = F.normalize(mini.model.visual(((pixels / 255 - mean) / std).permute(0, 3, 1, 2)), dim=-1)
+    got = image.run(None, {"image": pixels.numpy()})[0]
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want.numpy(), atol=2e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_text_tower_is_open_clips_at_every_length(mini, text, batch):
+    for length in range(1, mini.context_length + 1):
+        tokens = torch.randint(1, 49407, (batch, length), generator=torch.manual_seed(length))
+        tokens[:, 0] = 49407  # EOT in the first place for some, at the end for others
+        if length > 2:
+            tokens[0, 0], tokens[0, -1] = 49406, 49407
+        padded = F.pad(tokens, (0, mini.context_length - length))
+        want = mini.model.encode_text(padded, normalize=True)
+        got = text.run(None, {"tokens": tokens.to(torch.int32).numpy()})[0]
+        np.testing.assert_allclose(got, want.numpy(), atol=2e-6, err_msg=f"length {length}")
+
+
+def test_text_longer_than_the_context_is_cut(mini, text):
+    tokens = np.random.default_rng(0).integers(0, 49407, (2, 300), dtype=np.int32)
+    cut = text.run(None, {"tokens": tokens[:, : mini.context_length]})[0]
+    np.testing.assert_array_equal(text.run(None, {"tokens": tokens})[0], cut)
+
+
+def test_token_ids_out_of_vocabulary_are_clamped(text):
+    wild, tame = np.array([[-7, 2**31 - 1, 5]], np.int32), np.array([[0, 49407, 5]], np.int32)
+    np.testing.assert_array_equal(text.run(None, {"tokens": wild})[0], text.run(None, {"tokens": tame})[0])
+
+
+def test_weights_keep_open_clips_names_and_values(mini, graphs):
+    weights = mini.model.state_dict()
+    for traced in (graphs.image, graphs.text):
+        filled = {t.name: t for t in graph.fill(traced, weights).graph.initializer}
+        names = [value.name for value in traced.graph.input[1:]]
+        assert names
+        for name in names:
+            np.testing.assert_array_equal(onnx.numpy_helper.to_array(filled[name]), weights[name].numpy())
+
+
+def test_every_weight_of_the_model_is_in_a_tower(mini, graphs):
+    used = {value.name for traced in (graphs.image, graphs.text) for value in traced.graph.input[1:]}
+    assert used == set(mini.model.state_dict()) - {"logit_scale"}
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_graph_does_not_depend_on_the_values_of_weights(mini, graphs, value):
+    """Equal and zero weights are where optimisers fold and deduplicate."""
+    constant = {name: torch.full_like(tensor, value) for name, tensor in mini.model.state_dict().items()}
+    for traced in (graphs.image, graphs.text):
+        ours, others = graph.fill(traced, constant).graph, graph.fill(traced, mini.model.state_dict()).graph
+        assert list(ours.node) == list(others.node)
+        assert [(t.name, t.dims) for t in ours.initializer] == [(t.name, t.dims) for t in others.initializer]
+
+
+def test_tracing_again_gives_the_same_bytes_whatever_the_weights(mini, graphs):
+    model = mini.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        for parameter in model.parameters():
+            parameter.zero_()
+        again = graph.trace_text_tower(mini)
+    finally:
+        model.load_state_dict(before)
+    assert graph.to_bytes(again) == graph.to_bytes(graphs.text)
+
+
+def test_file_holds_nothing_of_this_machine(mini, graphs):
+    for traced in (graphs.image, graphs.text):
+        content = graph.to_bytes(
+            graph.fill(traced, {k: torch.zeros_like(v) for k, v in mini.model.state_dict().items()})
+        )
+        for trace in (b".py", b"site-packages", b"/home", b"/root", b"/tmp", sys.prefix.encode(), b"stack", b"torch"):
+            assert trace not in content
+
+
+def test_opset_and_ir_load_on_old_servers(graphs):
+    for traced in (graphs.image, graphs.text):
+        assert traced.ir_version == 9
+        assert [(opset.domain, opset.version) for opset in traced.opset_import] == [("", 18)]
+
+
+def test_other_architectures_are_refused(mini):
+    class Odd:
+        pass
+
+    from dataclasses import replace
+
+    with pytest.raises(UnsupportedModel, match="is a Odd, not a CLIP"):
+        graph.trace_image_tower(replace(mini, model=Odd()))
+
+
+def test_a_tower_beyond_protobuf_is_refused(mini, graphs, monkeypatch):
+    monkeypatch.setattr(graph, "PROTOBUF_LIMIT", 1000)
+    with pytest.raises(UnsupportedModel, match="protobuf allows 2 GiB"):
+        graph.fill(graphs.text, mini.model.state_dict())

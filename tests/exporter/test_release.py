@@ -1,0 +1,197 @@
+"""One merge: numbers, contents, refusals, and nothing half-written."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+
+from exporter import release as release_module
+from exporter.errors import (
+    AnswersDiffer,
+    ConfigChanged,
+    GraphsDiffer,
+    OtherBase,
+    RepositoryBusy,
+    RepositoryEmpty,
+    RepositoryError,
+)
+from exporter.release import merged_backbone, release, save_checkpoint
+from exporter.repository import KINDS, Repository, repositories
+
+
+def tree(path):
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*"))
+
+
+def contents(repository):
+    return {str(p): p.read_bytes() for p in sorted(repository.path.rglob("*")) if p.is_file()}
+
+
+def test_first_merge_writes_base_and_merged(released):
+    repository, result = released
+    assert repository.versions() == [1, 2]
+    want = [f"clip_{kind}{rest}" for kind in KINDS for rest in ("", "/config.pbtxt")]
+    want += [f"clip_{kind}/{v}{rest}" for kind in KINDS for v in (1, 2) for rest in ("", "/model.onnx")]
+    assert tree(repository.path) == sorted(want)
+    assert os.listdir(repository.path.parent) == [repository.path.name]
+    assert (result.model, result.version, result.graph_identical_to_base) == ("clip", 2, True)
+    assert [t["name"] for t in repository.card(1)["tasks"]] == []
+    assert [t["name"] for t in repository.card(2)["tasks"]] == ["digits", "pets"]
+
+
+def test_report_has_the_promised_keys(released):
+    result = released[1].to_dict()
+    assert list(result) == ["model", "version", "parity", "graph_identical_to_base", "seconds"]
+    assert list(result["parity"]) == ["image_max_abs", "text_max_abs", "cosine_min", "top1_agreement"]
+
+
+def test_config_is_generated_from_the_graph(released):
+    assert (released[0].model("text") / "config.pbtxt").read_text() == (
+        'name: "clip_text"\nbackend: "onnxruntime"\nmax_batch_size: 64\n'
+        'input [ { name: "tokens" data_type: TYPE_INT32 dims: [ -1 ] } ]\n'
+        'output [ { name: "text_features" data_type: TYPE_FP32 dims: [ 192 ] } ]\n'
+        "instance_group [ { count: 1 } ]\ndynamic_batching { }\nversion_policy { all { } }\n"
+    )
+    image = (released[0].model("image") / "config.pbtxt").read_text()
+    assert 'input [ { name: "image" data_type: TYPE_UINT8 dims: [ 64, 64, 3 ] } ]' in image
+    card = (released[0].model("card") / "config.pbtxt").read_text()
+    assert 'output [ { name: "card" data_type: TYPE_STRING dims: [ 1 ] } ]' in card
+
+
+@pytest.mark.usefixtures("traced")
+def test_next_merge_adds_the_next_version_and_touches_nothing_else(mini, make_adapter, samples, repository):
+    before = contents(repository)
+    first = make_adapter("digits")
+    adapters = [first, make_adapter("pets", (first,), seed=1)]
+    result = release(mini, adapters, repository, *samples)
+    after = contents(repository)
+    assert result.version == 3
+    assert {path: after[path] for path in before} == before
+    assert len(after) == len(before) + 3
+    # The same adapters give the same towers, byte for byte.
+    for kind in ("image", "text"):
+        assert repository.file(kind, 3).read_bytes() == repository.file(kind, 2).read_bytes()
+
+
+@pytest.mark.usefixtures("traced")
+def test_without_adapters_the_base_alone_is_written_once(mini, samples, tmp_path):
+    repository = Repository(tmp_path / "r", "clip")
+    assert release(mini, [], repository, *samples).version == 1
+    assert repository.versions() == [1]
+    with pytest.raises(RepositoryError, match="no adapter to merge"):
+        release(mini, [], repository, *samples)
+
+
+@pytest.mark.usefixtures("traced")
+def test_two_names_live_in_one_repository(mini, samples, repository):
+    release(mini, [], Repository(repository.path, "base"), *samples)
+    assert [(r.name, r.versions()) for r in repositories(repository.path)] == [("base", [1]), ("clip", [1, 2])]
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("error", [AnswersDiffer("no"), OSError("disk full"), KeyboardInterrupt()])
+def test_a_failing_merge_leaves_nothing(mini, make_adapter, samples, repository, monkeypatch, error):
+    before = contents(repository)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(release_module, "check_parity", fail)
+    with pytest.raises(type(error)):
+        release(mini, [make_adapter("digits")], repository, *samples)
+    assert contents(repository) == before
+    assert os.listdir(repository.path.parent) == ["model_repository"]
+
+
+@pytest.mark.usefixtures("traced")
+def test_wrong_weights_in_the_file_are_refused(mini, make_adapter, samples, repository, monkeypatch):
+    """The check runs on the file itself: here it holds the base's weights instead of the merged ones."""
+    fill, base = release_module.fill, mini.model.state_dict()
+    monkeypatch.setattr(release_module, "fill", lambda graph, weights: fill(graph, base))
+    with pytest.raises(AnswersDiffer, match="clip version 3"):
+        release(mini, [make_adapter("digits")], repository, *samples)
+    assert repository.versions() == [1, 2]
+
+
+def test_a_graph_other_than_the_bases_is_refused(mini, make_adapter, samples, repository, graphs, monkeypatch):
+    changed = type(graphs.text).FromString(graphs.text.SerializeToString())
+    changed.graph.node[0].name += "_renamed"
+    monkeypatch.setattr(release_module, "trace_image_tower", lambda backbone: graphs.image)
+    monkeypatch.setattr(release_module, "trace_text_tower", lambda backbone: changed)
+    with pytest.raises(GraphsDiffer, match="text tower"):
+        release(mini, [make_adapter("digits")], repository, *samples)
+    assert repository.versions() == [1, 2]
+
+
+def test_another_base_is_refused(mini, make_adapter, samples, repository):
+    with pytest.raises(OtherBase, match="give another --name or --repository"):
+        release(replace(mini, fingerprint="0" * 64), [make_adapter("digits")], repository, *samples)
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_changed_config_is_refused(mini, make_adapter, samples, repository):
+    config = repository.model("text") / "config.pbtxt"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(ConfigChanged, match="clip_text/config.pbtxt"):
+        release(mini, [make_adapter("digits")], repository, *samples)
+    assert repository.versions() == [1, 2]
+    assert tree(repository.model("image")) == ["1", "1/model.onnx", "2", "2/model.onnx", "config.pbtxt"]
+
+
+def test_only_one_merge_writes_at_a_time(mini, samples, repository):
+    lock = os.open(repository.path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RepositoryBusy, match="another merge is writing"):
+            release(mini, [], repository, *samples)
+    finally:
+        os.close(lock)
+
+
+def test_leftovers_of_a_killed_merge_are_removed(repository):
+    """Killed between two renames: towers without a card; killed before: a staging folder."""
+    for kind in ("image", "text"):
+        (repository.model(kind) / "3").mkdir()
+        (repository.model(kind) / "3" / "model.onnx").write_bytes(b"whole, but its card is not there")
+    stale = repository.path.parent / ".model_repository.staging-abc"
+    stale.mkdir()
+    assert repository.versions() == [1, 2]
+    with repository.writing() as staging:
+        assert repository.next_version() == 3
+        assert not stale.exists()
+        assert not (repository.model("image") / "3").exists()
+        assert staging.parent == repository.path.parent
+    assert os.listdir(repository.path.parent) == ["model_repository"]
+
+
+def test_leftovers_of_a_killed_first_merge_are_removed(repository):
+    import shutil
+
+    shutil.rmtree(repository.model("card"))
+    with repository.writing():
+        assert tree(repository.path) == []
+
+
+def test_an_empty_repository_says_what_to_do(tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(RepositoryEmpty, match="exporter merge --to onnx"):
+            repositories(path)
+
+
+@torch.no_grad()
+def test_checkpoint_is_loaded_by_open_clip(mini, make_adapter, tmp_path, samples):
+    adapters = [make_adapter("digits")]
+    out = tmp_path / "new" / "merged.safetensors"
+    save_checkpoint(mini, adapters, out)
+    model = open_clip.create_model("mini", pretrained=str(out)).eval()
+    merged = merged_backbone(mini, adapters).model
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
+    pixels = torch.stack([mini.preprocess(image.convert("RGB")) for image in samples[0]])
+    assert not torch.equal(model.encode_image(pixels), mini.model.encode_image(pixels))
+    assert os.listdir(out.parent) == ["merged.safetensors"]

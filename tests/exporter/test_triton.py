@@ -1,0 +1,222 @@
+"""A real Triton on the released repository: right answers, clean starts, clean ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import tritonclient.utils
+
+from exporter import installation
+from exporter.errors import PortTaken, TritonFailed, TritonMissing
+from exporter.triton import serve
+
+EXPORTER = [sys.executable, "-m", "exporter"]
+RNG = np.random.default_rng(0)
+
+
+def processes_of(group: int) -> list[int]:
+    """Living processes of a group, zombies aside."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(pgrp) == group and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def wait_for(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def sessions(served):
+    """In-process ONNX Runtime of the same files."""
+    return {
+        (kind, version): onnxruntime.InferenceSession(
+            str(served.repository.file(kind, version)), providers=["CPUExecutionProvider"]
+        )
+        for kind in ("image", "text", "card")
+        for version in (1, 2)
+    }
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_image_answers_are_onnxruntimes_own(served, sessions, version, batch):
+    image = RNG.integers(0, 256, (batch, 64, 64, 3), dtype=np.uint8)
+    got = served.infer("clip_image", {"image": image}, version)["image_features"]
+    want = sessions["image", version].run(None, {"image": image})[0]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_text_answers_are_onnxruntimes_own(served, sessions, version):
+    for length in (1, 7, 24, 60):
+        tokens = RNG.integers(0, 49408, (3, length), dtype=np.int32)
+        got = served.infer("clip_text", {"tokens": tokens}, version)["text_features"]
+        np.testing.assert_allclose(got, sessions["text", version].run(None, {"tokens": tokens})[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_card_is_served(served, version):
+    answer = served.infer("clip_card", {"index": np.array([[0]], np.int32)}, version)["card"]
+    assert answer.shape == (1, 1)
+    assert json.loads(answer[0, 0]) == served.repository.card(version)
+
+
+def test_newest_version_answers_when_none_is_named(served):
+    tokens = np.array([[49406, 5, 49407]], np.int32)
+    got = served.infer("clip_text", {"tokens": tokens})["text_features"]
+    np.testing.assert_array_equal(got, served.infer("clip_text", {"tokens": tokens}, 2)["text_features"])
+
+
+def test_mixed_lengths_at_once_are_all_answered_right(served, sessions):
+    requests = [RNG.integers(0, 49408, (1 + i % 3, 1 + i % 24), dtype=np.int32) for i in range(96)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda t: served.infer("clip_text", {"tokens": t})["text_features"], requests))
+    for tokens, answer in zip(requests, answers, strict=True):
+        np.testing.assert_allclose(answer, sessions["text", 2].run(None, {"tokens": tokens})[0], atol=1e-6)
+
+
+def test_wrong_requests_are_refused_and_their_neighbours_answered(served, sessions):
+    image = RNG.integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    wrong = [image[:, :32], image.astype(np.float32), np.repeat(image, 65, axis=0), image[..., :1]]
+
+    def ask(array):
+        try:
+            return served.infer("clip_image", {"image": array})["image_features"]
+        except tritonclient.utils.InferenceServerException as exc:
+            return exc.status()
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, [image, *wrong] * 6))
+    want = sessions["image", 2].run(None, {"image": image})[0]
+    for place, answer in enumerate(answers):
+        if place % 5 == 0:
+            np.testing.assert_allclose(answer, want, atol=1e-6)
+        else:
+            assert answer == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_only_loopback_listens(served):
+    """Triton's own default is every interface."""
+    ports = {int(url.rpartition(":")[2]) for url in (served.server.url, served.server.http_url)}
+    listening = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            address, port = local.split(":")
+            if state == "0A" and int(port, 16) in ports:
+                listening[int(port, 16)] = address
+    assert set(listening) == ports
+    mapped = "0000000000000000FFFF0000"  # gRPC listens on IPv4 by an IPv6 socket
+    assert {address.removeprefix(mapped) for address in listening.values()} == {"0100007F"}
+
+
+def test_one_process_a_version_and_a_clean_end(repository):
+    with serve(repository.path) as server:
+        group = server.process.pid
+        assert len(processes_of(group)) == 1 + 6
+        backends = next(a for a in server.process.args if a.startswith("--backend-directory=")).partition("=")[2]
+        assert Path(backends).is_dir()
+        assert list(Path("/dev/shm").glob(f"clipweld-{os.getpid()}-*"))
+        port = int(server.url.rpartition(":")[2])
+    assert processes_of(group) == []
+    assert not Path(backends).exists()
+    assert not list(Path("/dev/shm").glob(f"clipweld-{os.getpid()}-{port}-*"))
+
+
+def test_a_broken_model_is_refused_at_the_start_in_one_line(repository):
+    repository.file("text", 2).write_bytes(b"not a graph")
+    with pytest.raises(TritonFailed) as caught, serve(repository.path):
+        pytest.fail("must not start")
+    message = str(caught.value)
+    assert "failed to load 'clip_text' version 2" in message
+    assert "\n" not in message
+
+
+def test_a_taken_port_is_named(repository):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(PortTaken, match=f"port {port} .*in use"), serve(repository.path, port=port):
+            pytest.fail("must not start")
+
+
+def test_loading_too_long_is_refused_and_leaves_nothing(repository):
+    with pytest.raises(TritonFailed, match=r"within 0.01 s; .*--timeout"), serve(repository.path, timeout_s=0.01):
+        pytest.fail("must not start")
+    assert not list(Path("/dev/shm").glob(f"clipweld-{os.getpid()}-*-x"))
+
+
+def test_command_runs_beside_the_server_and_its_status_is_ours(repository, tmp_path):
+    script = (
+        "import os, sys, urllib.request as u; h = os.environ['CLIPWELD_HTTP_URL'];"
+        "assert u.urlopen(h + '/v2/health/ready').status == 200; print(os.environ['CLIPWELD_URL']); sys.exit(42)"
+    )
+    command = ["serve", "--repository", str(repository.path), "--port", "0", "--", sys.executable, "-c", script]
+    run = subprocess.run([*EXPORTER, *command], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 42, run.stderr
+    assert run.stdout.startswith("grpc://127.0.0.1:")
+    assert "clip 1, 2; the nvidia-pytriton package's tritonserver" in run.stderr
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_however_serve_ends_no_process_is_left(repository, signum, status):
+    command = [*EXPORTER, "serve", "--repository", str(repository.path), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with process:
+        assert process.stderr.readline().startswith("grpc://127.0.0.1:")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 1
+        group = int(children[0])
+        assert len(processes_of(group)) > 1
+        process.send_signal(signum)
+        assert process.wait(60) == status
+    wait_for(lambda: not processes_of(group))
+
+
+def test_native_triton_is_preferred_where_it_has_the_backend(tmp_path, monkeypatch):
+    binary = tmp_path / "bin" / "tritonserver"
+    binary.parent.mkdir()
+    binary.write_text("#!/bin/sh\n")
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", str(binary.parent))
+    assert installation.find_native() is None
+    library = tmp_path / "backends" / "onnxruntime" / "libtriton_onnxruntime.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    with installation.installation() as found:
+        assert (found.binary, found.backends) == (binary, tmp_path / "backends")
+        assert "NVIDIA's onnxruntime backend" in found.description
+
+
+def test_without_any_triton_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(installation, "find_native", lambda: None)
+    monkeypatch.setattr(installation.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TritonMissing, match=r"pip install 'clipweld\[serve\]'"), installation.installation():
+        pytest.fail("must not be found")
+
+
+def test_a_python_without_a_stub_is_refused(tmp_path):
+    (tmp_path / "python_backend_stubs" / "2.7").mkdir(parents=True)
+    with pytest.raises(TritonMissing, match=r"only for 2\.7"):
+        installation.assemble_backends(tmp_path, tmp_path)
