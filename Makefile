@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: install
-	$(BIN)/python -m trainer.demo
+	$(BIN)/python demo.py
 
 test: install
 	$(BIN)/pytest

@@ -73,7 +73,9 @@ class TrainConfig(PoolConfig):
 
 
 # What differs from the published settings where a model is better off with something else.
-PRESETS: dict[str, dict[str, Any]] = {"mini": {}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "mini": {"shots": 16, "iterations": 150, "dropout": 0.0, "lr": 5e-3, "consolidate": 0.5},
+}
 
 
 def train_config(model_name: str, **chosen: Any) -> TrainConfig:
