@@ -43,3 +43,24 @@ def adapters(fitted, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     save_adapter(fitted.adapter, folder / "digits.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def repository(mini, fitted, tmp_path_factory):
+    """A model repository: version 1 the small CLIP, version 2 with digits merged."""
+    from exporter.release import release
+    from exporter.repository import Repository
+    from trainer.tasks import sample
+
+    folder = tmp_path_factory.mktemp("repository") / "models"
+    release(mini, [fitted.adapter], Repository(folder, "clip"), *sample(8))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(repository):
+    """A real Triton on that repository; ``url`` speaks gRPC, ``http_url`` HTTP."""
+    from exporter.triton import serve
+
+    with serve(repository) as running:
+        yield running
