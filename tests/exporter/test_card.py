@@ -84,7 +84,7 @@ def test_a_file_that_is_no_card_is_refused(tmp_path, content):
     file = tmp_path / "model.onnx"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(RepositoryError, match="card .*model.onnx"):
+    with pytest.raises(RepositoryError, match=r"card .*model\.onnx"):
         read_card(file)
 
 

@@ -137,7 +137,7 @@ def test_another_base_is_refused(mini, make_adapter, samples, repository):
 def test_a_changed_config_is_refused(mini, make_adapter, samples, repository):
     config = repository.model("text") / "config.pbtxt"
     config.write_text(config.read_text() + "\n")
-    with pytest.raises(ConfigChanged, match="clip_text/config.pbtxt"):
+    with pytest.raises(ConfigChanged, match=r"clip_text/config\.pbtxt"):
         release(mini, [make_adapter("digits")], repository, *samples)
     assert repository.versions() == [1, 2]
     assert tree(repository.model("image")) == ["1", "1/model.onnx", "2", "2/model.onnx", "config.pbtxt"]
