@@ -229,6 +229,20 @@ def test_saved_weights_load_into_open_clip_and_give_the_same_features(pairs, con
         torch.testing.assert_close(loaded.encode_image(images, normalize=True), seen, rtol=0, atol=5e-3)
 
 
+def test_training_goes_on_from_weights_and_keeps_unused_tokens(pairs, config, tmp_path):
+    start = train.Training(pairs, MODEL_CFG, config, tmp_path / "one").weights()
+    start = {name: value.float() for name, value in start.items()}
+    second = train.Training(pairs, MODEL_CFG, config.going_on(), tmp_path / "two", start)
+    for name, value in second.weights().items():
+        torch.testing.assert_close(value.float(), start[name])
+    second.step(0.1)
+    unused = torch.ones(train.VOCABULARY, dtype=torch.bool)
+    unused[second.vocabulary.token_ids] = False
+    rows = second.weights()["token_embedding.weight"].float()
+    torch.testing.assert_close(rows[unused], start["token_embedding.weight"][unused])
+    assert not torch.equal(rows[~unused], start["token_embedding.weight"][~unused])
+
+
 def test_a_task_is_written_the_same_twice(tmp_path):
     names = ["a", "b"]
     items = [("train", "a", square((1, 2, 3))[..., :3]), ("test", "b", square((9, 9, 9))[..., 0])]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ Work = Annotated[Path, typer.Option(help="Working folder: packages, pairs, check
 
 
 def _start_logging() -> None:
+    warnings.filterwarnings("ignore", "Image size", RuntimeWarning)  # some clip art is large; Pillow refuses the largest
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
 
 
@@ -35,6 +37,7 @@ def tasks(work: Work, out: Annotated[Path, typer.Option(help="Where the zips and
     """Build the six tasks."""
     from trainer.mini.recipe import sources, tasks
 
+    _start_logging()
     tasks.build(sources.Folder(work), out)
 
 
@@ -44,14 +47,20 @@ def train(
     minutes: Annotated[float, typer.Option(help="Wall-clock minutes of training.")] = 60.0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of weights, captions and augmentation.")] = 0,
+    start_from: Annotated[Path | None, typer.Option(help="Weights to go on from, at half the rates.")] = None,
 ) -> None:
     """Pre-train on the pairs; started again, it goes on from the last checkpoint."""
+    from safetensors.torch import load_file
+
     from trainer.mini.recipe import measure, pairs, train
 
     _start_logging()
     model_cfg = json.loads((measure.MINI / "mini.json").read_text(encoding="utf-8"))
     config = train.TrainConfig(minutes=minutes, threads=threads, seed=seed)
-    train.Training(pairs.load(work / "pairs.npz"), model_cfg, config, work / "training").run()
+    if start_from is not None:
+        config = config.going_on()
+    start = load_file(start_from) if start_from else None
+    train.Training(pairs.load(work / "pairs.npz"), model_cfg, config, work / "training", start).run()
 
 
 @app.command()

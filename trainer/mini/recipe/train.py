@@ -54,6 +54,12 @@ class TrainConfig:
     threads: int = 2
     checkpoint_every_s: float = 120.0
 
+    def going_on(self) -> "TrainConfig":
+        """The same for weights that are trained already: half the rates, full size all the time."""
+        return dataclasses.replace(
+            self, lr_muon=self.lr_muon / 2, lr=self.lr / 2, small_size=self.size, small_until=0.6
+        )
+
 
 class PairTable:
     """All pairs as tensors, drawn from with weights.
@@ -162,9 +168,17 @@ class Training:
     Args:
         model_cfg: open_clip's model configuration.
         folder: where `checkpoint.pt` lies or will lie.
+        start: weights to go on from, as open_clip names them; random ones where None.
     """
 
-    def __init__(self, pairs: list[Pair], model_cfg: dict, config: TrainConfig, folder: Path) -> None:
+    def __init__(
+        self,
+        pairs: list[Pair],
+        model_cfg: dict,
+        config: TrainConfig,
+        folder: Path,
+        start: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.folder = config, folder
         self.rng = random.Random(config.seed)
@@ -174,6 +188,10 @@ class Training:
         if text_cfg["context_length"] != CONTEXT:
             raise ValueError(f"the captions are made for {CONTEXT} tokens, not {text_cfg['context_length']}")
         self.model = CLIP(model_cfg["embed_dim"], model_cfg["vision_cfg"], text_cfg)
+        self._start_tokens = None if start is None else start["token_embedding.weight"].float()
+        if start is not None:
+            rows = start["token_embedding.weight"][self.vocabulary.token_ids]
+            self.model.load_state_dict({**start, "token_embedding.weight": rows})
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.optimizers = optimizers(self.model, config)
         self.base_lr = [[group["lr"] for group in one.param_groups] for one in self.optimizers]
@@ -255,12 +273,16 @@ class Training:
     def weights(self) -> dict[str, torch.Tensor]:
         """The averaged weights as open_clip names them, float16, the token table at its full size.
 
-        Rows of tokens that no caption used are drawn around the mean of the others, so that they differ.
+        Rows of tokens that no caption used stay as they were in the weights this run started from, or are drawn
+        around the mean of the others, so that they differ.
         """
         weights = {name: value.half().contiguous() for name, value in self.ema.items()}
         used = self.ema["token_embedding.weight"]
-        noise = torch.randn(VOCABULARY, used.shape[1], generator=torch.Generator().manual_seed(0))
-        full = used.mean(dim=0) + 0.02 * noise
+        if self._start_tokens is None:
+            noise = torch.randn(VOCABULARY, used.shape[1], generator=torch.Generator().manual_seed(0))
+            full = used.mean(dim=0) + 0.02 * noise
+        else:
+            full = self._start_tokens.clone()
         full[self.vocabulary.token_ids] = used
         weights["token_embedding.weight"] = full.half()
         return weights
