@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.mini.recipe import augment, captions, drawing, muon, tasks, text, train
+from trainer.mini.recipe import augment, captions, drawing, muon, sources, tasks, text, train
 from trainer.mini.recipe.pairs import Pair, load, save, without_repeats
 
 MODEL_CFG = {
@@ -250,3 +250,10 @@ def test_a_task_is_written_the_same_twice(tmp_path):
     tasks.write("letters", iter(items), names, tmp_path / "two.zip")
     assert counts == {"train": [1, 0], "test": [0, 1]}
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+
+
+def test_a_missing_tool_and_a_failing_command_are_named(tmp_path):
+    with pytest.raises(sources.PackageMissing, match="no absent-tool on this machine"):
+        sources._run(["absent-tool"], tmp_path)
+    with pytest.raises(sources.PackageMissing, match=r"ls no-such-file failed in .*no-such-file"):
+        sources._run(["ls", "no-such-file"], tmp_path)

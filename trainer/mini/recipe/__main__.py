@@ -11,12 +11,16 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from trainer.errors import TrainerError
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 Work = Annotated[Path, typer.Option(help="Working folder: packages, pairs, checkpoint. Reused by the next run.")]
 
 
 def _start_logging() -> None:
-    warnings.filterwarnings("ignore", "Image size", RuntimeWarning)  # some clip art is large; Pillow refuses the largest
+    warnings.filterwarnings(
+        "ignore", "Image size", RuntimeWarning
+    )  # some clip art is large; Pillow refuses the largest
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
 
 
@@ -94,5 +98,14 @@ def build(
     measure(out / "mini.safetensors")
 
 
+def main() -> None:
+    """Run the command line; an error of the recipe becomes one line and exit code 1."""
+    try:
+        app()
+    except TrainerError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False)
+        raise SystemExit(1) from error
+
+
 if __name__ == "__main__":
-    app()
+    main()

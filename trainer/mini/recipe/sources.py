@@ -4,6 +4,12 @@ import dataclasses
 import subprocess
 from pathlib import Path
 
+from trainer.errors import TrainerError
+
+
+class PackageMissing(TrainerError):
+    """A package of the recipe can't be fetched or unpacked."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Package:
@@ -113,9 +119,14 @@ def _run(command: list[str], folder: Path) -> str:
     """Run a command in a folder and return its output.
 
     Raises:
-        RuntimeError: where it fails; with the command and the end of what it said.
+        PackageMissing: where it fails; with the command and the end of what it said.
     """
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError as exc:
+        raise PackageMissing(
+            f"no {command[0]} on this machine; the recipe needs npm, tar, apt-get and dpkg-deb"
+        ) from exc
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed in {folder}: {done.stderr.strip()[-500:]}")
+        raise PackageMissing(f"{' '.join(command)} failed in {folder}: {done.stderr.strip()[-500:]}")
     return done.stdout
