@@ -25,7 +25,7 @@ from torch.export import Dim
 
 from exporter.config import IR_VERSION, OPSET, PRODUCER
 from exporter.errors import UnsupportedModel
-from trainer.backbone import Backbone
+from trainer.backbone import Backbone, encode_text
 
 PROTOBUF_LIMIT = 2**31 - 1
 
@@ -49,11 +49,7 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Tokens of any length -> text features. Weights keep open_clip's names.
-
-    open_clip's ``encode_text`` takes the full context only. The tower is causal and read at EOT, so tokens after EOT
-    can't matter and any shorter length gives the same answer.
-    """
+    """Tokens of any length -> text features: the text half of a CLIP, its parts under open_clip's own names."""
 
     def __init__(self, model: open_clip.CLIP) -> None:
         super().__init__()
@@ -73,23 +69,15 @@ class TextTower(nn.Module):
         """
         length = torch.sym_min(tokens.shape[1], self.context_length)
         tokens = tokens.narrow(1, 0, length).clamp(0, self.vocab_size - 1)
-        x = self.token_embedding(tokens) + self.positional_embedding[:length]
-        x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
-        x = self.ln_final(x)[torch.arange(tokens.shape[0]), tokens.argmax(dim=-1)]
-        if isinstance(self.text_projection, nn.Linear):
-            x = self.text_projection(x)
-        elif self.text_projection is not None:
-            x = x @ self.text_projection
-        return F.normalize(x, dim=-1)
+        return F.normalize(encode_text(self, tokens), dim=-1)
 
 
 def trace_image_tower(backbone: Backbone) -> ModelProto:
     """The image tower's graph, without weights: they are inputs, to be given by ``fill``.
 
     Raises:
-        UnsupportedModel: not a plain open_clip CLIP, or torch can't trace it.
+        UnsupportedModel: torch can't trace it.
     """
-    check_supported(backbone)
     size = backbone.image_size
     tower = ImageTower(backbone.model, backbone.mean, backbone.std)
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
@@ -100,32 +88,12 @@ def trace_text_tower(backbone: Backbone) -> ModelProto:
     """The text tower's graph, without weights: they are inputs, to be given by ``fill``.
 
     Raises:
-        UnsupportedModel: not a plain open_clip CLIP, or torch can't trace it.
+        UnsupportedModel: torch can't trace it.
     """
-    check_supported(backbone)
     example = torch.zeros(2, min(7, backbone.context_length), dtype=torch.int32)
     # No maximum: the graph itself cuts to the context. The bound only tells the tracer that lengths are small.
     shapes = {0: Dim("batch"), 1: Dim("length", min=1, max=1 << 20)}
     return _trace(TextTower(backbone.model), example, shapes, TEXT_INPUT, TEXT_OUTPUT)
-
-
-def check_supported(backbone: Backbone) -> None:
-    """Refuse what the towers above would export wrongly.
-
-    Raises:
-        UnsupportedModel: names what differs.
-    """
-    model, name = backbone.model, backbone.model_name
-    advice = "supported: open_clip's plain CLIP, such as ViT-B-32, ViT-B-16, ViT-L-14"
-    if not isinstance(model, open_clip.CLIP):
-        raise UnsupportedModel(f"model {name}: is a {type(model).__name__}, not a CLIP; {advice}")
-    if model.text_pool_type != "argmax" or model.attn_mask is None:
-        raise UnsupportedModel(
-            f"model {name}: its text tower must be causal and read at EOT, pool type is "
-            f"{model.text_pool_type!r}; {advice}"
-        )
-    if getattr(model.visual, "output_tokens", False):
-        raise UnsupportedModel(f"model {name}: its image tower gives tokens beside features; {advice}")
 
 
 def fill(graph: ModelProto, state_dict: Mapping[str, Tensor]) -> ModelProto:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import onnx
@@ -20,7 +20,7 @@ from exporter.graph import fill, to_bytes, trace_image_tower, trace_text_tower
 from exporter.parity import Parity, check_parity, check_same_graph, measure_parity
 from exporter.repository import BASE_VERSION, CONFIG_FILE, MODEL_FILE, Repository, config, stage
 from trainer.adapter import Adapter
-from trainer.backbone import Backbone
+from trainer.backbone import Backbone, with_weights
 from trainer.merge import merge
 
 TOWERS = ("image", "text")
@@ -47,15 +47,6 @@ class Release:
     def to_dict(self) -> dict:
         """The fields as JSON has them."""
         return asdict(self) | {"seconds": round(self.seconds, 2)}
-
-
-def merged_backbone(backbone: Backbone, adapters: Sequence[Adapter]) -> Backbone:
-    """A backbone with the adapters folded into its weights; the one given keeps its own."""
-    if not adapters:
-        return backbone
-    model = copy.deepcopy(backbone.model)
-    model.load_state_dict(merge(backbone.model.state_dict(), adapters))
-    return replace(backbone, model=model.eval())
 
 
 def release(
@@ -92,7 +83,7 @@ def release(
             parity = _stage_version(staging, repository, version, backbone, (), graphs, images, prompts, report)
         if adapters:
             version = max(repository.next_version(), BASE_VERSION + 1)
-            merged = merged_backbone(backbone, adapters)
+            merged = with_weights(backbone, merge(backbone.model.state_dict(), adapters))
             parity = _stage_version(staging, repository, version, merged, adapters, graphs, images, prompts, report)
             base = repository if has_base else Repository(staging, repository.name)
             for kind in TOWERS:

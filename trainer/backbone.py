@@ -154,6 +154,8 @@ def check_supported(model: nn.Module, model_name: str) -> None:
         raise UnsupportedModel(f"model {model_name}: image tower is a {type(model.visual).__name__}; {supported}")
     if model.visual.attn_pool is not None or model.visual.pool_type != "tok" or model.text_pool_type != "argmax":
         raise UnsupportedModel(f"model {model_name}: a tower is not read at its [CLS] or EOT token; {supported}")
+    if model.attn_mask is None or model.visual.output_tokens:
+        raise UnsupportedModel(f"model {model_name}: text tower not causal, or image tower gives tokens; {supported}")
     for block in transformer_blocks(model):
         if not isinstance(block, ResidualAttentionBlock) or not isinstance(block.attn, nn.MultiheadAttention):
             raise UnsupportedModel(f"model {model_name}: has blocks of type {type(block).__name__}; {supported}")

@@ -20,8 +20,9 @@ from exporter.errors import (
     RepositoryEmpty,
     RepositoryError,
 )
-from exporter.release import merged_backbone, release, save_checkpoint
+from exporter.release import release, save_checkpoint
 from exporter.repository import KINDS, Repository, repositories
+from trainer.merge import merge
 
 
 def tree(path):
@@ -189,8 +190,7 @@ def test_checkpoint_is_loaded_by_open_clip(mini, make_adapter, tmp_path, samples
     out = tmp_path / "new" / "merged.safetensors"
     save_checkpoint(mini, adapters, out)
     model = open_clip.create_model("mini", pretrained=str(out)).eval()
-    merged = merged_backbone(mini, adapters).model
-    for name, tensor in merged.state_dict().items():
+    for name, tensor in merge(mini.model.state_dict(), adapters).items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
     pixels = torch.stack([mini.preprocess(image.convert("RGB")) for image in samples[0]])
     assert not torch.equal(model.encode_image(pixels), mini.model.encode_image(pixels))

@@ -1,7 +1,17 @@
+import copy
+
 import pytest
 import torch
 
-from trainer.backbone import cut_to_longest, encode_classes, encode_text, fingerprint, load_backbone, with_weights
+from trainer.backbone import (
+    check_supported,
+    cut_to_longest,
+    encode_classes,
+    encode_text,
+    fingerprint,
+    load_backbone,
+    with_weights,
+)
 from trainer.errors import UnknownModel, UnsupportedModel, WeightsError
 
 
@@ -64,3 +74,13 @@ def test_what_can_not_be_loaded_is_named(arguments, error, says):
     with pytest.raises(error, match=says) as caught:
         load_backbone(*arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "says"), [("text_pool_type", "last", "EOT"), ("attn_mask", None, "not causal")]
+)
+def test_towers_that_are_read_otherwise_are_refused(mini, attribute, value, says):
+    model = copy.deepcopy(mini.model)
+    setattr(model, attribute, value)
+    with pytest.raises(UnsupportedModel, match=says):
+        check_supported(model, "odd")
