@@ -224,8 +224,8 @@ def build(work: sources.Folder) -> list[Pair]:
 
 def save(pairs: list[Pair], path: Path) -> None:
     """Write pictures and words into one `.npz` file."""
-    words = [{**dataclasses.asdict(dataclasses.replace(pair, image=None)), "image": None} for pair in pairs]
-    np.savez(path, images=np.stack([pair.image for pair in pairs]), words=json.dumps(words))
+    words = json.dumps([(pair.source, pair.kind, pair.names, pair.categories) for pair in pairs])
+    np.savez(path, images=np.stack([pair.image for pair in pairs]), words=words)
 
 
 def load(path: Path) -> list[Pair]:
@@ -233,6 +233,6 @@ def load(path: Path) -> list[Pair]:
     with np.load(path) as stored:
         images, words = stored["images"], json.loads(str(stored["words"]))
     return [
-        Pair(w["source"], w["kind"], tuple(w["names"]), tuple(w["categories"]), image)
-        for w, image in zip(words, images, strict=True)
+        Pair(source, kind, tuple(names), tuple(categories), image)
+        for (source, kind, names, categories), image in zip(words, images, strict=True)
     ]
