@@ -111,7 +111,7 @@ def serve(
 
     COMMAND finds the server in CLIPWELD_URL (gRPC) and CLIPWELD_HTTP_URL.
 
-    Example: exporter serve --port 0 -- client classify cat.jpg --labels "a cat, a dog"
+    Example: exporter serve --port 0 -- client classify cat.jpg --labels "cat, dog"
     """
     from exporter.repository import repositories
     from exporter.triton import find_command, run_beside, wait_until_stopped
