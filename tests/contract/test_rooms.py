@@ -48,7 +48,8 @@ def test_exporter_uses_the_trainer_at_its_seams_only():
 )
 def test_help_and_the_client_import_nothing_heavy(statement):
     code = (
-        f"import sys; sys.argv = ['x', '--help']\ntry:\n    {statement}\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
+        f"import sys; sys.argv = ['x', '--help']\n"
+        f"try:\n    {statement}\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
         "print('HEAVY', sorted({'torch', 'open_clip', 'onnx', 'onnxruntime'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
