@@ -59,13 +59,17 @@ class TrainConfig(PoolConfig):
     """How the orthogonality to earlier tasks adds up within a layer."""
     ago_weight: float = 0.1
     """Weight of the orthogonality loss."""
+    anchor_weight: float = 0.0
+    """Weight of the loss that holds common words, and the images as words describe them, where they were."""
     seed: int = 42
     """Draws shots, batches, prompts, dropout and the pools' start."""
 
     def _faults(self) -> list[str]:
         positive = {name: getattr(self, name) for name in ("iterations", "batch_size", "lr")}
         faults = [f"{name} {value} must be above 0" for name, value in positive.items() if value <= 0]
-        not_negative = {name: getattr(self, name) for name in ("shots", "weight_decay", "ago_weight", "seed")}
+        not_negative = {
+            name: getattr(self, name) for name in ("shots", "weight_decay", "ago_weight", "anchor_weight", "seed")
+        }
         faults += [f"{name} {value} must not be negative" for name, value in not_negative.items() if value < 0]
         if not 0 <= self.consolidate < 1:
             faults.append(f"consolidate {self.consolidate} must lie in [0, 1)")
@@ -74,7 +78,7 @@ class TrainConfig(PoolConfig):
 
 # What differs from the published settings where a model is better off with something else.
 PRESETS: dict[str, dict[str, Any]] = {
-    "mini": {"shots": 16, "iterations": 150, "dropout": 0.0, "lr": 5e-3, "consolidate": 0.5},
+    "mini": {"shots": 16, "iterations": 150, "dropout": 0.0, "lr": 5e-3, "consolidate": 0.5, "anchor_weight": 1.0},
 }
 
 

@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from trainer.adapter import Adapter
+from trainer.anchors import WordAnchors
 from trainer.backbone import Backbone, cut_to_longest, encode_text, with_weights
 from trainer.config import TrainConfig
 from trainer.errors import TaskAlreadyLearned
@@ -76,14 +77,16 @@ def fit(
             f"task {task.name!r} was learned already; give another --adapters folder, "
             "or remove its adapter and those learned after it"
         )
-    model = with_weights(base, merge(base.model.state_dict(), lineage))
-    before = evaluate(model, test_on) if before is None else before
+    old = with_weights(base, merge(base.model.state_dict(), lineage))
+    before = evaluate(old, test_on) if before is None else before
+    model = with_weights(old, old.model.state_dict())
+    anchors = WordAnchors(old, config.seed, keep=config.shots > 0) if config.anchor_weight else None
     started = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         pools = attach_pools(model.model, config)
         try:
-            train(task, model, pools, lineage, config, on_step)
+            train(task, model, pools, lineage, config, anchors, on_step)
         finally:
             detach_pools(pools)
     seconds = time.perf_counter() - started
@@ -112,6 +115,7 @@ def train(
     pools: PoolSet,
     lineage: Sequence[Adapter],
     config: TrainConfig,
+    anchors: WordAnchors | None,
     on_step: Callable[[Step], None],
 ) -> None:
     """Train the pools of a model in place; the model's own weights stay frozen."""
@@ -128,17 +132,20 @@ def train(
         started = time.perf_counter()
         if number == consolidate_at:
             pools.consolidate()
-        pixels, labels, tokens, text_of = next(batches)
-        image_features = F.normalize(backbone.model.encode_image(pixels), dim=-1)
-        text_features = F.normalize(encode_text(backbone.model, tokens), dim=-1)[text_of]
-        loss = contrastive_loss(image_features, text_features, labels, logit_scale)
+        batch = next(batches)
+        image_features = F.normalize(backbone.model.encode_image(batch.pixels), dim=-1)
+        text_features = F.normalize(encode_text(backbone.model, batch.tokens), dim=-1)[batch.text_of]
+        loss = contrastive_loss(image_features, text_features, batch.labels, logit_scale)
         if config.ago != "off":
             loss = loss + config.ago_weight * orthogonality_loss(pools.pools, past, config.ago)
+        if anchors:
+            held = anchors.loss(backbone.model, batch.indices, batch.pixels, image_features)
+            loss = loss + config.anchor_weight * held
         optimizer.zero_grad()
         fabric.backward(loss)
         optimizer.step()
         schedule.step()
-        on_step(Step(number, loss.item(), len(labels) / (time.perf_counter() - started)))
+        on_step(Step(number, loss.item(), len(batch.labels) / (time.perf_counter() - started)))
     backbone.model.eval()
 
 
@@ -152,16 +159,29 @@ def past_columns(lineage: Sequence[Adapter], device: torch.device) -> dict[str, 
     }
 
 
-def draw_batches(
-    task: Task, backbone: Backbone, config: TrainConfig
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+@dataclass(frozen=True)
+class Batch:
+    """Images with their prompts.
+
+    Attributes:
+        indices: which of the drawn training images these are.
+        pixels: float32 (batch, 3, S, S).
+        labels: int64 (batch,).
+        tokens: int64 (distinct prompts, seq_len), cut to the longest.
+        text_of: int64 (batch,), which of the prompts belongs to which image.
+    """
+
+    indices: list[int]
+    pixels: Tensor
+    labels: Tensor
+    tokens: Tensor
+    text_of: Tensor
+
+
+def draw_batches(task: Task, backbone: Backbone, config: TrainConfig) -> Iterator[Batch]:
     """Endless batches, drawn without replacement until all images were seen, then anew.
 
-    A batch holds fewer classes than images: each prompt is tokenised and encoded once, and ``text_of`` says which
-    prompt belongs to which image. Few-shot images are decoded once and kept.
-
-    Yields:
-        pixels (batch, 3, S, S), labels (batch,), tokens (distinct, seq_len) cut to the longest, text_of (batch,).
+    A batch holds fewer classes than images: each prompt is encoded once. Few-shot images are decoded once and kept.
     """
     images = task.load("train").few_shot(config.shots, config.seed)
     draw = torch.Generator().manual_seed(config.seed)
@@ -181,4 +201,4 @@ def draw_batches(
         classes, text_of = labels.unique(return_inverse=True)
         template = task.templates[int(torch.randint(len(task.templates), (), generator=draw))]
         tokens = cut_to_longest(backbone.tokenizer([template.replace("{}", task.class_names[c]) for c in classes]))
-        yield tuple(tensor.to(backbone.device) for tensor in (torch.stack(pixels), labels, tokens, text_of))
+        yield Batch(chosen, *(t.to(backbone.device) for t in (torch.stack(pixels), labels, tokens, text_of)))

@@ -45,7 +45,7 @@ def test_second_task_names_the_first_as_parent_and_stays_off_its_columns(mini, f
     task = load_task("emoji")
     losses = {}
     for ago in ("sum", "off"):
-        config = train_config("mini", ago=ago, ago_weight=10.0, **QUICK)
+        config = train_config("mini", ago=ago, ago_weight=10.0, anchor_weight=0.0, **QUICK)
         seen = []
         second = fit(task, mini, [fitted.adapter], config, test_on=[], on_step=seen.append)
         losses[ago] = [step.loss for step in seen]
@@ -69,21 +69,21 @@ def test_a_task_is_learned_once(mini, fitted, digits):
 
 
 def test_batches_pair_every_image_with_its_own_prompt(mini, digits):
-    pixels, labels, tokens, text_of = next(draw_batches(digits, mini, train_config("mini", batch_size=20)))
-    assert pixels.shape == (20, 3, 64, 64)
-    assert len(tokens) == len(labels.unique())
+    batch = next(draw_batches(digits, mini, train_config("mini", batch_size=20)))
+    assert batch.pixels.shape == (20, 3, 64, 64)
+    assert len(batch.tokens) == len(batch.labels.unique())
     prompts = [template.replace("{}", name) for template in digits.templates for name in digits.class_names]
     encoded = {
         tuple(row[row > 0].tolist()): prompt for row, prompt in zip(mini.tokenizer(prompts), prompts, strict=True)
     }
-    for label, row in zip(labels, tokens[text_of], strict=True):
+    for label, row in zip(batch.labels, batch.tokens[batch.text_of], strict=True):
         assert digits.class_names[label] in encoded[tuple(row[row > 0].tolist())]
 
 
 def test_batches_show_every_image_before_any_twice(mini, digits):
     config = train_config("mini", shots=4, batch_size=10)
     batches = draw_batches(digits, mini, config)
-    seen = [tuple(image.flatten()[::97].tolist()) for _ in range(4) for image in next(batches)[0]]
+    seen = [tuple(image.flatten()[::97].tolist()) for _ in range(4) for image in next(batches).pixels]
     assert len(set(seen)) == 40
 
 

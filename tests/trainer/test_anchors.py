@@ -1,0 +1,88 @@
+import copy
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trainer.anchors import WORDS_PER_STEP, WordAnchors
+from trainer.backbone import with_weights
+from trainer.config import train_config
+from trainer.errors import ConfigError
+from trainer.evaluate import evaluate
+from trainer.fit import fit
+from trainer.tasks import load_task
+
+
+@pytest.fixture(scope="module")
+def anchors(mini):
+    return WordAnchors(mini, seed=0, keep=True)
+
+
+@pytest.fixture(scope="module")
+def moved(mini):
+    """The small CLIP after a little noise in all weights."""
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: weight + 0.02 * torch.randn(weight.shape, generator=generator)
+        for name, weight in mini.model.state_dict().items()
+    }
+    return with_weights(mini, state).model
+
+
+@pytest.fixture(scope="module")
+def pixels(mini, digits):
+    return torch.stack([mini.preprocess(digits.load("test")[i][0]) for i in range(4)])
+
+
+def features(model, pixels):
+    return F.normalize(model.encode_image(pixels), dim=-1)
+
+
+@torch.no_grad()
+def test_a_model_that_has_not_moved_loses_nothing(anchors, mini, pixels):
+    loss = anchors.loss(mini.model, [0, 1, 2, 3], pixels, features(mini.model, pixels))
+    assert abs(float(loss)) < 1e-5
+
+
+@torch.no_grad()
+def test_loss_equals_the_sum_written_out(mini, moved, pixels):
+    """Over all words: what the towers said before and say now, from open_clip's own functions."""
+    prompts = [f"a photo of a {word}" for word in open_clip.IMAGENET_CLASSNAMES]
+    old = mini.model.encode_text(mini.tokenizer(prompts), normalize=True)
+    scale = 100.0
+    before = (scale * features(mini.model, pixels) @ old.T).softmax(-1)
+    now = (scale * features(moved, pixels) @ old.T).softmax(-1)
+    kl = (before * (before / now).log()).sum(-1).mean()
+    anchors = WordAnchors(mini, seed=3, keep=True)
+    drawn = copy.deepcopy(anchors._draw).sample(range(len(prompts)), WORDS_PER_STEP)
+    new = moved.encode_text(mini.tokenizer([prompts[i] for i in drawn]), normalize=True)
+    expected = kl + (1 - (new * old[drawn]).sum(-1)).mean()
+    assert expected > 0.01
+    got = anchors.loss(moved, [0, 1, 2, 3], pixels, features(moved, pixels))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_images_are_remembered_by_index_only_where_asked(mini, moved, pixels):
+    for keep, remembered in ((True, 4), (False, 0)):
+        anchors = WordAnchors(mini, seed=0, keep=keep)
+        anchors.loss(moved, [7, 1, 9, 3], pixels, features(moved, pixels))
+        assert len(anchors._described) == remembered
+
+
+def test_anchors_hold_what_is_not_being_learned(mini):
+    """A few steps at a high rate: with anchors, less is lost of what the model knew."""
+    watched = [load_task("emoji"), load_task("clipart")]
+    before = evaluate(mini, watched)
+    kept = {}
+    for weight in (0.0, 1.0):
+        config = train_config("mini", iterations=20, shots=4, lr=2e-2, anchor_weight=weight)
+        after = fit(load_task("flags"), mini, [], config, test_on=watched, before=before).adapter.accuracy["after"]
+        kept[weight] = sum(after.values())
+    assert kept[1.0] > kept[0.0]
+
+
+def test_a_negative_weight_is_refused():
+    with pytest.raises(ConfigError, match="anchor_weight"):
+        train_config("mini", anchor_weight=-1.0)
