@@ -97,7 +97,7 @@ def show(summary: dict) -> None:
         table.add_row(name, *(f"{summary[key][name]:.1f}" for key in ("zero_shot", "after", "served")))
     table.add_section()
     for name, accuracy in summary["kept"].items():
-        table.add_row(f"{name} (never learned)", f"{accuracy['before']:.1f}", f"{accuracy['after']:.1f}", "")
+        table.add_row(f"{name}, not learned", f"{accuracy['before']:.1f}", f"{accuracy['after']:.1f}", "")
     console.print()
     console.print(table)
     console.print(
@@ -109,7 +109,7 @@ def show(summary: dict) -> None:
         "  source .venv/bin/activate\n"
         "  trainer fit --model mini --task FOLDER\n"
         "  exporter merge --to onnx --model mini\n"
-        "  exporter serve -- client classify IMAGE --task FOLDER\n"
+        "  exporter serve -- client classify IMAGE --task NAME   (NAME: the folder's own)\n"
         "and with the real CLIP, where its weights can be downloaded: leave out --model mini.",
         highlight=False,
         soft_wrap=True,

@@ -3,7 +3,8 @@
 A thousand common words (ImageNet's class names, which come with open_clip) stand in for everything the model is not
 being taught. Two things must stay as they were before the task: the features of the words themselves (text tower), and
 how the words describe the task's own images (image tower). The first is feature distillation, the second *Learning
-without Forgetting* (arXiv 1606.09282) with words in the place of classes.
+without Forgetting* (arXiv 1606.09282) with words in the place of classes. The words pass through the pools like any
+batch: they are routed, and their votes count.
 """
 
 from __future__ import annotations
