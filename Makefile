@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python demo.py
 
-# The small CLIP anew, into runs/mini/out: MINUTES of training after an hour of building pairs.
+# The small CLIP anew, into runs/mini/out: ten minutes of building tasks and pairs, then MINUTES of training.
 MINUTES ?= 60
 mini: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mini]'
