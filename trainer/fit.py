@@ -77,10 +77,12 @@ def fit(
             f"task {task.name!r} was learned already; give another --adapters folder, "
             "or remove its adapter and those learned after it"
         )
-    old = with_weights(base, merge(base.model.state_dict(), lineage))
-    before = evaluate(old, test_on) if before is None else before
-    model = with_weights(old, old.model.state_dict())
-    anchors = WordAnchors(old, config.seed, keep=config.shots > 0) if config.anchor_weight else None
+    weights = merge(base.model.state_dict(), lineage)
+    model = with_weights(base, weights)
+    before = evaluate(model, test_on) if before is None else before
+    anchors = None
+    if config.anchor_weight:
+        anchors = WordAnchors(with_weights(base, weights), config.seed, keep=config.shots > 0)
     started = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
