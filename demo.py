@@ -69,7 +69,7 @@ def ask() -> None:
 
 def summarise(seconds: float) -> dict:
     """What the run showed; accuracies in percent."""
-    learned = json.loads((RUN / "sequence.json").read_text(encoding="utf-8"))
+    learned = json.loads((RUN / "sequence.json").read_text(encoding="utf-8"))["results"]["task"]
     answers = json.loads((RUN / "served.json").read_text(encoding="utf-8"))
     before = dict(zip(learned["tested"], learned["zero_shot"], strict=True))
     after = dict(zip(learned["tested"], learned["matrix"][-1], strict=True))

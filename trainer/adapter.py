@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -23,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, WrongBase
+from trainer.files import replacing
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Adapter:
         scaling: factor of every expert, alpha / rank.
         accuracy: ``{"before": {task: percent}, "after": {task: percent}}`` on this and every earlier task.
         config: the resolved settings of the run.
+        activation_counts: by layer, the votes that each expert of its pool got in training, kept ones or not.
         tensors: ``<module>.lora_A`` and ``<module>.lora_B``, float32.
     """
 
@@ -51,6 +51,7 @@ class Adapter:
     seed: int
     accuracy: dict[str, dict[str, float]]
     config: dict
+    activation_counts: dict[str, list[int]]
     tensors: dict[str, Tensor] = field(repr=False)
 
     def metadata(self) -> dict:
@@ -86,16 +87,9 @@ class Adapter:
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
     """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = _canonical({"format": FORMAT, **adapter.metadata(), "sha256": adapter.sha256}).decode()
-    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with replacing(path) as staged:
         save_file({k: v.contiguous() for k, v in adapter.tensors.items()}, staged, {"clipweld": metadata})
-        os.chmod(staged, 0o644)
-        os.replace(staged, path)
-    finally:
-        Path(staged).unlink(missing_ok=True)
 
 
 def load_adapter(path: Path | str) -> Adapter:

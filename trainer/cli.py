@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
+import statistics
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,24 +20,38 @@ from trainer import commands
 from trainer.errors import TaskError, TrainerError
 
 if TYPE_CHECKING:  # heavy: imported where a command needs them, so that --help is instant
+    from lightning_fabric import Fabric
+
     from trainer.adapter import Adapter
     from trainer.backbone import Backbone
+    from trainer.fit import Step
+    from trainer.sequence import SequenceResult
     from trainer.tasks import Task
 
+MEASURES = ("transfer", "average", "last", "forgetting")
 stdout, stderr = Console(), Console(stderr=True)
 
 
 def main(args: list[str] | None = None) -> None:
     """Run one command; errors of the trainer become one line and exit status 1."""
+    args = sys.argv[1:] if args is None else args
+    command = commands.parse(args)
+    run = {
+        commands.Tasks: tasks,
+        commands.Fit: fit,
+        commands.Chain: sequence,
+        commands.Evaluate: evaluate,
+        commands.Report: report,
+    }
     try:
-        command = commands.parse(args)
-        run = {commands.Tasks: tasks, commands.Fit: fit, commands.Chain: sequence, commands.Evaluate: evaluate}
         run[type(command)](command)
     except TrainerError as exc:
         print(f"trainer: {exc}", file=sys.stderr)
         raise SystemExit(1) from exc
     except KeyboardInterrupt:
-        print("trainer: interrupted; the task at hand was not written", file=sys.stderr)
+        resumable = isinstance(command, (commands.Fit, commands.Chain))
+        again = shlex.join(["trainer", *args, *([] if command.resume else ["--resume"])]) if resumable else None
+        print(f"trainer: interrupted{f'; go on with: {again}' if again else ''}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -44,7 +61,7 @@ def tasks(command: commands.Tasks) -> None:
 
     known = catalogue(command.data)
     if command.json:
-        print(json.dumps([asdict(entry) for entry in known], indent=2))
+        print(json.dumps([dataclasses.asdict(entry) for entry in known], indent=2))
         return
     table = Table("task", "classes", "train", "test", "where", "missing", title="What can be learned here")
     for entry in known:
@@ -64,15 +81,21 @@ def fit(command: commands.Fit) -> None:
     task = load_task(
         command.task, command.data, download=command.download, rename=command.name, templates=command.template
     )
-    base = _load(command)
+    fabric = _fabric(command)
+    base = _load(command, fabric)
     lineage = load_lineage(command.adapters, base.fingerprint)
     earlier = [found for adapter in lineage if (found := _learned(adapter, command.data))]
     path = command.adapters / f"{task.name}.safetensors"
-    with _progress() as progress:
+    unfinished = command.adapters / f".{task.name}.unfinished"
+    with _progress(fabric) as progress:
         fitted = fit_task(
-            task, base, lineage, command.train, test_on=[*earlier, task], on_step=_follow(progress, task, command)
-        )
+            task, base, lineage, command.train, test_on=[*earlier, task], fabric=fabric, unfinished=unfinished,
+            resume=command.resume, on_step=_follow(progress, task.name, command.train.iterations),
+        )  # fmt: skip
+    if not fabric.is_global_zero:
+        return
     save_adapter(fitted.adapter, path)
+    unfinished.unlink(missing_ok=True)
     if command.json:
         summary = {
             "task": task.name,
@@ -105,29 +128,53 @@ def fit(command: commands.Fit) -> None:
 def sequence(command: commands.Chain) -> None:
     """Learn several tasks one after another."""
     from trainer.sequence import run_sequence
-    from trainer.tasks import load_task
+    from trainer.tasks import load_task, validation
 
     learn, watch = (
         [load_task(name, command.data, download=command.download) for name in names]
         for names in (command.tasks, command.watch)
     )
-    base = _load(command)
-    with _progress() as progress:
-        result = run_sequence(
-            learn, base, command.train, command.out, watch=watch,
-            on_task=lambda task: _follow(progress, task, command),
-        )  # fmt: skip
-    if command.json:
-        print(json.dumps(asdict(result), indent=2))
+    if command.validate:
+        learn, watch = ([validation(task) for task in tasks] for tasks in (learn, watch))
+    fabric = _fabric(command)
+    base = _load(command, fabric)
+    results = []
+    for seed in command.seeds or (command.train.seed,):
+        config = dataclasses.replace(command.train, seed=seed)
+        out = command.out / f"seed-{seed}" if command.seeds else command.out
+        with _progress(fabric) as progress:
+
+            def on_stage(tasks, progress=progress):
+                names = ", ".join(task.name for task in tasks)
+                return _follow(progress, names, command.train.iterations * len(tasks))
+
+            found = run_sequence(
+                learn, base, config, out, method=command.method, watch=watch, order_seed=command.order_seed,
+                fabric=fabric, resume=command.resume, on_stage=on_stage,
+            )  # fmt: skip
+        results.append(found[command.label_space])
+    if not fabric.is_global_zero:
         return
-    table = Table("after learning", *result.tested, title="Accuracy on test images, %")
-    for name, row in zip(("nothing", *result.tasks), (result.zero_shot, *result.matrix), strict=True):
-        table.add_row(name, *(f"{cell:.1f}" for cell in row))
-    stdout.print(table)
-    for name in ("transfer", "average", "last", "forgetting"):
-        value = getattr(result, name)
-        stdout.print(f"{name.capitalize():<11}{'one task defines none' if value is None else f'{value:.1f}'}")
-    stdout.print(f"Written to {command.out}: adapters/ and sequence.json", soft_wrap=True)
+    if command.json:
+        printed = [dataclasses.asdict(result) for result in results]
+        print(json.dumps(printed if command.seeds else printed[0], indent=2))
+        return
+    for result in results:
+        _show_matrix(result)
+    if command.seeds:
+        _show_spread(results)
+    stdout.print(f"Written to {command.out}. Figures: trainer report {command.out}", soft_wrap=True)
+
+
+def report(command: commands.Report) -> None:
+    """Draw the figures of a run."""
+    from trainer.report import write_report
+
+    page = write_report(command.run)
+    if command.json:
+        print(json.dumps({"page": str(page), "figures": sorted(str(p) for p in (command.run / "figures").iterdir())}))
+        return
+    stdout.print(f"{page}: the whole report in one file; its figures are in {command.run / 'figures'}", soft_wrap=True)
 
 
 def evaluate(command: commands.Evaluate) -> None:
@@ -139,9 +186,12 @@ def evaluate(command: commands.Evaluate) -> None:
     from trainer.tasks import load_task
 
     found = [load_task(name, command.data, download=command.download) for name in command.tasks]
-    base = _load(command)
+    fabric = _fabric(command)
+    base = _load(command, fabric)
     lineage = load_lineage(command.adapters, base.fingerprint)
-    accuracies = evaluate_tasks(with_weights(base, merge(base.model.state_dict(), lineage)), found)
+    accuracies = evaluate_tasks(with_weights(base, merge(base.model.state_dict(), lineage)), found, fabric)["task"]
+    if not fabric.is_global_zero:
+        return
     learned = [adapter.task for adapter in lineage]
     if command.json:
         print(json.dumps({"model": base.model_name, "learned": learned, "accuracy": accuracies}, indent=2))
@@ -152,15 +202,22 @@ def evaluate(command: commands.Evaluate) -> None:
     stdout.print(table)
 
 
-def _load(command: commands.WithModel) -> Backbone:
-    """The command's base model, on the best device there is."""
+def _fabric(command: commands.WithModel) -> Fabric:
+    """The devices of a command; with several, this process becomes one of them."""
     from lightning_fabric import Fabric
 
+    fabric = Fabric(accelerator=command.accelerator, devices=command.devices, precision=command.precision)
+    fabric.launch()
+    return fabric
+
+
+def _load(command: commands.WithModel, fabric: Fabric) -> Backbone:
+    """The command's base model, on the fabric's device."""
     from trainer.backbone import load_backbone
 
     with stderr.status(f"loading {command.model}"):
         backbone = load_backbone(command.model, command.pretrained)
-        backbone.model.to(Fabric(accelerator="auto", devices=1).device)
+        backbone.model.to(fabric.device)
     return backbone
 
 
@@ -178,7 +235,32 @@ def _learned(adapter: Adapter, data: Path) -> Task | None:
     return None
 
 
-def _progress() -> Progress:
+def _show_matrix(result: SequenceResult) -> None:
+    """One run: the accuracy matrix and its four measures."""
+    among = "the classes of their own task" if result.label_space == "task" else "the classes of all tasks"
+    title = f"{result.method}, seed {result.seed}: accuracy on test images among {among}, %"
+    table = Table("after learning", *result.tested, title=title)
+    learned = result.tasks if len(result.matrix) == len(result.tasks) else ("all at once",)
+    for name, row in zip(("nothing", *learned), (result.zero_shot, *result.matrix), strict=True):
+        table.add_row(name, *(f"{cell:.1f}" for cell in row))
+    stdout.print(table)
+    for name in MEASURES:
+        value = getattr(result, name)
+        stdout.print(f"{name.capitalize():<11}{'not defined by one row' if value is None else f'{value:.1f}'}")
+
+
+def _show_spread(results: list[SequenceResult]) -> None:
+    """Mean and standard deviation over seeds."""
+    table = Table("over seeds", "mean", "standard deviation")
+    for name in MEASURES:
+        values = [getattr(result, name) for result in results]
+        if None not in values:
+            spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "one seed"
+            table.add_row(name.capitalize(), f"{statistics.mean(values):.2f}", spread)
+    stdout.print(table)
+
+
+def _progress(fabric: Fabric) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -186,12 +268,11 @@ def _progress() -> Progress:
         TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} images/s"),
         TimeRemainingColumn(),
         console=stderr,
+        disable=not fabric.is_global_zero,
     )
 
 
-def _follow(progress: Progress, task: Task, command: commands.Fit | commands.Chain):
-    """A bar for one task, told of every step."""
-    bar = progress.add_task(
-        f"learning {escape(task.name)}", total=command.train.iterations, loss=float("nan"), rate=0.0
-    )
+def _follow(progress: Progress, name: str, iterations: int) -> Callable[[Step], None]:
+    """A bar for what is learned next, told of every step."""
+    bar = progress.add_task(f"learning {escape(name)}", total=iterations, loss=float("nan"), rate=0.0)
     return lambda step: progress.update(bar, completed=step.number, loss=step.loss, rate=step.images_per_s)

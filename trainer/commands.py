@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import tyro
 
-from trainer.config import TrainConfig, train_config
+from trainer.config import Method, TrainConfig, train_config
 
 MODEL = "ViT-B-16"
 
@@ -39,6 +39,12 @@ class WithModel:
     """Where the MTIL data sets lie."""
     download: bool = False
     """Fetch a data set that is missing."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """What to run on."""
+    devices: int = 1
+    """How many of it; each sees its own --batch-size images a step."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Of the forward and backward passes; weights and adapters stay in float32."""
     json: bool = False
     """Print JSON."""
 
@@ -58,6 +64,8 @@ class Fit(WithModel):
     """Prompts for the task of a folder, such as 'a photo of a {}, a type of bolt'."""
     adapters: Path = Path("adapters")
     """Adapters learned before are read here, the new one is written here."""
+    resume: bool = False
+    """Go on where the same command was interrupted."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How to learn. Defaults are those of the model."""
 
@@ -75,8 +83,33 @@ class Chain(WithModel):
     """Folder for the adapters and the accuracy matrix."""
     watch: tuple[str, ...] = ()
     """Tasks to test but not to learn."""
+    method: Method = "pool"
+    """The expert pool; or one plain LoRA, all weights task after task, all weights on all tasks at once."""
+    label_space: Literal["task", "union"] = "task"
+    """What to print: images classified among the classes of their own task, or of all tasks. Both are written."""
+    validate: bool = False
+    """Learn from 80% of the training images and test on the rest: for choosing settings without a test image."""
+    seeds: tuple[int, ...] = ()
+    """Repeat with these seeds, each in a folder of its own below --out."""
+    order_seed: int | None = None
+    """Shuffle the tasks by this seed."""
+    resume: bool = False
+    """Go on where the same command was interrupted."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How to learn. Defaults are those of the model."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One page with figures on all sequences below a folder.
+
+    Example: trainer report runs/three
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder that 'trainer sequence --out' wrote, or one that holds several of them."""
+    json: bool = False
+    """Print JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +125,27 @@ class Evaluate(WithModel):
     """Adapters to merge; an empty or absent folder tests the base model."""
 
 
-def parse(args: Sequence[str] | None = None) -> Tasks | Fit | Chain | Evaluate:
+def parse(args: Sequence[str] | None = None) -> Tasks | Fit | Chain | Evaluate | Report:
     """The command of a command line; exits with 2 on one that can't be read.
 
-    A model has its own training defaults, so the model is looked up first: ``--help`` shows what will be used.
+    A model and a method have their own training defaults, so they are looked up first: ``--help`` shows what will be
+    used.
     """
     args = sys.argv[1:] if args is None else list(args)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--model", nargs="?", default=MODEL)
-    model = finder.parse_known_args(args)[0].model or MODEL
-    learning = {"model": model, "train": train_config(model)}
-    fit = Fit(task=tyro.MISSING, **learning)
-    chain = Chain(tasks=tyro.MISSING, out=tyro.MISSING, **learning)
+    finder.add_argument("--model", nargs="?")
+    finder.add_argument("--method", nargs="?")
+    found = finder.parse_known_args(args)[0]
+    model = found.model or MODEL
+    method = found.method if found.method in get_args(Method) else "pool"
+    fit = Fit(task=tyro.MISSING, model=model, train=train_config(model))
+    chain = Chain(tasks=tyro.MISSING, out=tyro.MISSING, model=model, train=train_config(model, method))
     command = (
         Annotated[Tasks, tyro.conf.subcommand("tasks")]
         | Annotated[Fit, tyro.conf.subcommand("fit", default=fit)]
         | Annotated[Chain, tyro.conf.subcommand("sequence", default=chain)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
     )
     return tyro.cli(
         command,

@@ -22,6 +22,12 @@ class PoolConfig:
     """An expert is scaled by alpha / rank."""
     dropout: float = 0.2
     """Dropout on a pool's input."""
+    router: Literal["learned", "fixed", "none"] = "learned"
+    """How experts are picked: by a router that learns, by one that keeps its random start, or always the first ones."""
+    router_per: Literal["layer", "block"] = "layer"
+    """One router for every layer, or one for the layers of a block."""
+    route_on: Literal["cls", "first"] = "cls"
+    """What a text is routed on: its EOT token, as CLIP reads it, or token 0; an image always on its [CLS]."""
 
     def __post_init__(self) -> None:
         _raise_faults(self._faults())
@@ -76,20 +82,37 @@ class TrainConfig(PoolConfig):
         return super()._faults() + faults
 
 
-# What differs from the published settings where a model is better off with something else.
-PRESETS: dict[str, dict[str, Any]] = {
-    "mini": {"shots": 16, "iterations": 150, "dropout": 0.0, "lr": 5e-3, "consolidate": 0.5, "anchor_weight": 1.0},
+Method = Literal["pool", "lora", "finetune", "joint"]
+
+# What differs from the published settings: where all weights are trained, and where a model is better off otherwise.
+ALL_WEIGHTS = {"lr": 1e-5}
+MINI = {"shots": 16, "iterations": 100, "dropout": 0.0}
+PRESETS: dict[str, dict[Method, dict[str, Any]]] = {
+    "": {"finetune": ALL_WEIGHTS, "joint": ALL_WEIGHTS},
+    "mini": {
+        "pool": {**MINI, "lr": 5e-3, "consolidate": 0.5, "anchor_weight": 1.0},
+        "lora": {**MINI, "lr": 2e-3},
+        "finetune": {**MINI, "lr": 3e-4},
+        "joint": {**MINI, "lr": 3e-4},
+    },
 }
 
 
-def train_config(model_name: str, **chosen: Any) -> TrainConfig:
-    """The model's own preset with the settings that were chosen (those not None) on top.
+def train_config(model_name: str, method: Method = "pool", **chosen: Any) -> TrainConfig:
+    """The preset of a model and a method with the settings that were chosen (those not None) on top.
 
     Raises:
         ConfigError: names every fault at once.
     """
+    preset = PRESETS.get(model_name, PRESETS[""]).get(method, {})
+    config = replace(TrainConfig(**preset), **{name: value for name, value in chosen.items() if value is not None})
+    return config if method == "pool" else without_pool(config)
+
+
+def without_pool(config: TrainConfig) -> TrainConfig:
+    """The same settings for another method than the pool: all experts serve, all are kept, nothing holds back."""
     return replace(
-        TrainConfig(**PRESETS.get(model_name, {})), **{name: v for name, v in chosen.items() if v is not None}
+        config, router="none", k_active=config.rank, k_merge=config.rank, consolidate=0.0, ago="off", anchor_weight=0.0
     )
 
 

@@ -12,10 +12,12 @@ TrainerError
 │   ├── TaskInvalid         the images are here but make no classification task
 │   ├── TaskAlreadyLearned  an adapter of this task is in the lineage
 │   └── UnreadableImage
-└── AdapterError
-    ├── AdapterCorrupt      truncated, tampered with, or not an adapter
-    ├── WrongBase           trained on other base weights
-    └── BrokenChain         trained on top of other adapters
+├── CheckpointError         interrupted training that can't be gone on with
+├── AdapterError
+│   ├── AdapterCorrupt      truncated, tampered with, or not an adapter
+│   ├── WrongBase           trained on other base weights
+│   └── BrokenChain         trained on top of other adapters
+└── ReportError             no runs to report on, or a record that can't be read
 
 Every message says what, which object, expected, got, and the next step, in one line.
 """
@@ -69,6 +71,10 @@ class UnreadableImage(TaskError):
     """An image file that can't be decoded."""
 
 
+class CheckpointError(TrainerError):
+    """Interrupted training that can't be gone on with."""
+
+
 class AdapterError(TrainerError):
     """The adapter can't be used."""
 
@@ -83,3 +89,7 @@ class WrongBase(AdapterError):
 
 class BrokenChain(AdapterError):
     """Trained on top of other adapters than those at hand."""
+
+
+class ReportError(TrainerError):
+    """No runs to report on, or a record that can't be read."""

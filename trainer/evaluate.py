@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from trainer.backbone import Backbone, encode_classes
@@ -13,23 +15,39 @@ from trainer.tasks import Images, Task
 
 BATCH_SIZE = 128
 
-
-def evaluate(backbone: Backbone, tasks: Iterable[Task]) -> dict[str, float]:
-    """Top-1 accuracy in percent on each task's test images, classified among the class names of that task."""
-    return {task.name: accuracy(backbone, task) for task in tasks}
+# Among which class names an image is classified: those of its own task, or those of all tasks at hand.
+LabelSpace = Literal["task", "union"]
+Accuracies = dict[LabelSpace, dict[str, float]]
 
 
 @torch.inference_mode()
-def accuracy(backbone: Backbone, task: Task) -> float:
-    """Top-1 accuracy in percent on one task's test images."""
-    images = task.load("test")
-    classes = encode_classes(backbone, task.class_names, task.templates)
-    correct = 0
-    for start in range(0, len(images), BATCH_SIZE):
-        indices = range(start, min(start + BATCH_SIZE, len(images)))
-        predicted = (encode_images(backbone, images, indices) @ classes.T).argmax(dim=-1).cpu()
-        correct += int((predicted == torch.tensor([images.labels[i] for i in indices])).sum())
-    return round(100 * correct / len(images), 2)
+def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = None) -> Accuracies:
+    """Top-1 accuracy in percent on each task's test images, for both label spaces.
+
+    A class name that several tasks share is one class in the union: an answer is right by its name.
+
+    Args:
+        fabric: shares the images out among its processes; each gets the whole result.
+    """
+    rank, world_size = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
+    classes = [encode_classes(backbone, task.class_names, task.templates) for task in tasks]
+    names = [name for task in tasks for name in task.class_names]
+    accuracies: Accuracies = {"task": {}, "union": {}}
+    for task, own in zip(tasks, classes, strict=True):
+        images = task.load("test")
+        correct = torch.zeros(2, dtype=torch.int64)
+        for start in range(rank * BATCH_SIZE, len(images), world_size * BATCH_SIZE):
+            indices = range(start, min(start + BATCH_SIZE, len(images)))
+            features = encode_images(backbone, images, indices)
+            truth = [task.class_names[images.labels[index]] for index in indices]
+            for place, (weights, labels) in enumerate(((own, task.class_names), (torch.cat(classes), names))):
+                answers = (features @ weights.T).argmax(dim=-1).tolist()
+                correct[place] += sum(labels[answer] == name for answer, name in zip(answers, truth, strict=True))
+        if fabric:
+            correct = fabric.all_reduce(correct, reduce_op="sum")
+        for space, right in zip(("task", "union"), correct.tolist(), strict=True):
+            accuracies[space][task.name] = round(100 * right / len(images), 2)
+    return accuracies
 
 
 def encode_images(backbone: Backbone, images: Images, indices: Iterable[int]) -> Tensor:

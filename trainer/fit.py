@@ -1,10 +1,13 @@
-"""One task -> one adapter."""
+"""Learning: the loop that all methods share, and one task -> one adapter."""
 
 from __future__ import annotations
 
+import math
+import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +16,14 @@ from torch import Tensor
 
 from trainer.adapter import Adapter
 from trainer.anchors import WordAnchors
-from trainer.backbone import Backbone, cut_to_longest, encode_text, with_weights
+from trainer.backbone import Backbone, encode_text, with_weights
+from trainer.batches import Batches
+from trainer.checkpoint import Checkpoint, Trainee
 from trainer.config import TrainConfig
 from trainer.errors import TaskAlreadyLearned
-from trainer.evaluate import evaluate
+from trainer.evaluate import Accuracies, evaluate
 from trainer.merge import merge
-from trainer.pool import PoolSet, attach_pools, contrastive_loss, detach_pools, orthogonality_loss
+from trainer.pool import attach_pools, contrastive_loss, detach_pools, orthogonality_loss
 from trainer.tasks import Task
 
 MIN_LR = 1e-6
@@ -26,7 +31,7 @@ MIN_LR = 1e-6
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step has to tell."""
+    """What one optimiser step has to tell: its loss, and the speed of all devices together."""
 
     number: int
     loss: float
@@ -40,12 +45,14 @@ class Fitted:
     Attributes:
         adapter: what it leaves behind.
         backbone: the model with the adapter, and all before it, merged.
+        accuracies: of that model, on the tasks it was tested on.
         trainable_parameters: how many numbers were trained.
-        seconds: spent training, evaluation not counted.
+        seconds: spent training, evaluation not counted; those before an interruption included.
     """
 
     adapter: Adapter
     backbone: Backbone
+    accuracies: Accuracies
     trainable_parameters: int
     seconds: float
 
@@ -57,41 +64,49 @@ def fit(
     config: TrainConfig,
     *,
     test_on: Sequence[Task],
-    before: dict[str, float] | None = None,
+    before: Accuracies | None = None,
+    fabric: Fabric | None = None,
+    unfinished: Path | None = None,
+    resume: bool = False,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> Fitted:
     """Learn a task on top of those learned before.
 
     Args:
-        base: the base model; not changed.
+        base: the base model, on the fabric's device; not changed.
         lineage: adapters learned before, oldest first.
         test_on: tasks whose accuracy before and after is measured and kept in the adapter.
         before: accuracies of the lineage on ``test_on``, where they are known already.
+        fabric: devices and precision, already launched; every process returns the same. One CPU or GPU when None.
+        unfinished: file to save training in as it goes; the caller removes it once the adapter is safe.
+        resume: go on from that file, if it is there.
         on_step: told of every optimiser step.
 
     Raises:
         TaskAlreadyLearned: the lineage has an adapter of this task.
+        CheckpointError: ``unfinished`` holds training of another task or with other settings.
     """
     if task.name in (adapter.task for adapter in lineage):
         raise TaskAlreadyLearned(
             f"task {task.name!r} was learned already; give another --adapters folder, "
             "or remove its adapter and those learned after it"
         )
-    weights = merge(base.model.state_dict(), lineage)
-    model = with_weights(base, weights)
-    before = evaluate(model, test_on) if before is None else before
-    anchors = None
-    if config.anchor_weight:
-        anchors = WordAnchors(with_weights(base, weights), config.seed, keep=config.shots > 0)
-    started = time.perf_counter()
+    fabric = fabric or one_device(base)
+    model = with_weights(base, merge(base.model.state_dict(), lineage))
+    parents = tuple(parent.sha256 for parent in lineage)
+    before = evaluate(model, test_on, fabric) if before is None else before
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         pools = attach_pools(model.model, config)
         try:
-            train(task, model, pools, lineage, config, anchors, on_step)
+            seconds = train(
+                [task], model, pools, config, fabric,
+                past=past_columns(lineage, base.device),
+                checkpoint=checkpoint_of(unfinished, [task], base, config, fabric, parents),
+                resume=resume, on_step=on_step,
+            )  # fmt: skip
         finally:
             detach_pools(pools)
-    seconds = time.perf_counter() - started
     adapter = Adapter(
         task=task.name,
         class_names=task.class_names,
@@ -99,56 +114,124 @@ def fit(
         model_name=base.model_name,
         pretrained=base.pretrained,
         base_fingerprint=base.fingerprint,
-        parents=tuple(parent.sha256 for parent in lineage),
+        parents=parents,
         scaling=config.alpha / config.rank,
         seed=config.seed,
-        accuracy={"before": before, "after": {}},
+        accuracy={"before": before["task"], "after": {}},
         config={**asdict(config), "source": task.source},
+        activation_counts=pools.activation_counts(),
         tensors=pools.merged_tensors(),
     )
     merged = with_weights(base, merge(base.model.state_dict(), [*lineage, adapter]))
-    adapter = replace(adapter, accuracy={"before": before, "after": evaluate(merged, test_on)})
-    return Fitted(adapter, merged, pools.num_trainable, seconds)
+    accuracies = evaluate(merged, test_on, fabric)
+    adapter = replace(adapter, accuracy={"before": before["task"], "after": accuracies["task"]})
+    return Fitted(adapter, merged, accuracies, pools.num_trainable, seconds)
 
 
 def train(
-    task: Task,
-    backbone: Backbone,
-    pools: PoolSet,
-    lineage: Sequence[Adapter],
+    tasks: Sequence[Task],
+    model: Backbone,
+    trainee: Trainee,
     config: TrainConfig,
-    anchors: WordAnchors | None,
+    fabric: Fabric,
+    *,
+    past: Mapping[str, Tensor],
+    checkpoint: Checkpoint | None,
+    resume: bool,
     on_step: Callable[[Step], None],
-) -> None:
-    """Train the pools of a model in place; the model's own weights stay frozen."""
-    fabric = Fabric(accelerator=backbone.device.type, devices=1)
-    optimizer = torch.optim.AdamW(pools.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.iterations, eta_min=MIN_LR)
-    optimizer = fabric.setup_optimizers(optimizer)
-    past = past_columns(lineage, backbone.device)
-    logit_scale = backbone.model.logit_scale.exp()
-    consolidate_at = config.iterations - round(config.consolidate * config.iterations) + 1
-    backbone.model.train()
-    batches = draw_batches(task, backbone, config)
-    for number in range(1, config.iterations + 1):
-        started = time.perf_counter()
-        if number == consolidate_at:
-            pools.consolidate()
-        batch = next(batches)
-        image_features = F.normalize(backbone.model.encode_image(batch.pixels), dim=-1)
-        text_features = F.normalize(encode_text(backbone.model, batch.tokens), dim=-1)[batch.text_of]
-        loss = contrastive_loss(image_features, text_features, batch.labels, logit_scale)
-        if config.ago != "off":
-            loss = loss + config.ago_weight * orthogonality_loss(pools.pools, past, config.ago)
-        if anchors:
-            held = anchors.loss(backbone.model, batch.indices, batch.pixels, image_features)
-            loss = loss + config.anchor_weight * held
+) -> float:
+    """Train a model in place: its pools, or all its weights. The tasks take turns, ``config.iterations`` steps each.
+
+    Every process sees its share of the images and all of the prompts; image features are gathered, so the loss is that
+    of the whole batch wherever it is computed. The mean of the processes' gradients is then the gradient of that loss.
+
+    Args:
+        past: merged columns of earlier tasks, which the AGO loss keeps off.
+
+    Returns:
+        seconds spent.
+    """
+    batches = [Batches(task, model, config, rank=fabric.global_rank, world_size=fabric.world_size) for task in tasks]
+    anchors = [WordAnchors(model, own, config.seed) for own in batches] if config.anchor_weight else []
+    parameters = list(trainee.parameters())
+    adamw = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = fabric.setup_optimizers(adamw)
+    steps_before, seconds_before = checkpoint.load(trainee, adamw) if checkpoint and resume else (0, 0.0)
+    iterations = config.iterations * len(tasks)
+    logit_scale = model.model.logit_scale.detach().exp()
+    started = time.perf_counter()
+    model.model.train()
+    for number in range(steps_before + 1, iterations + 1):
+        step_started = time.perf_counter()
+        if number > iterations - round(config.consolidate * iterations):
+            trainee.consolidate()
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(config.lr, number, iterations)
+        turn, place = divmod(number - 1, len(tasks))
+        torch.manual_seed(random.Random(f"dropout {config.seed} {number}").getrandbits(63))
+        batch = batches[place][turn + 1]
+        with fabric.autocast():
+            own_features = F.normalize(model.model.encode_image(batch.pixels), dim=-1)
+            image_features = fabric.all_gather(own_features, sync_grads=True).flatten(0, -2)
+            text_features = F.normalize(encode_text(model.model, batch.tokens), dim=-1)[batch.text_of]
+            loss = contrastive_loss(image_features, text_features, batch.labels, logit_scale)
+            if past and config.ago != "off":
+                loss = loss + config.ago_weight * orthogonality_loss(trainee.pools, past, config.ago)
+            if anchors:
+                loss = loss + config.anchor_weight * anchors[place].loss(model.model, turn + 1, batch, own_features)
         optimizer.zero_grad()
         fabric.backward(loss)
+        average_gradients(fabric, parameters)
         optimizer.step()
-        schedule.step()
-        on_step(Step(number, loss.item(), len(batch.labels) / (time.perf_counter() - started)))
-    backbone.model.eval()
+        mean_loss = float(fabric.all_reduce(loss.detach(), reduce_op="mean"))
+        on_step(Step(number, mean_loss, len(batch.labels) / (time.perf_counter() - step_started)))
+        if checkpoint and fabric.is_global_zero:
+            seconds = seconds_before + time.perf_counter() - started
+            checkpoint.save_when_due(number, seconds, trainee, adamw)
+    model.model.eval()
+    return seconds_before + time.perf_counter() - started
+
+
+def checkpoint_of(
+    path: Path | None,
+    tasks: Sequence[Task],
+    base: Backbone,
+    config: TrainConfig,
+    fabric: Fabric,
+    parents: Sequence[str],
+) -> Checkpoint | None:
+    """Where training is saved, with all that its course depends on; None where it isn't to be saved."""
+    if path is None:
+        return None
+    identity = {
+        "tasks": [task.name for task in tasks],
+        "model": base.model_name,
+        "base_fingerprint": base.fingerprint,
+        "parents": list(parents),
+        "devices": fabric.world_size,
+        **asdict(config),
+    }
+    return Checkpoint(path, identity)
+
+
+def one_device(backbone: Backbone) -> Fabric:
+    """A fabric of the one device that a backbone is on."""
+    return Fabric(accelerator=backbone.device.type, devices=1)
+
+
+def cosine(lr: float, number: int, iterations: int) -> float:
+    """Learning rate of a step, counted from 1: half a cosine from ``lr`` down to ``MIN_LR``."""
+    return MIN_LR + (lr - MIN_LR) * (1 + math.cos(math.pi * (number - 1) / iterations)) / 2
+
+
+def average_gradients(fabric: Fabric, parameters: Sequence[Tensor]) -> None:
+    """Replace every gradient by its mean over all processes, in one exchange."""
+    if fabric.world_size == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters]
+    flat = fabric.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduce_op="mean")
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def past_columns(lineage: Sequence[Adapter], device: torch.device) -> dict[str, Tensor]:
@@ -159,48 +242,3 @@ def past_columns(lineage: Sequence[Adapter], device: torch.device) -> dict[str, 
         module: torch.cat([adapter.experts(module)[1] for adapter in lineage], dim=1).to(device)
         for module in lineage[0].modules()
     }
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images with their prompts.
-
-    Attributes:
-        indices: which of the drawn training images these are.
-        pixels: float32 (batch, 3, S, S).
-        labels: int64 (batch,).
-        tokens: int64 (distinct prompts, seq_len), cut to the longest.
-        text_of: int64 (batch,), which of the prompts belongs to which image.
-    """
-
-    indices: list[int]
-    pixels: Tensor
-    labels: Tensor
-    tokens: Tensor
-    text_of: Tensor
-
-
-def draw_batches(task: Task, backbone: Backbone, config: TrainConfig) -> Iterator[Batch]:
-    """Endless batches, drawn without replacement until all images were seen, then anew.
-
-    A batch holds fewer classes than images: each prompt is encoded once. Few-shot images are decoded once and kept.
-    """
-    images = task.load("train").few_shot(config.shots, config.seed)
-    draw = torch.Generator().manual_seed(config.seed)
-    kept: dict[int, Tensor] = {}
-    order: list[int] = []
-    while True:
-        while len(order) < config.batch_size:
-            order += torch.randperm(len(images), generator=draw).tolist()
-        chosen, order = order[: config.batch_size], order[config.batch_size :]
-        pixels = []
-        for index in chosen:
-            decoded = kept[index] if index in kept else backbone.preprocess(images[index][0])
-            if config.shots:
-                kept[index] = decoded
-            pixels.append(decoded)
-        labels = torch.tensor([images.labels[index] for index in chosen])
-        classes, text_of = labels.unique(return_inverse=True)
-        template = task.templates[int(torch.randint(len(task.templates), (), generator=draw))]
-        tokens = cut_to_longest(backbone.tokenizer([template.replace("{}", task.class_names[c]) for c in classes]))
-        yield Batch(chosen, *(t.to(backbone.device) for t in (torch.stack(pixels), labels, tokens, text_of)))

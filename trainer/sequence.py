@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
-from trainer.adapter import Adapter, save_adapter
+from lightning_fabric import Fabric
+
 from trainer.backbone import Backbone
-from trainer.config import TrainConfig
-from trainer.errors import ConfigError
-from trainer.evaluate import evaluate
-from trainer.fit import Step, fit
+from trainer.checkpoint import differences
+from trainer.config import Method, TrainConfig, without_pool
+from trainer.errors import CheckpointError, ConfigError
+from trainer.evaluate import Accuracies, LabelSpace, evaluate
+from trainer.files import replacing
+from trainer.fit import Step, one_device
+from trainer.methods import LEARNERS, Learned, Run
 from trainer.tasks import Task
+
+LEFT_BEHIND = ("sequence.json", "progress.json", "unfinished.safetensors", "adapters", "weights")
 
 
 @dataclass(frozen=True)
@@ -24,15 +32,16 @@ class SequenceResult:
     Attributes:
         tasks: learned, in this order.
         tested: columns of the matrix: the learned tasks, then those that were only watched.
+        label_space: classified among the class names of the image's own task, or of all that are tested.
         zero_shot: row 0, before anything was learned.
-        matrix: row i is the accuracy on every tested task after learning task i.
-        transfer, average, last, forgetting: over the learned tasks; None where one task alone defines nothing.
+        matrix: row i is the accuracy on every tested task after learning task i; one row where all are learned at once.
+        transfer, average, last, forgetting: over the learned tasks; None where one row alone defines nothing.
     """
 
-    method: str
+    method: Method
     tasks: list[str]
     tested: list[str]
-    label_space: str
+    label_space: LabelSpace
     seed: int
     zero_shot: list[float]
     matrix: list[list[float]]
@@ -51,56 +60,115 @@ def run_sequence(
     config: TrainConfig,
     out: Path,
     *,
+    method: Method = "pool",
     watch: Sequence[Task] = (),
-    on_task: Callable[[Task], Callable[[Step], None]] = lambda task: lambda step: None,
-) -> SequenceResult:
+    order_seed: int | None = None,
+    fabric: Fabric | None = None,
+    resume: bool = False,
+    on_stage: Callable[[Sequence[Task]], Callable[[Step], None]] = lambda tasks: lambda step: None,
+) -> dict[LabelSpace, SequenceResult]:
     """Learn tasks one after another, each on top of the last, and test all of them after each.
 
-    Writes ``adapters/<task>.safetensors`` and ``sequence.json`` below ``out``.
+    Writes ``sequence.json`` below ``out``, and what the method leaves behind. Until the run is finished,
+    ``progress.json`` and ``unfinished.safetensors`` say how far it is.
 
     Args:
+        method: ``joint`` learns all tasks at once.
         watch: tasks that are tested but never learned.
-        on_task: told of every task as it begins; what it returns is told of every step.
+        order_seed: shuffles ``tasks``; None leaves them in the order given.
+        resume: go on with the run in ``out`` where it was interrupted; start it where there is none.
+        on_stage: told of the tasks that are learned next; what it returns is told of every step.
 
     Raises:
-        ConfigError: ``out`` holds adapters already, or a task stands twice.
+        ConfigError: a task stands twice, or ``out`` holds a run and ``resume`` isn't set.
+        CheckpointError: ``out`` holds a run with other settings.
     """
-    names = [task.name for task in (*tasks, *watch)]
+    fabric = fabric or one_device(base)
+    config = config if method == "pool" else without_pool(config)
+    if order_seed is not None:
+        tasks = random.Random(order_seed).sample(tasks, len(tasks))
+    tested = [*tasks, *watch]
+    names = [task.name for task in tested]
     if len(set(names)) < len(names):
         raise ConfigError(f"a task stands twice in: {' '.join(names)}; name each once")
-    if any((out / "adapters").glob("*.safetensors")):
-        raise ConfigError(f"{out / 'adapters'} holds adapters already; give another --out, or remove the folder")
-    tested = [*tasks, *watch]
-    rows = [evaluate(base, tested)]
-    lineage: list[Adapter] = []
-    seconds, trainable = [], 0
-    for task in tasks:
-        fitted = fit(task, base, lineage, config, test_on=tested, before=rows[-1], on_step=on_task(task))
-        lineage.append(fitted.adapter)
-        save_adapter(fitted.adapter, out / "adapters" / f"{task.name}.safetensors")
-        rows.append(fitted.adapter.accuracy["after"])
-        seconds.append(round(fitted.seconds, 2))
-        trainable = fitted.trainable_parameters
-    table = [[row[task.name] for task in tested] for row in rows]
-    learned = [row[: len(tasks)] for row in table[1:]]
-    result = SequenceResult(
-        method="pool",
-        tasks=[task.name for task in tasks],
+    identity = {
+        "model": base.model_name,
+        "pretrained": base.pretrained,
+        "base_fingerprint": base.fingerprint,
+        "method": method,
+        "tasks": [task.name for task in tasks],
+        "watch": [task.name for task in watch],
+        "order_seed": order_seed,
+        "devices": fabric.world_size,
+        "config": asdict(config),
+    }
+    if not resume and any((out / name).exists() for name in LEFT_BEHIND):
+        raise ConfigError(f"{out} holds a run already; --resume goes on with it, or give another --out")
+    if (out / "sequence.json").is_file():
+        finished = _read(out / "sequence.json", identity)["results"]
+        return {space: SequenceResult(**result) for space, result in finished.items()}
+
+    progress = _read(out / "progress.json", identity) if (out / "progress.json").is_file() else None
+    zero_shot = progress["zero_shot"] if progress else evaluate(base, tested, fabric)
+    learned = [Learned(**stage) for stage in progress["stages"]] if progress else []
+    run = Run(base, config, out, tested, fabric)
+    learner = LEARNERS[method](run)
+    stages = [tasks] if method == "joint" else [[task] for task in tasks]
+    learner.restore([task for stage in stages[: len(learned)] for task in stage])
+    for stage in stages[len(learned) :]:
+        before = learned[-1].accuracies if learned else zero_shot
+        learned.append(learner.learn(stage, before, resume=resume, on_step=on_stage(stage)))
+        if fabric.is_global_zero:
+            _write(out / "progress.json", {**identity, "zero_shot": zero_shot, "stages": [asdict(s) for s in learned]})
+            run.unfinished.unlink(missing_ok=True)
+    results = {space: _result(space, identity, tested, zero_shot, learned) for space in ("task", "union")}
+    if fabric.is_global_zero:
+        _write(out / "sequence.json", {**identity, "results": {space: asdict(r) for space, r in results.items()}})
+        (out / "progress.json").unlink()
+    return results
+
+
+def _result(
+    space: LabelSpace, identity: dict, tested: Sequence[Task], zero_shot: Accuracies, learned: Sequence[Learned]
+) -> SequenceResult:
+    """What the stages came to, seen in one label space."""
+    rows = [[stage.accuracies[space][task.name] for task in tested] for stage in learned]
+    square = [row[: len(identity["tasks"])] for row in rows]
+    return SequenceResult(
+        method=identity["method"],
+        tasks=identity["tasks"],
         tested=[task.name for task in tested],
-        label_space="task",
-        seed=config.seed,
-        zero_shot=table[0],
-        matrix=table[1:],
-        transfer=transfer(learned),
-        average=average(learned),
-        last=last(learned),
-        forgetting=forgetting(learned),
-        trainable_parameters=trainable,
-        kept_parameters=lineage[-1].num_parameters,
-        seconds_per_task=seconds,
+        label_space=space,
+        seed=identity["config"]["seed"],
+        zero_shot=[zero_shot[space][task.name] for task in tested],
+        matrix=rows,
+        transfer=transfer(square),
+        average=average(square),
+        last=last(square),
+        forgetting=forgetting(square),
+        trainable_parameters=learned[-1].trainable_parameters,
+        kept_parameters=learned[-1].kept_parameters,
+        seconds_per_task=[round(stage.seconds, 2) for stage in learned],
     )
-    (out / "sequence.json").write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-    return result
+
+
+def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """A run's record, if it is of this very run."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        faults = differences({name: found[name] for name in identity}, json.loads(json.dumps(identity)))
+    except (ValueError, KeyError, TypeError) as exc:
+        raise CheckpointError(
+            f"{path}: not the record of a run ({exc}); remove the folder, or give another --out"
+        ) from exc
+    if faults:
+        raise CheckpointError(f"{path}: is of a run with {'; '.join(faults)}; give the same settings, or another --out")
+    return found
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    with replacing(path) as staged:
+        staged.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def transfer(matrix: Sequence[Sequence[float]]) -> float | None:

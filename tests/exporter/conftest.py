@@ -46,6 +46,7 @@ def make_adapter(mini):
             seed=seed,
             accuracy={"before": {task: 10.0}, "after": {task: 90.0, "other": 50.0}},
             config={},
+            activation_counts={},
             tensors=tensors,
         )
 

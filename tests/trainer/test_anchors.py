@@ -1,4 +1,4 @@
-import copy
+import random
 
 import open_clip
 import pytest
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from trainer.anchors import WORDS_PER_STEP, WordAnchors
 from trainer.backbone import with_weights
+from trainer.batches import Batches
 from trainer.config import train_config
 from trainer.errors import ConfigError
 from trainer.evaluate import evaluate
@@ -15,8 +16,13 @@ from trainer.tasks import load_task
 
 
 @pytest.fixture(scope="module")
-def anchors(mini):
-    return WordAnchors(mini, seed=0, keep=True)
+def batches(mini, digits):
+    return Batches(digits, mini, train_config("mini", shots=2, batch_size=4, seed=3))
+
+
+@pytest.fixture(scope="module")
+def anchors(mini, batches):
+    return WordAnchors(mini, batches, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -30,45 +36,42 @@ def moved(mini):
     return with_weights(mini, state).model
 
 
-@pytest.fixture(scope="module")
-def pixels(mini, digits):
-    return torch.stack([mini.preprocess(digits.load("test")[i][0]) for i in range(4)])
-
-
 def features(model, pixels):
     return F.normalize(model.encode_image(pixels), dim=-1)
 
 
 @torch.no_grad()
-def test_a_model_that_has_not_moved_loses_nothing(anchors, mini, pixels):
-    loss = anchors.loss(mini.model, [0, 1, 2, 3], pixels, features(mini.model, pixels))
+def test_a_model_that_has_not_moved_loses_nothing(anchors, batches, mini):
+    loss = anchors.loss(mini.model, 1, batches[1], features(mini.model, batches[1].pixels))
     assert abs(float(loss)) < 1e-5
 
 
 @torch.no_grad()
-def test_loss_equals_the_sum_written_out(mini, moved, pixels):
+def test_loss_equals_the_sum_written_out(anchors, batches, mini, moved):
     """Over all words: what the towers said before and say now, from open_clip's own functions."""
+    batch = batches[5]
     prompts = [f"a photo of a {word}" for word in open_clip.IMAGENET_CLASSNAMES]
     old = mini.model.encode_text(mini.tokenizer(prompts), normalize=True)
     scale = 100.0
-    before = (scale * features(mini.model, pixels) @ old.T).softmax(-1)
-    now = (scale * features(moved, pixels) @ old.T).softmax(-1)
+    before = (scale * features(mini.model, batch.pixels) @ old.T).softmax(-1)
+    now = (scale * features(moved, batch.pixels) @ old.T).softmax(-1)
     kl = (before * (before / now).log()).sum(-1).mean()
-    anchors = WordAnchors(mini, seed=3, keep=True)
-    drawn = copy.deepcopy(anchors._draw).sample(range(len(prompts)), WORDS_PER_STEP)
+    drawn = random.Random("words 3 5").sample(range(len(prompts)), WORDS_PER_STEP)
     new = moved.encode_text(mini.tokenizer([prompts[i] for i in drawn]), normalize=True)
     expected = kl + (1 - (new * old[drawn]).sum(-1)).mean()
     assert expected > 0.01
-    got = anchors.loss(moved, [0, 1, 2, 3], pixels, features(moved, pixels))
+    got = anchors.loss(moved, 5, batch, features(moved, batch.pixels))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_images_are_remembered_by_index_only_where_asked(mini, moved, pixels):
-    for keep, remembered in ((True, 4), (False, 0)):
-        anchors = WordAnchors(mini, seed=0, keep=keep)
-        anchors.loss(moved, [7, 1, 9, 3], pixels, features(moved, pixels))
-        assert len(anchors._described) == remembered
+def test_images_that_are_too_many_to_keep_are_described_as_they_come(anchors, batches, mini, digits, moved):
+    all_images = Batches(digits, mini, train_config("mini", shots=0, batch_size=4, seed=3))
+    batch = all_images[1]
+    few = WordAnchors(mini, batches, seed=3).loss(moved, 1, batches[1], features(moved, batches[1].pixels))
+    assert few == anchors.loss(moved, 1, batches[1], features(moved, batches[1].pixels))
+    many = WordAnchors(mini, all_images, seed=3).loss(mini.model, 1, batch, features(mini.model, batch.pixels))
+    assert abs(float(many)) < 1e-5
 
 
 def test_anchors_hold_what_is_not_being_learned(mini):

@@ -21,7 +21,7 @@ def fails(capsys, *arguments):
     return lines[0]
 
 
-@pytest.mark.parametrize("command", [[], ["tasks"], ["fit"], ["sequence"], ["evaluate"]])
+@pytest.mark.parametrize("command", [[], ["tasks"], ["fit"], ["sequence"], ["evaluate"], ["report"]])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -83,7 +83,7 @@ def test_sequence_prints_and_saves_the_matrix(capsys, tmp_path):
     main(["sequence", "--tasks", "emoji", "clipart", "--watch", "flags", "--out", str(out), *QUICK])
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("emoji", "clipart", "flags", "Transfer", "Forgetting"))
-    assert json.loads((out / "sequence.json").read_text())["tested"] == ["emoji", "clipart", "flags"]
+    assert json.loads((out / "sequence.json").read_text())["results"]["task"]["tested"] == ["emoji", "clipart", "flags"]
 
 
 def test_unknown_task_and_missing_data_are_one_line(capsys, tmp_path):

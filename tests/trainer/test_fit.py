@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from trainer.backbone import with_weights
+from trainer.batches import Batches
 from trainer.config import train_config
 from trainer.errors import ConfigError, TaskAlreadyLearned
-from trainer.evaluate import accuracy
-from trainer.fit import draw_batches, fit, past_columns
+from trainer.evaluate import evaluate
+from trainer.fit import fit, past_columns
 from trainer.merge import merge
 from trainer.tasks import load_task
 
@@ -21,7 +22,7 @@ def test_fit_learns(fitted):
 
 def test_accuracy_recorded_is_that_of_base_and_adapter_merged(mini, fitted, digits):
     merged = with_weights(mini, merge(mini.model.state_dict(), [fitted.adapter]))
-    assert accuracy(merged, digits) == fitted.adapter.accuracy["after"]["digits"]
+    assert evaluate(merged, [digits])["task"] == fitted.adapter.accuracy["after"]
 
 
 def test_same_seed_same_adapter_and_another_seed_another(mini):
@@ -69,7 +70,7 @@ def test_a_task_is_learned_once(mini, fitted, digits):
 
 
 def test_batches_pair_every_image_with_its_own_prompt(mini, digits):
-    batch = next(draw_batches(digits, mini, train_config("mini", batch_size=20)))
+    batch = Batches(digits, mini, train_config("mini", batch_size=20))[1]
     assert batch.pixels.shape == (20, 3, 64, 64)
     assert len(batch.tokens) == len(batch.labels.unique())
     prompts = [template.replace("{}", name) for template in digits.templates for name in digits.class_names]
@@ -82,8 +83,8 @@ def test_batches_pair_every_image_with_its_own_prompt(mini, digits):
 
 def test_batches_show_every_image_before_any_twice(mini, digits):
     config = train_config("mini", shots=4, batch_size=10)
-    batches = draw_batches(digits, mini, config)
-    seen = [tuple(image.flatten()[::97].tolist()) for _ in range(4) for image in next(batches).pixels]
+    batches = Batches(digits, mini, config)
+    seen = [tuple(image.flatten()[::97].tolist()) for number in range(1, 5) for image in batches[number].pixels]
     assert len(set(seen)) == 40
 
 

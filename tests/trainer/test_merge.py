@@ -9,7 +9,7 @@ from trainer.merge import delta_weight, merge
 def adapter_of(tensors, scaling=0.5):
     return Adapter(
         task="t", class_names=("a", "b"), templates=("{}",), model_name="m", pretrained="p", base_fingerprint="f",
-        parents=(), scaling=scaling, seed=0, accuracy={}, config={}, tensors=tensors,
+        parents=(), scaling=scaling, seed=0, accuracy={}, config={}, activation_counts={}, tensors=tensors,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def run(mini, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     config = train_config("mini", iterations=3, shots=2, batch_size=8)
     tasks = [load_task("emoji"), load_task("clipart")]
-    return out, run_sequence(tasks, mini, config, out, watch=[load_task("flags")])
+    return out, run_sequence(tasks, mini, config, out, watch=[load_task("flags")])["task"]
 
 
 def test_sequence_tests_all_tasks_after_each(run):
@@ -44,11 +44,11 @@ def test_sequence_tests_all_tasks_after_each(run):
 def test_sequence_leaves_a_lineage_and_a_record(run, mini):
     out, result = run
     assert [a.task for a in load_lineage(out / "adapters", mini.fingerprint)] == ["emoji", "clipart"]
-    assert json.loads((out / "sequence.json").read_text())["matrix"] == result.matrix
+    assert json.loads((out / "sequence.json").read_text())["results"]["task"]["matrix"] == result.matrix
 
 
 def test_sequence_does_not_mix_with_adapters_of_another_run(run, mini):
-    with pytest.raises(ConfigError, match="holds adapters already"):
+    with pytest.raises(ConfigError, match="holds a run already"):
         run_sequence([load_task("emoji")], mini, train_config("mini"), run[0])
 
 

@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from trainer.config import PoolConfig
 from trainer.pool.attention import SplitAttention
-from trainer.pool.experts import ExpertPool, RoutingPosition
+from trainer.pool.experts import ExpertPool
+from trainer.pool.router import Router, RoutingPosition
 
 
 @dataclass
@@ -22,10 +23,19 @@ class PoolSet:
     _originals: list[tuple[nn.Module, str, nn.Module]] = field(repr=False)
     _hook: RemovableHandle = field(repr=False)
 
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, by name: experts, routers, counts. The live ones, not copies."""
+        state = {}
+        for module, pool in self.pools.items():
+            state |= {f"{module}.lora_A": pool.lora_A, f"{module}.lora_B": pool.lora_B}
+            if pool.leads:
+                state |= {f"{module}.router.{name}": value for name, value in pool.router.named_parameters()}
+                state[f"{module}.router.activation_counts"] = pool.router.activation_counts
+        return state
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that is trained: experts and routers."""
-        for pool in self.pools.values():
-            yield from (pool.lora_A, pool.lora_B, *pool.router.parameters())
+        return (tensor for tensor in self.state().values() if tensor.requires_grad)
 
     @property
     def num_trainable(self) -> int:
@@ -35,7 +45,7 @@ class PoolSet:
     def consolidate(self) -> None:
         """From here on train exactly the experts that will be merged."""
         for pool in self.pools.values():
-            pool.consolidating = True
+            pool.router.consolidating = True
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """What the task leaves behind: ``<module>.lora_A`` and ``<module>.lora_B`` of the merged experts, float32."""
@@ -46,6 +56,10 @@ class PoolSet:
             tensors[f"{module}.lora_B"] = lora_B.detach().float().cpu().contiguous()
         return tensors
 
+    def activation_counts(self) -> dict[str, list[int]]:
+        """By layer, the votes that each expert of its pool got."""
+        return {module: pool.router.activation_counts.tolist() for module, pool in self.pools.items()}
+
 
 def attach_pools(model: open_clip.CLIP, config: PoolConfig) -> PoolSet:
     """Put a pool on q, k, v, out, c_fc and c_proj of every block of both towers.
@@ -53,10 +67,10 @@ def attach_pools(model: open_clip.CLIP, config: PoolConfig) -> PoolSet:
     The image tower is routed on token 0, the text tower on each prompt's EOT token, which a hook on the token
     embedding notes as the tokens come in. Base weights are used in place, not copied.
     """
-    image, text = RoutingPosition(), RoutingPosition()
+    image, text = RoutingPosition(sharded=True), RoutingPosition(sharded=False)
 
     def note_eot(_module: nn.Module, inputs: tuple[Tensor]) -> None:
-        text.index = inputs[0].argmax(dim=-1)
+        text.index = inputs[0].argmax(dim=-1) if config.route_on == "cls" else None
 
     hook = model.token_embedding.register_forward_pre_hook(note_eot)
     pools, originals = {}, []
@@ -67,9 +81,13 @@ def attach_pools(model: open_clip.CLIP, config: PoolConfig) -> PoolSet:
         for number, block in enumerate(tower.resblocks):
             originals.append((block, "attn", block.attn))
             block.attn = SplitAttention(block.attn)
+            router = None
             for parent, name in _layers(block):
                 layer = getattr(parent, name)
-                pool = ExpertPool(layer, config, position)
+                leads = router is None or config.router_per == "layer"
+                if leads:
+                    router = Router(layer.in_features, config, position, layer.weight.device)
+                pool = ExpertPool(layer, config, router, leads=leads)
                 originals.append((parent, name, layer))
                 setattr(parent, name, pool)
                 prefix = "attn" if parent is block.attn else "mlp"
@@ -85,6 +103,6 @@ def detach_pools(pool_set: PoolSet) -> None:
 
 
 def _layers(block: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The six linear layers of a block."""
+    """The six linear layers of a block, in the order they are called."""
     attention = [(block.attn, name) for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
     return attention + [(block.mlp, name) for name in ("c_fc", "c_proj")]

@@ -42,6 +42,6 @@ def orthogonality_loss(
         return next(iter(pools.values())).lora_B.new_zeros(())
     overlaps = []
     for module, pool in pools.items():
-        overlap = (pool.lora_B[:, pool.most_activated()].T @ past[module]).abs()
+        overlap = (pool.lora_B[:, pool.router.most_activated()].T @ past[module]).abs()
         overlaps.append(overlap.sum() if reduce == "sum" else overlap.mean())
     return torch.stack(overlaps).mean()

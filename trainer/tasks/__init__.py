@@ -11,9 +11,10 @@ from PIL import Image
 
 from trainer.errors import TaskDataMissing, UnknownTask
 from trainer.tasks import folder, mtil, shipped
+from trainer.tasks.split import validation
 from trainer.tasks.task import Images, Task
 
-__all__ = ["Availability", "Images", "Task", "catalogue", "load_task", "sample"]
+__all__ = ["Availability", "Images", "Task", "catalogue", "load_task", "sample", "validation"]
 
 DATA = Path("data")
 

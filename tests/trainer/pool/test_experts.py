@@ -1,21 +1,27 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from trainer.config import PoolConfig
-from trainer.pool import ExpertPool
-from trainer.pool.experts import RoutingPosition
+from trainer.pool import ExpertPool, Router, RoutingPosition
 
 CONFIG = PoolConfig(rank=6, k_active=4, k_merge=2, alpha=3.0, dropout=0.0)
 BATCH, LENGTH, D_IN, D_OUT = 5, 7, 8, 10
 
 
+def fresh_pool(config=CONFIG):
+    router = Router(D_IN, config, RoutingPosition(sharded=True), torch.device("cpu"))
+    return ExpertPool(nn.Linear(D_IN, D_OUT), config, router)
+
+
 @pytest.fixture
 def pool():
-    torch.manual_seed(0)
-    pool = ExpertPool(nn.Linear(D_IN, D_OUT), CONFIG, RoutingPosition())
+    torch.manual_seed(1)
+    pool = fresh_pool()
     nn.init.normal_(pool.lora_B)
-    pool.activation_counts += torch.tensor([5, 0, 9, 1, 7, 2])
+    pool.router.activation_counts += torch.tensor([5, 0, 9, 1, 7, 2])
     return pool
 
 
@@ -27,10 +33,17 @@ def x():
 def votes_by_hand(pool, phi):
     votes = [0] * CONFIG.rank
     for sample in phi:
-        scores = (pool.router.weight @ sample + pool.router.bias).tolist()
+        scores = (pool.router.linear.weight @ sample + pool.router.linear.bias).tolist()
         for expert in sorted(range(CONFIG.rank), key=lambda e: -scores[e])[: CONFIG.k_active]:
             votes[expert] += 1
     return votes
+
+
+def active_by_hand(pool, phi):
+    votes = votes_by_hand(pool, phi)
+    ranked = sorted(range(CONFIG.rank), key=lambda e: -votes[e])
+    assert votes[ranked[CONFIG.k_active - 1]] > votes[ranked[CONFIG.k_active]], "the vote must be clear for a test"
+    return sorted(ranked[: CONFIG.k_active])
 
 
 def added_by_hand(pool, x, experts):
@@ -43,25 +56,24 @@ def added_by_hand(pool, x, experts):
 
 
 def test_forward_equals_the_sum_over_experts_with_most_votes(pool, x):
-    before = pool.activation_counts.clone()
+    before = pool.router.activation_counts.clone()
     out = pool.train()(x)
     votes = votes_by_hand(pool, x[:, 0])
-    active = sorted(range(CONFIG.rank), key=lambda e: -votes[e])[: CONFIG.k_active]
-    assert sorted(votes)[CONFIG.rank - CONFIG.k_active - 1] < votes[active[-1]], "the vote must be clear for this test"
-    torch.testing.assert_close(out, added_by_hand(pool, x, active), atol=1e-5, rtol=1e-5)
-    assert (pool.activation_counts - before).tolist() == votes
+    expected = added_by_hand(pool, x, active_by_hand(pool, x[:, 0]))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert (pool.router.activation_counts - before).tolist() == votes
 
 
 def test_fresh_pool_changes_nothing(x):
-    pool = ExpertPool(nn.Linear(D_IN, D_OUT), CONFIG, RoutingPosition())
+    pool = fresh_pool()
     torch.testing.assert_close(pool.train()(x), pool.base_layer(x), atol=0, rtol=0)
 
 
 def test_eval_is_the_merged_layer_and_counts_nothing(pool, x):
-    before = pool.activation_counts.clone()
+    before = pool.router.activation_counts.clone()
     out = pool.eval()(x)
     torch.testing.assert_close(out, added_by_hand(pool, x, [2, 4]), atol=1e-5, rtol=1e-5)
-    assert torch.equal(pool.activation_counts, before)
+    assert torch.equal(pool.router.activation_counts, before)
 
 
 def test_eval_does_not_depend_on_batch_mates(pool, x):
@@ -72,20 +84,19 @@ def test_eval_does_not_depend_on_batch_mates(pool, x):
 def test_router_gets_a_gradient_and_base_layer_none(pool, x):
     pool.base_layer.requires_grad_(False)
     pool.train()(x).square().sum().backward()
-    assert pool.router.weight.grad.abs().sum() > 0
-    assert pool.router.bias.grad.abs().sum() > 0
+    assert pool.router.linear.weight.grad.abs().sum() > 0
+    assert pool.router.linear.bias.grad.abs().sum() > 0
     assert pool.base_layer.weight.grad is None
 
 
 def test_router_gradient_is_that_of_the_probability(pool, x):
     """Straight-through: d out / d router equals the gradient of probability * contribution at the active experts."""
     pool.train()(x).sum().backward()
-    got = pool.router.weight.grad.clone()
-    pool.router.zero_grad()
-    votes = votes_by_hand(pool, x[:, 0])
-    probabilities = pool.router(x[:, 0]).softmax(-1)
+    got = pool.router.linear.weight.grad.clone()
+    pool.router.linear.zero_grad()
+    probabilities = pool.router.linear(x[:, 0]).softmax(-1)
     total = 0
-    for expert in sorted(range(CONFIG.rank), key=lambda e: -votes[e])[: CONFIG.k_active]:
+    for expert in active_by_hand(pool, x[:, 0]):
         contribution = (
             CONFIG.alpha
             / CONFIG.rank
@@ -94,21 +105,58 @@ def test_router_gradient_is_that_of_the_probability(pool, x):
         )
         total = total + (probabilities[:, expert] * contribution).sum()
     total.backward()
-    torch.testing.assert_close(got, pool.router.weight.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got, pool.router.linear.weight.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_routing_position_picks_each_text_s_own_token(x):
-    position = RoutingPosition()
+    position = RoutingPosition(sharded=False)
     assert torch.equal(position.pick(x), x[:, 0])
     position.index = torch.tensor([3, 0, 6, 2, 2])
     assert torch.equal(position.pick(x), torch.stack([x[i, p] for i, p in enumerate(position.index)]))
 
 
 def test_consolidating_trains_only_the_experts_that_will_be_merged(pool, x):
-    pool.consolidating = True
-    before = pool.activation_counts.clone()
+    pool.router.consolidating = True
+    before = pool.router.activation_counts.clone()
     out = pool.train()(x)
     torch.testing.assert_close(out, added_by_hand(pool, x, [2, 4]), atol=1e-5, rtol=1e-5)
     out.square().sum().backward()
     assert pool.lora_A.grad.abs().sum(1).nonzero().flatten().tolist() == [2, 4]
-    assert torch.equal(pool.activation_counts, before)
+    assert torch.equal(pool.router.activation_counts, before)
+
+
+def test_a_fixed_router_keeps_its_start_and_picks_as_a_learned_one_would(x):
+    torch.manual_seed(1)
+    pool = fresh_pool(dataclasses.replace(CONFIG, router="fixed"))
+    nn.init.normal_(pool.lora_B)
+    active = active_by_hand(pool, x[:, 0])
+    out = pool.train()(x)
+    torch.testing.assert_close(out, added_by_hand(pool, x, active), atol=1e-5, rtol=1e-5)
+    out.sum().backward()
+    assert pool.router.linear.weight.grad is None
+
+
+def test_without_a_router_the_first_experts_serve_and_are_merged(x):
+    torch.manual_seed(1)
+    pool = fresh_pool(dataclasses.replace(CONFIG, router="none"))
+    nn.init.normal_(pool.lora_B)
+    assert list(pool.router.parameters()) == []
+    torch.testing.assert_close(pool.train()(x), added_by_hand(pool, x, range(4)), atol=1e-5, rtol=1e-5)
+    pool.router.consolidating = True
+    torch.testing.assert_close(pool(x), added_by_hand(pool, x, range(2)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pool.eval()(x), added_by_hand(pool, x, range(2)), atol=1e-5, rtol=1e-5)
+
+
+def test_pools_that_share_a_router_use_the_choice_of_the_one_that_leads(x):
+    torch.manual_seed(1)
+    leader = fresh_pool()
+    follower = ExpertPool(nn.Linear(D_IN, D_OUT), CONFIG, leader.router, leads=False)
+    nn.init.normal_(follower.lora_B)
+    leader.train()(x)
+    before = leader.router.activation_counts.clone()
+    other = torch.randn(BATCH, LENGTH, D_IN)
+    out = follower.train()(other)
+    active = leader.router.active.tolist()
+    torch.testing.assert_close(out, added_by_hand(follower, other, active), atol=1e-5, rtol=1e-5)
+    assert torch.equal(leader.router.activation_counts, before)
+    assert torch.equal(follower.merged_experts()[0], follower.lora_A[leader.router.most_activated()])

@@ -57,9 +57,22 @@ def test_every_linear_layer_of_both_towers_carries_a_pool(model):
 def test_text_tower_is_routed_on_eot(model, inputs):
     pools = attach_pools(model, CONFIG)
     encode_text(model, inputs[1])
-    position = pools.pools["transformer.resblocks.0.mlp.c_fc"].position
+    position = pools.pools["transformer.resblocks.0.mlp.c_fc"].router.position
     assert torch.equal(position.index, inputs[1].argmax(-1))
-    assert pools.pools["visual.transformer.resblocks.0.mlp.c_fc"].position.index is None
+    assert pools.pools["visual.transformer.resblocks.0.mlp.c_fc"].router.position.index is None
+
+
+def test_text_tower_can_be_routed_on_its_first_token(model, inputs):
+    pools = attach_pools(model, PoolConfig(dropout=0.0, route_on="first"))
+    encode_text(model, inputs[1])
+    assert pools.pools["transformer.resblocks.0.mlp.c_fc"].router.position.index is None
+
+
+@pytest.mark.parametrize(("router_per", "routers"), [("layer", 60), ("block", 10)])
+def test_one_router_a_layer_or_one_a_block(model, router_per, routers):
+    pools = attach_pools(model, PoolConfig(router_per=router_per))
+    assert len({id(pool.router) for pool in pools.pools.values()}) == routers
+    assert sum("router.linear.weight" in name for name in pools.state()) == routers
 
 
 def test_all_routers_learn(model, inputs):
@@ -68,7 +81,7 @@ def test_all_routers_learn(model, inputs):
         torch.nn.init.normal_(pool.lora_B, std=0.1)
     model.train()
     (model.encode_image(inputs[0]).square().sum() + encode_text(model, inputs[1]).square().sum()).backward()
-    still = [name for name, pool in pools.pools.items() if not pool.router.weight.grad.abs().sum() > 0]
+    still = [name for name, pool in pools.pools.items() if not pool.router.linear.weight.grad.abs().sum() > 0]
     assert still == []
 
 
@@ -90,7 +103,7 @@ def test_merged_weights_equal_the_pool_restricted_to_the_merged_experts(mini, mo
     adapter = Adapter(
         task="t", class_names=("a", "b"), templates=("{}",), model_name="mini", pretrained="mini",
         base_fingerprint=mini.fingerprint, parents=(), scaling=CONFIG.alpha / CONFIG.rank, seed=0, accuracy={},
-        config={}, tensors=pools.merged_tensors(),
+        config={}, activation_counts={}, tensors=pools.merged_tensors(),
     )  # fmt: skip
     merged = copy.deepcopy(mini.model)
     merged.load_state_dict(merge(mini.model.state_dict(), [adapter]))

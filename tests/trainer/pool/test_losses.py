@@ -3,8 +3,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainer.config import PoolConfig
-from trainer.pool import ExpertPool, contrastive_loss, orthogonality_loss
-from trainer.pool.experts import RoutingPosition
+from trainer.pool import ExpertPool, Router, RoutingPosition, contrastive_loss, orthogonality_loss
 
 
 def test_contrastive_loss_equals_the_sum_written_out():
@@ -23,9 +22,11 @@ def test_contrastive_loss_equals_the_sum_written_out():
 
 
 def pool_of(columns, counts):
-    pool = ExpertPool(nn.Linear(3, 4), PoolConfig(rank=3, k_active=2, k_merge=2), RoutingPosition())
+    config = PoolConfig(rank=3, k_active=2, k_merge=2)
+    router = Router(3, config, RoutingPosition(sharded=True), torch.device("cpu"))
+    pool = ExpertPool(nn.Linear(3, 4), config, router)
     pool.lora_B.data = columns
-    pool.activation_counts += torch.tensor(counts)
+    router.activation_counts += torch.tensor(counts)
     return pool
 
 
