@@ -1,9 +1,9 @@
 """The adapter file: what a task leaves behind.
 
 A safetensors file. Tensors, float32, by open_clip module path: ``<module>.lora_A (k_merge, d_in)`` and
-``<module>.lora_B (d_out, k_merge)``, only the experts that are merged. One metadata entry, ``clipweld``, holds JSON:
-all that ``Adapter`` carries besides the tensors, and the SHA-256 over both. Adapters are content-addressed like
-commits: each names its parents, the hashes of every adapter merged before it, in order.
+``<module>.lora_B (d_out, k_merge)``, only the experts that are merged, and maybe ``<module>.inputs``. One metadata
+entry, ``clipweld``, holds JSON: all that ``Adapter`` carries besides the tensors, and the SHA-256 over both. Adapters
+are content-addressed like commits: each names its parents, the hashes of every adapter merged before it, in order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Adapter:
         accuracy: ``{"before": {task: percent}, "after": {task: percent}}`` on this and every earlier task.
         config: the resolved settings of the run.
         activation_counts: by layer, the votes that each expert of its pool got in training, kept ones or not.
-        tensors: ``<module>.lora_A`` and ``<module>.lora_B``, float32.
+        tensors: float32 ``<module>.lora_A (k_merge, d_in)`` and ``<module>.lora_B (d_out, k_merge)``; where later tasks
+            shall keep off this one's inputs, ``<module>.inputs (directions, d_in)`` (``trainer.moments``).
     """
 
     task: str
@@ -163,13 +164,21 @@ def load_lineage(source: Path | str | Sequence[Path | str], base_fingerprint: st
 
 
 def _paired(tensors: dict[str, Tensor]) -> bool:
-    """Every lora_A has its lora_B, float32, of one rank, and nothing else is there."""
+    """Every lora_A has its lora_B, of one rank, and its inputs at most, of one width; all float32; nothing else."""
     modules = {name.rpartition(".")[0] for name in tensors}
-    if set(tensors) != {f"{m}.{part}" for m in modules for part in ("lora_A", "lora_B")}:
+    needed = {f"{module}.{part}" for module in modules for part in ("lora_A", "lora_B")}
+    allowed = needed | {f"{module}.inputs" for module in modules}
+    if not needed <= set(tensors) <= allowed:
         return False
-    return all(
-        a.dtype == b.dtype == torch.float32 and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]
-        for a, b in ((tensors[f"{m}.lora_A"], tensors[f"{m}.lora_B"]) for m in modules)
+    if any(tensor.dtype != torch.float32 or tensor.ndim != 2 for tensor in tensors.values()):
+        return False
+    widths_match = all(
+        tensor.shape[1] == tensors[f"{name.removesuffix('.inputs')}.lora_A"].shape[1]
+        for name, tensor in tensors.items()
+        if name.endswith(".inputs")
+    )
+    return widths_match and all(
+        tensors[f"{module}.lora_A"].shape[0] == tensors[f"{module}.lora_B"].shape[1] for module in modules
     )
 
 

@@ -35,7 +35,6 @@ stdout, stderr = Console(), Console(stderr=True)
 def main(args: list[str] | None = None) -> None:
     """Run one command; errors of the trainer become one line and exit status 1."""
     args = sys.argv[1:] if args is None else args
-    command = commands.parse(args)
     run = {
         commands.Tasks: tasks,
         commands.Fit: fit,
@@ -44,14 +43,15 @@ def main(args: list[str] | None = None) -> None:
         commands.Report: report,
     }
     try:
+        command = commands.parse(args)
         run[type(command)](command)
     except TrainerError as exc:
         print(f"trainer: {exc}", file=sys.stderr)
         raise SystemExit(1) from exc
     except KeyboardInterrupt:
-        resumable = isinstance(command, (commands.Fit, commands.Chain))
-        again = shlex.join(["trainer", *args, *([] if command.resume else ["--resume"])]) if resumable else None
-        print(f"trainer: interrupted{f'; go on with: {again}' if again else ''}", file=sys.stderr)
+        again = ["trainer", *args] if "--resume" in args else ["trainer", *args, "--resume"]
+        learning = args[0] in ("fit", "sequence")
+        print(f"trainer: interrupted{f'; go on with: {shlex.join(again)}' if learning else ''}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -128,11 +128,10 @@ def fit(command: commands.Fit) -> None:
 def sequence(command: commands.Chain) -> None:
     """Learn several tasks one after another."""
     from trainer.sequence import run_sequence
-    from trainer.tasks import load_task, validation
+    from trainer.tasks import load_tasks, validation
 
     learn, watch = (
-        [load_task(name, command.data, download=command.download) for name in names]
-        for names in (command.tasks, command.watch)
+        load_tasks(names, command.data, download=command.download) for names in (command.tasks, command.watch)
     )
     if command.validate:
         learn, watch = ([validation(task) for task in tasks] for tasks in (learn, watch))
@@ -183,9 +182,9 @@ def evaluate(command: commands.Evaluate) -> None:
     from trainer.backbone import with_weights
     from trainer.evaluate import evaluate as evaluate_tasks
     from trainer.merge import merge
-    from trainer.tasks import load_task
+    from trainer.tasks import load_tasks
 
-    found = [load_task(name, command.data, download=command.download) for name in command.tasks]
+    found = load_tasks(command.tasks, command.data, download=command.download)
     fabric = _fabric(command)
     base = _load(command, fabric)
     lineage = load_lineage(command.adapters, base.fingerprint)

@@ -78,7 +78,7 @@ class Chain(WithModel):
     """
 
     tasks: tuple[str, ...]
-    """Tasks to learn, in this order."""
+    """Tasks to learn, in this order; 'mini' stands for the six that ship, mtil-1, mtil-2 and x-tail for benchmarks."""
     out: Path
     """Folder for the adapters and the accuracy matrix."""
     watch: tuple[str, ...] = ()
@@ -120,7 +120,7 @@ class Evaluate(WithModel):
     """
 
     tasks: tuple[str, ...]
-    """Tasks to test."""
+    """Tasks to test; names of lists, such as 'mini', stand for all of theirs."""
     adapters: Path = Path("adapters")
     """Adapters to merge; an empty or absent folder tests the base model."""
 

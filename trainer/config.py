@@ -65,16 +65,21 @@ class TrainConfig(PoolConfig):
     """How the orthogonality to earlier tasks adds up within a layer."""
     ago_weight: float = 0.1
     """Weight of the orthogonality loss."""
+    drift_weight: float = 0.0
+    """Weight of the loss that keeps layers' outputs in place on what earlier tasks feed into them."""
+    drift_directions: int = 16
+    """Directions of a layer's input that an adapter carries along for later tasks' drift loss."""
     anchor_weight: float = 0.0
     """Weight of the loss that holds common words, and the images as words describe them, where they were."""
     seed: int = 42
     """Draws shots, batches, prompts, dropout and the pools' start."""
 
     def _faults(self) -> list[str]:
-        positive = {name: getattr(self, name) for name in ("iterations", "batch_size", "lr")}
+        positive = {name: getattr(self, name) for name in ("iterations", "batch_size", "lr", "drift_directions")}
         faults = [f"{name} {value} must be above 0" for name, value in positive.items() if value <= 0]
         not_negative = {
-            name: getattr(self, name) for name in ("shots", "weight_decay", "ago_weight", "anchor_weight", "seed")
+            name: getattr(self, name)
+            for name in ("shots", "weight_decay", "ago_weight", "drift_weight", "anchor_weight", "seed")
         }
         faults += [f"{name} {value} must not be negative" for name, value in not_negative.items() if value < 0]
         if not 0 <= self.consolidate < 1:
@@ -112,8 +117,9 @@ def train_config(model_name: str, method: Method = "pool", **chosen: Any) -> Tra
 def without_pool(config: TrainConfig) -> TrainConfig:
     """The same settings for another method than the pool: all experts serve, all are kept, nothing holds back."""
     return replace(
-        config, router="none", k_active=config.rank, k_merge=config.rank, consolidate=0.0, ago="off", anchor_weight=0.0
-    )
+        config, router="none", k_active=config.rank, k_merge=config.rank, consolidate=0.0, ago="off", drift_weight=0.0,
+        anchor_weight=0.0,
+    )  # fmt: skip
 
 
 def _raise_faults(faults: list[str]) -> None:

@@ -23,6 +23,7 @@ from trainer.config import TrainConfig
 from trainer.errors import TaskAlreadyLearned
 from trainer.evaluate import Accuracies, evaluate
 from trainer.merge import merge
+from trainer.moments import drift_loss, past_inputs, principal_inputs
 from trainer.pool import attach_pools, contrastive_loss, detach_pools, orthogonality_loss
 from trainer.tasks import Task
 
@@ -64,6 +65,7 @@ def fit(
     config: TrainConfig,
     *,
     test_on: Sequence[Task],
+    start: Backbone | None = None,
     before: Accuracies | None = None,
     fabric: Fabric | None = None,
     unfinished: Path | None = None,
@@ -76,6 +78,7 @@ def fit(
         base: the base model, on the fabric's device; not changed.
         lineage: adapters learned before, oldest first.
         test_on: tasks whose accuracy before and after is measured and kept in the adapter.
+        start: the base with the lineage merged, where it is at hand already; not changed.
         before: accuracies of the lineage on ``test_on``, where they are known already.
         fabric: devices and precision, already launched; every process returns the same. One CPU or GPU when None.
         unfinished: file to save training in as it goes; the caller removes it once the adapter is safe.
@@ -92,19 +95,25 @@ def fit(
             "or remove its adapter and those learned after it"
         )
     fabric = fabric or one_device(base)
-    model = with_weights(base, merge(base.model.state_dict(), lineage))
+    weights = start.model.state_dict() if start else merge(base.model.state_dict(), lineage)
+    model = with_weights(base, weights)
     parents = tuple(parent.sha256 for parent in lineage)
     before = evaluate(model, test_on, fabric) if before is None else before
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         pools = attach_pools(model.model, config)
         try:
+            batches = batches_of(task, model, config, fabric)
             seconds = train(
-                [task], model, pools, config, fabric,
-                past=past_columns(lineage, base.device),
+                [batches], model, pools, config, fabric,
+                past_columns=past_columns(lineage, base.device),
+                past_inputs=past_inputs(lineage, pools) if config.drift_weight else {},
                 checkpoint=checkpoint_of(unfinished, [task], base, config, fabric, parents),
                 resume=resume, on_step=on_step,
             )  # fmt: skip
+            tensors = pools.merged_tensors()
+            if config.drift_weight:
+                tensors |= principal_inputs(task, model, pools, batches, config.drift_directions)
         finally:
             detach_pools(pools)
     adapter = Adapter(
@@ -120,44 +129,46 @@ def fit(
         accuracy={"before": before["task"], "after": {}},
         config={**asdict(config), "source": task.source},
         activation_counts=pools.activation_counts(),
-        tensors=pools.merged_tensors(),
+        tensors=tensors,
     )
-    merged = with_weights(base, merge(base.model.state_dict(), [*lineage, adapter]))
+    merged = with_weights(base, merge(weights, [adapter]))
     accuracies = evaluate(merged, test_on, fabric)
     adapter = replace(adapter, accuracy={"before": before["task"], "after": accuracies["task"]})
     return Fitted(adapter, merged, accuracies, pools.num_trainable, seconds)
 
 
 def train(
-    tasks: Sequence[Task],
+    batches: Sequence[Batches],
     model: Backbone,
     trainee: Trainee,
     config: TrainConfig,
     fabric: Fabric,
     *,
-    past: Mapping[str, Tensor],
+    past_columns: Mapping[str, Tensor],
+    past_inputs: Mapping[str, Tensor],
     checkpoint: Checkpoint | None,
     resume: bool,
     on_step: Callable[[Step], None],
 ) -> float:
-    """Train a model in place: its pools, or all its weights. The tasks take turns, ``config.iterations`` steps each.
+    """Train a model in place: its pools, or all its weights. Tasks take turns, ``config.iterations`` steps each.
 
     Every process sees its share of the images and all of the prompts; image features are gathered, so the loss is that
     of the whole batch wherever it is computed. The mean of the processes' gradients is then the gradient of that loss.
 
     Args:
-        past: merged columns of earlier tasks, which the AGO loss keeps off.
+        batches: of every task.
+        past_columns: what earlier tasks merged, which the AGO loss keeps off.
+        past_inputs: what earlier tasks feed into the layers, where the drift loss keeps the outputs.
 
     Returns:
         seconds spent.
     """
-    batches = [Batches(task, model, config, rank=fabric.global_rank, world_size=fabric.world_size) for task in tasks]
     anchors = [WordAnchors(model, own, config.seed) for own in batches] if config.anchor_weight else []
     parameters = list(trainee.parameters())
     adamw = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     optimizer = fabric.setup_optimizers(adamw)
     steps_before, seconds_before = checkpoint.load(trainee, adamw) if checkpoint and resume else (0, 0.0)
-    iterations = config.iterations * len(tasks)
+    iterations = config.iterations * len(batches)
     logit_scale = model.model.logit_scale.detach().exp()
     started = time.perf_counter()
     model.model.train()
@@ -167,7 +178,7 @@ def train(
             trainee.consolidate()
         for group in optimizer.param_groups:
             group["lr"] = cosine(config.lr, number, iterations)
-        turn, place = divmod(number - 1, len(tasks))
+        turn, place = divmod(number - 1, len(batches))
         torch.manual_seed(random.Random(f"dropout {config.seed} {number}").getrandbits(63))
         batch = batches[place][turn + 1]
         with fabric.autocast():
@@ -175,8 +186,10 @@ def train(
             image_features = fabric.all_gather(own_features, sync_grads=True).flatten(0, -2)
             text_features = F.normalize(encode_text(model.model, batch.tokens), dim=-1)[batch.text_of]
             loss = contrastive_loss(image_features, text_features, batch.labels, logit_scale)
-            if past and config.ago != "off":
-                loss = loss + config.ago_weight * orthogonality_loss(trainee.pools, past, config.ago)
+            if past_columns and config.ago != "off":
+                loss = loss + config.ago_weight * orthogonality_loss(trainee.pools, past_columns, config.ago)
+            if past_inputs:
+                loss = loss + config.drift_weight * drift_loss(trainee.pools, past_inputs)
             if anchors:
                 loss = loss + config.anchor_weight * anchors[place].loss(model.model, turn + 1, batch, own_features)
         optimizer.zero_grad()
@@ -190,6 +203,11 @@ def train(
             checkpoint.save_when_due(number, seconds, trainee, adamw)
     model.model.eval()
     return seconds_before + time.perf_counter() - started
+
+
+def batches_of(task: Task, model: Backbone, config: TrainConfig, fabric: Fabric) -> Batches:
+    """A task's batches as this process sees them."""
+    return Batches(task, model, config, rank=fabric.global_rank, world_size=fabric.world_size)
 
 
 def checkpoint_of(

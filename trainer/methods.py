@@ -27,7 +27,8 @@ from trainer.backbone import Backbone, with_weights
 from trainer.config import Method, TrainConfig
 from trainer.evaluate import Accuracies, evaluate
 from trainer.files import replacing
-from trainer.fit import Step, checkpoint_of, fit, train
+from trainer.fit import Step, batches_of, checkpoint_of, fit, train
+from trainer.merge import merge
 from trainer.tasks import Task
 
 
@@ -81,10 +82,12 @@ class AdapterLearner:
         self._run = run
         self._folder = run.out / "adapters"
         self._lineage: list[Adapter] = []
+        self._model = run.base
 
     def restore(self, learned: Sequence[Task]) -> None:
-        paths = [self._path(task) for task in learned]
-        self._lineage = load_lineage(paths, self._run.base.fingerprint)
+        base = self._run.base
+        self._lineage = load_lineage([self._path(task) for task in learned], base.fingerprint)
+        self._model = with_weights(base, merge(base.model.state_dict(), self._lineage))
 
     def learn(
         self, tasks: Sequence[Task], before: Accuracies, *, resume: bool, on_step: Callable[[Step], None]
@@ -92,10 +95,11 @@ class AdapterLearner:
         (task,) = tasks
         run = self._run
         fitted = fit(
-            task, run.base, self._lineage, run.config, test_on=run.tested, before=before, fabric=run.fabric,
-            unfinished=run.unfinished, resume=resume, on_step=on_step,
+            task, run.base, self._lineage, run.config, test_on=run.tested, start=self._model, before=before,
+            fabric=run.fabric, unfinished=run.unfinished, resume=resume, on_step=on_step,
         )  # fmt: skip
         self._lineage.append(fitted.adapter)
+        self._model = fitted.backbone
         if run.fabric.is_global_zero:
             save_adapter(fitted.adapter, self._path(task))
         return Learned(fitted.accuracies, fitted.seconds, fitted.trainable_parameters, fitted.adapter.num_parameters)
@@ -128,7 +132,9 @@ class WeightsLearner:
         weights = AllWeights(self._model.model)
         try:
             seconds = train(
-                tasks, self._model, weights, run.config, run.fabric, past={}, resume=resume, on_step=on_step,
+                [batches_of(task, self._model, run.config, run.fabric) for task in tasks],
+                self._model, weights, run.config, run.fabric, past_columns={}, past_inputs={}, resume=resume,
+                on_step=on_step,
                 checkpoint=checkpoint_of(run.unfinished, tasks, run.base, run.config, run.fabric, parents=()),
             )  # fmt: skip
         finally:

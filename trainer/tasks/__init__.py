@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from trainer.tasks import folder, mtil, shipped
 from trainer.tasks.split import validation
 from trainer.tasks.task import Images, Task
 
-__all__ = ["Availability", "Images", "Task", "catalogue", "load_task", "sample", "validation"]
+__all__ = ["Availability", "Images", "Task", "catalogue", "load_task", "load_tasks", "sample", "task_lists", "validation"]
 
 DATA = Path("data")
 
@@ -51,6 +52,17 @@ def load_task(
         f"unknown task {name!r}; {'near names: ' + ', '.join(near) if near else 'known: ' + ', '.join(known)}; "
         "or give the path of a folder of images"
     )
+
+
+def load_tasks(names: Sequence[str], data: Path = DATA, *, download: bool = False) -> list[Task]:
+    """The tasks of several names; the name of a list of tasks stands for all of its tasks, in their order."""
+    single = [name for given in names for name in task_lists().get(given, (given,))]
+    return [load_task(name, data, download=download) for name in single]
+
+
+def task_lists() -> dict[str, tuple[str, ...]]:
+    """Names that stand for several tasks: ``mini``, the shipped ones; MTIL's two orders, and X-TAIL's."""
+    return {"mini": shipped.names(), **mtil.LISTS}
 
 
 @dataclass(frozen=True)

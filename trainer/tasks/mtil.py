@@ -123,6 +123,17 @@ SOURCES = {
 }
 
 
+# The benchmark's two orders, and X-TAIL's tasks.
+LISTS = {
+    "mtil-1": tuple(SOURCES),
+    "mtil-2": (
+        "stanford-cars", "food", "mnist", "oxford-pet", "flowers", "sun397", "aircraft", "caltech101", "dtd", "eurosat",
+        "cifar100",
+    ),
+    "x-tail": tuple(name for name in SOURCES if name != "cifar100"),
+}  # fmt: skip
+
+
 def names() -> tuple[str, ...]:
     """Names of the eleven tasks."""
     return tuple(SOURCES)

@@ -3,9 +3,8 @@ import pytest
 from PIL import Image
 
 from trainer.errors import TaskDataMissing, TaskInvalid, UnknownTask, UnreadableImage
-from trainer.tasks import Task, catalogue, load_task, sample
+from trainer.tasks import Images, Task, catalogue, load_task, load_tasks, sample, task_lists, validation
 from trainer.tasks.split import split_by_seed
-from trainer.tasks.task import Images
 
 
 def paint(path, colour):
@@ -142,3 +141,22 @@ def test_sample_gives_real_images_and_prompts():
     assert len(images) == 12
     assert all(image.size == (64, 64) for image in images)
     assert "the flag of france" in prompts
+
+
+def test_lists_of_tasks_stand_for_their_tasks_in_order():
+    assert [task.name for task in load_tasks(["mini"])] == ["digits", "fashion", "letters", "flags", "emoji", "clipart"]
+    assert [task.name for task in load_tasks(["flags", "emoji"])] == ["flags", "emoji"]
+    lists = task_lists()
+    assert lists["mtil-1"][:3] == ("aircraft", "caltech101", "cifar100")
+    assert sorted(lists["mtil-2"]) == sorted(lists["mtil-1"])
+    assert set(lists["mtil-1"]) - set(lists["x-tail"]) == {"cifar100"}
+
+
+def test_validation_takes_from_the_training_images_alone(digits):
+    held_out = validation(digits)
+    learn, check, every = held_out.load("train"), held_out.load("test"), digits.load("train")
+    assert len(learn) + len(check) == len(every)
+    names = [{images.name_of(i) for i in range(len(images))} for images in (learn, check, every)]
+    assert names[0] | names[1] == names[2]
+    assert not names[0] & names[1]
+    assert set(check.labels) == set(every.labels)

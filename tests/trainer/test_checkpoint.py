@@ -1,0 +1,185 @@
+"""Training that is killed and goes on: the result is, byte for byte, that of training left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from trainer.checkpoint import Checkpoint, differences
+from trainer.config import train_config
+from trainer.errors import CheckpointError, ConfigError
+from trainer.fit import fit
+from trainer.sequence import run_sequence
+from trainer.tasks import load_task
+
+# The command line itself, saving after every step.
+TRAINER = "import trainer.checkpoint as c; c.SAVE_EVERY_S = c.SHARE = 0; from trainer.cli import main; main()"
+QUICK = ["--model", "mini", "--shots", "2", "--batch-size", "8", "--iterations", "12"]
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAINER, *map(str, arguments), *QUICK],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def kill_until_finished(arguments, out, seed):
+    """Start, kill at a random moment after something was saved, go on, and again; returns how many died."""
+    draw, deaths = random.Random(seed), 0
+    while deaths < 3:
+        process = start(*arguments, *(["--resume"] if deaths else []))
+        newest = newest_change(out)
+        while newest_change(out) == newest and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
+        if process.returncode == 0:
+            return deaths
+        deaths += 1
+    finish(start(*arguments, "--resume"))
+    return deaths
+
+
+def newest_change(out):
+    return max((path.stat().st_mtime_ns for path in out.rglob("*") if not path.name.endswith(".tmp")), default=0)
+
+
+def left_behind(out):
+    """All files of a finished run, without what a clock says."""
+    files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.safetensors")}
+    record = json.loads((out / "sequence.json").read_text())
+    for result in record["results"].values():
+        del result["seconds_per_task"]
+    return files, record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pool", "finetune"])
+def test_a_sequence_killed_and_resumed_is_the_one_left_alone(tmp_path, method):
+    arguments = ["sequence", "--tasks", "emoji", "clipart", "--method", method, "--dropout", "0.1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(*arguments, "--out", whole))
+    deaths = kill_until_finished([*arguments, "--out", killed], killed, seed=method)
+    assert deaths > 0
+    assert left_behind(killed) == left_behind(whole)
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on_and_that_works(tmp_path):
+    arguments = ["fit", "--task", "emoji", "--adapters", tmp_path / "killed"]
+    process = start(*arguments)
+    unfinished = tmp_path / "killed" / ".emoji.unfinished"
+    while not unfinished.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"go on with: trainer fit --task emoji --adapters {tmp_path}/killed" in errors
+    assert errors.rstrip().endswith("--resume")
+    assert "Traceback" not in errors
+    finish(start(*arguments, "--resume"))
+    finish(start("fit", "--task", "emoji", "--adapters", tmp_path / "whole"))
+    assert (tmp_path / "killed/emoji.safetensors").read_bytes() == (tmp_path / "whole/emoji.safetensors").read_bytes()
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["emoji.safetensors"]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupted(mini, tmp_path, monkeypatch):
+    """A file with two of four steps of emoji, and the settings."""
+    monkeypatch.setattr("trainer.checkpoint.SAVE_EVERY_S", 0)
+    config = train_config("mini", iterations=4, shots=2, batch_size=8)
+    path = tmp_path / "unfinished"
+
+    def stop_at_three(step):
+        if step.number == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(load_task("emoji"), mini, [], config, test_on=[], unfinished=path, on_step=stop_at_three)
+    return path, config
+
+
+def test_resuming_takes_only_the_steps_that_are_left(mini, interrupted):
+    path, config = interrupted
+    steps = []
+    again = fit(load_task("emoji"), mini, [], config, test_on=[], unfinished=path, resume=True, on_step=steps.append)
+    assert [step.number for step in steps] == [3, 4]
+    assert again.adapter.sha256 == fit(load_task("emoji"), mini, [], config, test_on=[]).adapter.sha256
+
+
+def test_without_resume_training_starts_anew(mini, interrupted):
+    path, config = interrupted
+    steps = []
+    fit(load_task("emoji"), mini, [], config, test_on=[], unfinished=path, on_step=steps.append)
+    assert [step.number for step in steps] == [1, 2, 3, 4]
+
+
+def test_other_settings_and_other_tasks_are_refused_by_name(mini, interrupted):
+    path, _ = interrupted
+    other = train_config("mini", iterations=4, shots=2, batch_size=8, lr=0.1)
+    with pytest.raises(CheckpointError, match=r"lr 0\.005, not 0\.1"):
+        fit(load_task("emoji"), mini, [], other, test_on=[], unfinished=path, resume=True)
+    with pytest.raises(CheckpointError, match=r"tasks \['emoji'\], not \['flags'\]"):
+        fit(load_task("flags"), mini, [], other, test_on=[], unfinished=path, resume=True)
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"\xff" * 64])
+def test_a_checkpoint_that_is_not_whole_is_refused(mini, interrupted, damage):
+    path, config = interrupted
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        fit(load_task("emoji"), mini, [], config, test_on=[], unfinished=path, resume=True)
+
+
+def test_saving_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    clock = iter([0.0, 4.9, 5.1, 6.1, 26.0, 26.2, 26.3])
+    monkeypatch.setattr("trainer.checkpoint.time.monotonic", lambda: next(clock))
+    checkpoint = Checkpoint(tmp_path / "c", {})
+    weights = torch.nn.Linear(2, 2)
+
+    class Trainee:
+        def state(self):
+            return dict(weights.named_parameters())
+
+    optimizer = torch.optim.AdamW(weights.parameters())
+    saved = []
+    for step in (1, 2, 3, 4):  # at 4.9 s; at 5.1 s, which takes a second; at 26.0 s; at 26.2 s
+        checkpoint.save_when_due(step, 0.0, Trainee(), optimizer)
+        saved.append(checkpoint.path.stat().st_mtime_ns if checkpoint.path.exists() else None)
+    assert saved[0] is None
+    assert saved[1] == saved[2] != saved[3]
+
+
+def test_a_run_that_is_finished_is_not_run_again(mini, tmp_path):
+    config = train_config("mini", iterations=2, shots=2, batch_size=4)
+    first = run_sequence([load_task("emoji")], mini, config, tmp_path, method="joint")
+    assert run_sequence([load_task("emoji")], mini, config, tmp_path, method="joint", resume=True) == first
+    with pytest.raises(CheckpointError, match="method joint, not finetune"):
+        run_sequence([load_task("emoji")], mini, config, tmp_path, method="finetune", resume=True)
+    with pytest.raises(ConfigError, match="--resume"):
+        run_sequence([load_task("emoji")], mini, config, tmp_path, method="joint")
+
+
+def test_differences_name_settings_that_one_side_lacks():
+    assert differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3, "d": 4}}) == ["c 2, not 3", "d unset, not 4"]

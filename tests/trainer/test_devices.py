@@ -1,0 +1,86 @@
+"""Two processes that talk over gloo learn what one process with the doubled batch learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.adapter import load_adapter
+
+SCRIPT = Path(__file__).with_name("fit_on_devices.py")
+
+
+def run(devices, batch_size, out):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, str(devices), str(batch_size), out],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(devices)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("devices")
+    return out, run(1, 16, out / "one"), run(2, 8, out / "two")
+
+
+@pytest.mark.slow
+def test_active_sets_agree_on_all_ranks_and_with_a_single_process(runs):
+    _, (one,), (first, second) = runs
+    layers = 36 + 2 * 24  # image tower once a step, text tower for prompts and for words
+    assert len(first["votes"]) == 2 * 4 * layers, "two tasks, four steps before the last experts are fixed"
+    assert first["votes"] == second["votes"] == one["votes"]
+
+
+@pytest.mark.slow
+def test_loss_curve_is_that_of_a_single_process_with_the_doubled_batch(runs):
+    _, (one,), (first, second) = runs
+    assert first["losses"] == second["losses"]
+    torch.testing.assert_close(torch.tensor(first["losses"]), torch.tensor(one["losses"]), atol=1e-4, rtol=1e-4)
+    assert one["losses"][-1] != one["losses"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["emoji", "flags"])
+def test_adapters_are_the_same_on_all_ranks_and_near_those_of_a_single_process(runs, task):
+    out, _, _ = runs
+    one, first, second = (
+        load_adapter(out / folder / f"{task}.safetensors") for folder in ("one/rank-0", "two/rank-0", "two/rank-1")
+    )
+    assert first.activation_counts == second.activation_counts == one.activation_counts
+    assert first.accuracy == second.accuracy
+    for name, tensor in one.tensors.items():
+        assert torch.equal(first.tensors[name], second.tensors[name])
+        torch.testing.assert_close(first.tensors[name], tensor, atol=2e-4, rtol=2e-2)
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_on_two_devices_and_writes_once(tmp_path):
+    command = [Path(sys.executable).with_name("trainer"), "fit", "--model", "mini", "--task", "emoji", "--json"]
+    command += ["--accelerator", "cpu", "--devices", "2", "--iterations", "2", "--shots", "2", "--batch-size", "4"]
+    done = subprocess.run(
+        [*command, "--adapters", tmp_path / "adapters"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert load_adapter(tmp_path / "adapters/emoji.safetensors").sha256 == printed["sha256"]
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["emoji.safetensors"]
+
+
+@pytest.mark.slow
+def test_bfloat16_learns_and_leaves_a_float32_adapter(tmp_path):
+    from trainer.cli import main
+
+    main(["fit", "--model", "mini", "--task", "emoji", "--accelerator", "cpu", "--precision", "bf16-mixed",
+          "--iterations", "3", "--shots", "2", "--batch-size", "4", "--adapters", str(tmp_path)])  # fmt: skip
+    adapter = load_adapter(tmp_path / "emoji.safetensors")
+    assert {tensor.dtype for tensor in adapter.tensors.values()} == {torch.float32}
+    assert any(tensor.abs().sum() > 0 for name, tensor in adapter.tensors.items() if name.endswith("lora_B"))

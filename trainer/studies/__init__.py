@@ -1,0 +1,1 @@
+"""Measurements of the trainer itself, each a command: what RESULTS.md reports."""

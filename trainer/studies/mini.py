@@ -1,0 +1,103 @@
+"""Every method and ablation on the small CLIP's six tasks: the runs behind RESULTS.md.
+
+Run: python -m trainer.studies.mini --out runs/mini
+
+Each run is a ``trainer sequence`` command that is printed as it starts; what is finished is not run again, what was
+interrupted goes on. Settings are chosen on validation images (``search``), never on test images.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+
+SEEDS = (0, 1, 2)
+ORDERS = (0, 1, 2)
+RATES = {
+    "pool": (5e-3, 1e-2, 2e-2),
+    "lora": (5e-4, 1e-3, 2e-3, 5e-3),
+    "finetune": (3e-5, 1e-4, 3e-4),
+    "joint": (1e-4, 3e-4, 1e-3),
+}
+ABLATIONS = {
+    "router-fixed": "--router fixed",
+    "router-none": "--router none",
+}
+
+Part = Literal["search", "methods", "ablations"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Learn the six small tasks by every method, in several orders with several seeds."""
+
+    out: Path = Path("runs/mini")
+    """Folder for all runs; 'trainer report' on its sub-folders draws them."""
+    parts: tuple[Part, ...] = ("search", "methods", "ablations")
+    """What to run."""
+    jobs: int = 2
+    """Runs at a time, each on one CPU core: twice the speed of one run on two cores."""
+
+
+def main(study: Study) -> None:
+    """Run all commands of the parts that were asked for."""
+    runs = [command for part in study.parts for command in PARTS[part](study.out / part)]
+    console, lock = Console(stderr=True), threading.Lock()
+
+    def run(command: str) -> None:
+        with lock:
+            console.print(f"$ {command}", soft_wrap=True, highlight=False)
+        trainer = [sys.executable, "-m", "trainer", *shlex.split(command)[1:], "--resume"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(trainer, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{command}\n{done.stderr}")
+
+    with ThreadPoolExecutor(study.jobs) as workers:
+        list(workers.map(run, runs))
+
+
+def search(out: Path) -> Iterator[str]:
+    """Each method's learning rate, on validation images, one seed and order."""
+    for method, rates in RATES.items():
+        for lr in rates:
+            yield _sequence(out / method / f"lr-{lr:g}", method, 0, None, f"--validate --lr {lr:g}")
+
+
+def methods(out: Path) -> Iterator[str]:
+    """All methods at their presets: every seed in every order; the order is nothing to ``joint``."""
+    for seed in SEEDS:
+        for order in ORDERS:
+            for method in ("pool", "lora", "finetune", "joint"):
+                if method != "joint" or order == ORDERS[0]:
+                    yield _sequence(out / method / f"order-{order}-seed-{seed}", method, seed, order)
+
+
+def ablations(out: Path) -> Iterator[str]:
+    """One thing changed at a time: each seed in an order of its own."""
+    for name, flags in ABLATIONS.items():
+        for seed, order in zip(SEEDS, ORDERS, strict=True):
+            yield _sequence(out / name / f"order-{order}-seed-{seed}", "pool", seed, order, flags)
+
+
+def _sequence(out: Path, method: str, seed: int, order: int | None, flags: str = "") -> str:
+    ordered = "" if order is None else f"--order-seed {order}"
+    words = ["trainer sequence --model mini --tasks mini", f"--method {method} --seed {seed}", ordered, flags]
+    return " ".join([*filter(None, words), f"--out {out}"])
+
+
+PARTS = {"search": search, "methods": methods, "ablations": ablations}
+
+if __name__ == "__main__":
+    main(tyro.cli(Study, prog="python -m trainer.studies.mini"))
