@@ -3,8 +3,8 @@
 A thousand common words (ImageNet's class names, which come with open_clip) stand in for everything the model is not
 being taught. Two things must stay as they were before the task: the features of the words themselves (text tower), and
 how the words describe the task's own images (image tower). The first is feature distillation, the second *Learning
-without Forgetting* (arXiv 1606.09282) with words in the place of classes. The words pass through the pools like any
-batch: they are routed, and their votes count.
+without Forgetting* (arXiv 1606.09282) with words in the place of classes. A step's words pass through the text tower
+beside its prompts, so they hold the very experts that the prompts train; their votes count like any.
 """
 
 from __future__ import annotations
@@ -52,26 +52,31 @@ class WordAnchors:
             self._images = torch.cat([self._encode(chunk) for chunk in pixels])
             self._model = None
 
-    def loss(self, model: open_clip.CLIP, number: int, batch: Batch, image_features: Tensor) -> Tensor:
+    def tokens(self, number: int) -> Tensor:
+        """The words of a step: int64 (WORDS_PER_STEP, context_length)."""
+        return self._tokens[self._drawn(number)]
+
+    def loss(self, number: int, batch: Batch, image_features: Tensor, word_features: Tensor) -> Tensor:
         """How far a model in training has moved, as a scalar.
 
         Args:
-            model: the model in training.
-            number: the step, which draws the words.
+            number: the step, which drew the words.
             batch: its images are those of this process.
-            image_features: (share, embed_dim), what the model makes of them, L2-normalised.
+            image_features: (share, embed_dim), what the model in training makes of them, L2-normalised.
+            word_features: (WORDS_PER_STEP, embed_dim), what it makes of the step's words, L2-normalised.
 
         Returns:
             KL divergence from the old to the new description of the images, mean over the share, plus the mean of
-            1 - cosine of old and new features of ``WORDS_PER_STEP`` words.
+            1 - cosine of old and new features of the words.
         """
         before = self._encode(batch.pixels) if self._images is None else self._images[batch.indices]
         described = (LOGIT_SCALE * before @ self._words.T).softmax(dim=-1)
         now = (LOGIT_SCALE * image_features @ self._words.T).log_softmax(dim=-1)
-        drawn = random.Random(f"words {self._seed} {number}").sample(range(len(self._words)), WORDS_PER_STEP)
-        words = F.normalize(encode_text(model, cut_to_longest(self._tokens[drawn])), dim=-1)
-        held = (1 - (words * self._words[drawn]).sum(dim=-1)).mean()
+        held = (1 - (word_features * self._words[self._drawn(number)]).sum(dim=-1)).mean()
         return F.kl_div(now, described, reduction="batchmean") + held
+
+    def _drawn(self, number: int) -> list[int]:
+        return random.Random(f"words {self._seed} {number}").sample(range(len(self._words)), WORDS_PER_STEP)
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:

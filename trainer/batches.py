@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.backbone import Backbone, cut_to_longest
+from trainer.backbone import Backbone
 from trainer.config import TrainConfig
 from trainer.tasks import Task
 
@@ -26,7 +26,7 @@ class Batch:
         indices: which of the drawn training images this process has.
         pixels: float32 (share, 3, S, S), those images.
         labels: int64 (batch,), of the images of all processes, in the order of the processes.
-        tokens: int64 (distinct prompts, seq_len), cut to the longest.
+        tokens: int64 (distinct prompts, context_length).
         text_of: int64 (batch,), which of the prompts belongs to which image.
     """
 
@@ -72,7 +72,7 @@ class Batches:
         classes, text_of = labels.unique(return_inverse=True)
         template = random.Random(f"template {self._seed} {number}").choice(self._task.templates)
         prompts = [template.replace("{}", self._task.class_names[label]) for label in classes]
-        tokens = cut_to_longest(self._backbone.tokenizer(prompts))
+        tokens = self._backbone.tokenizer(prompts)
         return Batch(share, *(t.to(self._backbone.device) for t in (self.pixels(share), labels, tokens, text_of)))
 
     def pixels(self, indices: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.adapter import Adapter
 from trainer.anchors import WordAnchors
-from trainer.backbone import Backbone, encode_text, with_weights
+from trainer.backbone import Backbone, cut_to_longest, encode_text, with_weights
 from trainer.batches import Batches
 from trainer.checkpoint import Checkpoint, Trainee
 from trainer.config import TrainConfig
@@ -184,14 +184,18 @@ def train(
         with fabric.autocast():
             own_features = F.normalize(model.model.encode_image(batch.pixels), dim=-1)
             image_features = fabric.all_gather(own_features, sync_grads=True).flatten(0, -2)
-            text_features = F.normalize(encode_text(model.model, batch.tokens), dim=-1)[batch.text_of]
-            loss = contrastive_loss(image_features, text_features, batch.labels, logit_scale)
+            words = [anchors[place].tokens(turn + 1)] if anchors else []
+            tokens = cut_to_longest(torch.cat([batch.tokens, *words]))
+            text_features = F.normalize(encode_text(model.model, tokens), dim=-1)
+            prompt_features, word_features = text_features.tensor_split([len(batch.tokens)])
+            loss = contrastive_loss(image_features, prompt_features[batch.text_of], batch.labels, logit_scale)
             if past_columns and config.ago != "off":
                 loss = loss + config.ago_weight * orthogonality_loss(trainee.pools, past_columns, config.ago)
             if past_inputs:
                 loss = loss + config.drift_weight * drift_loss(trainee.pools, past_inputs)
             if anchors:
-                loss = loss + config.anchor_weight * anchors[place].loss(model.model, turn + 1, batch, own_features)
+                held = anchors[place].loss(turn + 1, batch, own_features, word_features)
+                loss = loss + config.anchor_weight * held
         optimizer.zero_grad()
         fabric.backward(loss)
         average_gradients(fabric, parameters)

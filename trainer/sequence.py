@@ -98,6 +98,7 @@ def run_sequence(
         "method": method,
         "tasks": [task.name for task in tasks],
         "watch": [task.name for task in watch],
+        "sources": [task.source for task in tested],
         "order_seed": order_seed,
         "devices": fabric.world_size,
         "config": asdict(config),

@@ -108,6 +108,7 @@ class Stopped(Exception):
 def interrupted(mini, tmp_path, monkeypatch):
     """A file with two of four steps of emoji, and the settings."""
     monkeypatch.setattr("trainer.checkpoint.SAVE_EVERY_S", 0)
+    monkeypatch.setattr("trainer.checkpoint.SHARE", 0)
     config = train_config("mini", iterations=4, shots=2, batch_size=8)
     path = tmp_path / "unfinished"
 

@@ -15,7 +15,17 @@ from trainer.tasks import folder, mtil, shipped
 from trainer.tasks.split import validation
 from trainer.tasks.task import Images, Task
 
-__all__ = ["Availability", "Images", "Task", "catalogue", "load_task", "load_tasks", "sample", "task_lists", "validation"]
+__all__ = [
+    "Availability",
+    "Images",
+    "Task",
+    "catalogue",
+    "load_task",
+    "load_tasks",
+    "sample",
+    "task_lists",
+    "validation",
+]
 
 DATA = Path("data")
 

@@ -29,4 +29,4 @@ def validation(task: Task) -> Task:
 
     For choosing settings: no test image takes part.
     """
-    return replace(task, load=split_by_seed(task.load("train")).__getitem__)
+    return replace(task, load=split_by_seed(task.load("train")).__getitem__, source=f"{task.source}, validation")
