@@ -25,10 +25,10 @@ from rich.console import Console
 SEEDS = (0, 1, 2)
 ORDERS = (0, 1, 2)
 RATES = {
-    "pool": (5e-3, 1e-2, 2e-2),
-    "lora": (5e-4, 1e-3, 2e-3, 5e-3),
+    "lora": (1e-3, 2e-3, 5e-3, 1e-2),
     "finetune": (3e-5, 1e-4, 3e-4),
     "joint": (1e-4, 3e-4, 1e-3),
+    "pool": (5e-3, 1e-2, 2e-2),
 }
 ABLATIONS = {
     "router-fixed": "--router fixed",
