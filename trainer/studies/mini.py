@@ -1,6 +1,6 @@
 """Every method and ablation on the small CLIP's six tasks: the runs behind RESULTS.md.
 
-Run: python -m trainer.studies.mini --out runs/mini
+Run: python -m trainer.studies.mini --out runs/results
 
 Each run is a ``trainer sequence`` command that is printed as it starts; what is finished is not run again, what was
 interrupted goes on. Settings are chosen on validation images (``search``), never on test images.
@@ -42,7 +42,7 @@ Part = Literal["search", "methods", "ablations"]
 class Study:
     """Learn the six small tasks by every method, in several orders with several seeds."""
 
-    out: Path = Path("runs/mini")
+    out: Path = Path("runs/results")
     """Folder for all runs; 'trainer report' on its sub-folders draws them."""
     parts: tuple[Part, ...] = ("search", "methods", "ablations")
     """What to run."""

@@ -1,6 +1,6 @@
 """The runs of a study as the tables of RESULTS.md.
 
-Run: python -m trainer.studies.tables runs/mini/methods
+Run: python -m trainer.studies.tables runs/results/methods
 """
 
 from __future__ import annotations

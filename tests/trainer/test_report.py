@@ -1,0 +1,408 @@
+import base64
+import json
+import math
+import re
+from dataclasses import asdict
+from html.parser import HTMLParser
+from statistics import stdev
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+from trainer.adapter import Adapter, save_adapter
+from trainer.config import train_config
+from trainer.errors import AdapterCorrupt, ReportError
+from trainer.report import write, write_report
+from trainer.report.accuracy import short, spread_out
+from trainer.report.canvas import Picture
+from trainer.report.experts import chance_cosine, overlap, votes
+from trainer.report.groups import Spread, sections
+from trainer.report.page import MINUS, as_text, signed
+from trainer.report.runs import VALIDATION, read_runs
+from trainer.sequence import average, forgetting, last, transfer
+from trainer.tasks import load_task, validation
+
+MODULES = {
+    "transformer.resblocks.0.mlp.c_fc": 32,
+    "visual.transformer.resblocks.0.attn.q_proj": 16,
+    "visual.transformer.resblocks.0.mlp.c_fc": 64,
+    "visual.transformer.resblocks.1.attn.q_proj": 16,
+}
+ZERO_SHOT = {"digits": 50.0, "flags": 10.0, "emoji": 30.0}
+HOSTILE = "<b>$x$ & co</b>"
+
+
+def write_run(
+    folder, method="pool", order=("digits", "flags"), *, seed=0, matrix=None, union=True, sources=(), **config
+):
+    """A record as trainer sequence writes it; 60% on what was learned and zero-shot on the rest, unless told."""
+    order_seed = config.pop("order_seed", None)
+    if matrix is None:
+        matrix = [[60.0 if j <= i else ZERO_SHOT[task] for j, task in enumerate(order)] for i in range(len(order))]
+    result = {
+        "method": method,
+        "tasks": list(order),
+        "tested": list(order),
+        "label_space": "task",
+        "seed": seed,
+        "zero_shot": [ZERO_SHOT[task] for task in order],
+        "matrix": matrix,
+        "transfer": transfer(matrix),
+        "average": average(matrix),
+        "last": last(matrix),
+        "forgetting": forgetting(matrix),
+        "trainable_parameters": 2000,
+        "kept_parameters": {"pool": 1000, "lora": 3000}.get(method, 100_000),
+        "seconds_per_task": [1.5] * len(matrix),
+    }
+    settings = {**asdict(train_config("mini", method, seed=seed)), **config}
+    results = {"task": result, "union": {**result, "label_space": "union"}} if union else {"task": result}
+    record = {"model": "mini", "pretrained": "mini", "order_seed": order_seed, "config": settings, "results": results}
+    folder.mkdir(parents=True)
+    (folder / "sequence.json").write_text(json.dumps({**record, "sources": list(sources)}))
+    return folder
+
+
+def make_adapter(task, seed=0, rank=6, experts=2, counted=True):
+    draw = torch.Generator().manual_seed(seed)
+    tensors, counts = {}, {}
+    for module, width in MODULES.items():
+        tensors[f"{module}.lora_A"] = torch.randn(experts, 8, generator=draw)
+        tensors[f"{module}.lora_B"] = torch.randn(width, experts, generator=draw)
+        counts[module] = torch.randint(1, 100, (rank,), generator=draw).tolist() if counted else [0] * rank
+    return Adapter(
+        task=task, class_names=("a", "b"), templates=("{}",), model_name="mini", pretrained="mini",
+        base_fingerprint="0" * 64, parents=(), scaling=0.1, seed=seed, accuracy={}, config={},
+        activation_counts=counts, tensors=tensors,
+    )  # fmt: skip
+
+
+def leave_adapters(folder, order=("digits", "flags"), **options):
+    for place, task in enumerate(order):
+        save_adapter(make_adapter(task, seed=place, **options), folder / "adapters" / f"{task}.safetensors")
+
+
+class Page(HTMLParser):
+    """Table rows as lists of texts, pictures as dicts of attributes; fails on tags that don't close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.pictures, self.open, self.text = [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.pictures.append(dict(attrs))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+    def row(self, label):
+        """The first row of this label that has the measures in it."""
+        return next(row for row in self.rows if row[0] == label and len(row) == 9)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Three seeds of the pool, one run without AGO, with a hostile setting, one of lora, one of joint."""
+    root = tmp_path_factory.mktemp("study")
+    for seed, (transferred, ended) in enumerate([(10.0, 60.0), (14.0, 70.0), (18.0, 80.0)]):
+        matrix = [[90.0, transferred], [80.0, 2 * ended - 80.0]]
+        leave_adapters(write_run(root / "pool" / str(seed), seed=seed, matrix=matrix))
+    leave_adapters(write_run(root / "off", ago="off", note=HOSTILE, matrix=[[90.0, 8.0], [60.0, 50.0]]))
+    leave_adapters(write_run(root / "lora", "lora", matrix=[[90.0, 4.0], [40.0, 62.0]]), counted=False)
+    write_run(root / "joint", "joint", matrix=[[88.0, 84.0]])
+    settings = dict(matplotlib.rcParams)
+    assert write_report(root) == root / "report.html"
+    assert dict(matplotlib.rcParams) == settings
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def test_tables_hold_what_is_worked_out_by_hand(page):
+    assert page.row("zero-shot")[3:] == ["1", "10.0", "", "30.0", "30.0", ""]
+    assert page.row("pool")[1:4] == ["3", "3", "1"]
+    assert page.row("pool")[4:] == ["14.0 ± 4.0", "+4.0 ± 4.0", "61.0 ± 6.0", "70.0 ± 10.0", "10.0 ± 0.0"]
+    assert page.row("lora")[1:] == ["1", "1", "1", "4.0", f"{MINUS}6.0", "49.0", "51.0", "50.0"]
+    assert page.row("joint")[1:] == ["1", "1", "1", "—", "—", "86.0", "86.0", "—"]
+
+
+def test_groups_are_held_against_the_reference_over_shared_seeds_alone(page):
+    row = next(row for row in page.rows if row[0].startswith("pool, ago=off") and len(row) == 6)
+    assert row[1:] == [
+        "1",
+        f"{MINUS}2.0",
+        f"{MINUS}3.0",
+        f"{MINUS}5.0",
+        "+20.0",
+    ]  # against seed 0 of the pool: 10, 55, 60, 10
+
+
+def test_best_is_bold_and_joint_takes_no_part(run):
+    bold = re.findall(r"<b>([^<]*)</b></td>", (run / "report.html").read_text(encoding="utf-8"))
+    assert bold == 2 * ["14.0 ± 4.0", "61.0 ± 6.0", "70.0 ± 10.0", "10.0 ± 0.0"]
+
+
+def test_page_stands_alone(run):
+    text = (run / "report.html").read_text(encoding="utf-8")
+    for forbidden in ("http:", "https:", "<script", "<link", "<iframe", "@import", "url(", "srcset"):
+        assert forbidden not in text
+    assert all(value.startswith("data:image/png;base64,") for value in re.findall(r'(?:src|href)="([^"]*)', text))
+
+
+def test_every_figure_is_a_png_and_on_the_page(run, page):
+    figures = {path.name: path.read_bytes() for path in (run / "figures").iterdir()}
+    assert sorted(figures) == [
+        "accuracy-task.png", "accuracy-union.png", "comparison-task.png", "comparison-union.png", "overlap.png",
+        "parameters.png", "votes.png",
+    ]  # fmt: skip
+    shown = [base64.b64decode(picture["src"].partition("base64,")[2]) for picture in page.pictures]
+    assert sorted(shown) == sorted(figures.values())
+    assert all(png.startswith(b"\x89PNG") for png in shown)
+    assert all(len(picture["alt"]) > 40 for picture in page.pictures)
+
+
+def test_hostile_settings_are_text(run, page):
+    assert "<b>$x$" not in (run / "report.html").read_text(encoding="utf-8")
+    assert f"pool, ago=off, note={HOSTILE}" in page.text
+
+
+def test_overlap_is_shown_with_and_without_ago(run, page):
+    alt = next(picture["alt"] for picture in page.pictures if "overlap" in picture["alt"])
+    assert "with AGO: pool (seed 0)" in alt
+    assert "without AGO: pool, ago=off" in alt
+    found = overlap(read_runs(run)[-1].adapters())
+    row = next(row for row in page.rows if row[0] == "pool" and len(row) == 5)
+    assert row[1:3] == ["3", f"{found.mean_cosine:.3f} ± 0.000"]
+    assert float(row[3].partition(" ")[0]) == pytest.approx(found.mean_product, abs=5e-3)
+
+
+def test_written_again_it_is_the_same_and_replaces_its_own_figures_alone(tmp_path):
+    root = write_run(tmp_path / "one", "finetune", ("digits",), union=False)
+    write_report(root)
+    first = (root / "report.html").read_bytes()
+    assert sorted(path.name for path in (root / "figures").iterdir()) == [
+        "accuracy-task.png", "comparison-task.png", "parameters.png",
+    ]  # fmt: skip
+    for name in ("section1-votes.png", "mine.png"):
+        (root / "figures" / name).write_bytes(b"")
+    write_report(root)
+    assert (root / "report.html").read_bytes() == first
+    names = {path.name for path in root.rglob("*")}
+    assert "mine.png" in names
+    assert "section1-votes.png" not in names
+    assert not any(name.startswith(".") for name in names)
+    page = Page(first.decode())
+    assert "No figure: no run of the pool is here." in page.text
+    assert "No figure: one task alone overlaps with nothing." in page.text
+    assert "Label space “union” is left out" in page.text
+
+
+def test_labels_name_the_settings_that_differ_from_the_method_s_reference(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"plain{seed}", seed=seed)
+    write_run(tmp_path / "fixed", router="fixed", lr=1e-4, matrix=[[99.0, 99.0], [99.0, 99.0]])
+    write_run(tmp_path / "shuffled", order=("flags", "digits"), order_seed=7)
+    write_run(tmp_path / "lora", "lora", lr=1.0)
+    write_run(tmp_path / "strange", "strange")
+    (section,) = sections(read_runs(tmp_path))
+    labels = [(group.label, len(group.runs)) for group in section.groups]
+    assert labels == [("pool", 3), ("pool, router=fixed, lr=0.0001", 1), ("lora", 1), ("strange", 1)]
+    assert [group.is_reference for group in section.groups] == [True, False, True, True]
+    assert section.reference.orders == {("digits", "flags"), ("flags", "digits")}
+    assert section.representative(section.reference).name == "plain0"
+
+
+def test_of_as_many_runs_the_reference_is_what_ends_best(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", router="fixed", matrix=[[60.0, 10.0], [60.0, 61.0]])
+    (section,) = sections(read_runs(tmp_path))
+    assert [group.label for group in section.groups] == ["pool", "pool, router=learned"]
+
+
+def test_zero_shot_of_transfer_follows_each_run_s_own_order(tmp_path):
+    write_run(tmp_path / "a", order=("digits", "flags"), matrix=[[90.0, 12.0], [90.0, 90.0]])
+    write_run(tmp_path / "b", order=("flags", "digits"), matrix=[[90.0, 58.0], [90.0, 90.0]])
+    (section,) = sections(read_runs(tmp_path))
+    assert sorted(section.reference.gain("task").values) == [2.0, 8.0]
+    assert sorted(section.zero_shot_transfer("task").values) == [10.0, 50.0]
+    assert section.zero_shot("task").values == (30.0,)
+
+
+def test_other_tasks_and_other_images_are_sections_of_their_own(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", order=("digits", "emoji"))
+    write_run(tmp_path / "c", sources=[f"shipped{VALIDATION}"])
+    found = sections(read_runs(tmp_path))
+    assert [(section.order, section.validation) for section in found] == [
+        (("digits", "flags"), False),
+        (("digits", "emoji"), False),
+        (("digits", "flags"), True),
+    ]
+
+
+def test_held_out_training_images_are_known_by_their_source():
+    assert validation(load_task("emoji")).source.endswith(VALIDATION)
+
+
+def test_one_run_has_no_spread():
+    assert as_text(Spread((70.0,))) == "70.0"
+    assert as_text(None) == "—"
+    assert as_text(Spread((70.0, 70.02))) == "70.0 ± <0.1"
+    assert signed(Spread((-0.04,))) == "0.0"
+    assert signed(Spread((-1.0, -2.0, -4.0))) == f"{MINUS}2.3 ± {stdev((1, 2, 4)):.1f}"
+
+
+def test_overlap_equals_a_loop_over_pairs_of_columns():
+    adapters = [make_adapter(task, seed) for seed, task in enumerate(("digits", "flags", "emoji"))]
+    adapters[1].tensors["visual.transformer.resblocks.0.attn.q_proj.lora_B"][:, 0] = 0.0
+    found = overlap(adapters)
+    for i, one in enumerate(adapters):
+        for j, other in enumerate(adapters):
+            cosines, products = [], []
+            for module in MODULES:
+                pairs = [
+                    (b, c)
+                    for k, b in enumerate(one.experts(module)[1].double().T)
+                    for n, c in enumerate(other.experts(module)[1].double().T)
+                    if (i, k) != (j, n)
+                ]
+                products.append(np.mean([abs(float(b @ c)) for b, c in pairs]))
+                directed = [abs(float(b @ c / (b.norm() * c.norm()))) for b, c in pairs if b.norm() and c.norm()]
+                cosines += [np.mean(directed)] if directed else []
+            assert found.cosine[i, j] == pytest.approx(np.mean(cosines), abs=1e-9)
+            assert found.product[i, j] == pytest.approx(np.mean(products), abs=1e-9)
+    assert found.mean_cosine == pytest.approx((found.cosine[1, 0] + found.cosine[2, 0] + found.cosine[2, 1]) / 3)
+    assert overlap(adapters[:1]) is None
+
+
+def test_one_column_overlaps_with_no_other_of_its_task():
+    found = overlap([make_adapter(task, experts=1) for task in ("digits", "flags")])
+    assert np.isnan(found.cosine.diagonal()).all()
+    assert found.mean_cosine == pytest.approx(1.0)  # drawn by the same seed: the same columns
+
+
+@pytest.mark.parametrize("width", [1, 2, 64, 3072])
+def test_chance_is_the_mean_cosine_of_random_directions(width):
+    directions = np.random.default_rng(0).standard_normal((20_000, width if width < 100 else 8))
+    if width < 100:
+        measured = np.abs(directions[:, 0] / np.linalg.norm(directions, axis=1)).mean()
+        assert chance_cosine(width) == pytest.approx(measured, rel=0.03)
+    else:
+        assert chance_cosine(width) == pytest.approx(math.sqrt(2 / (math.pi * width)), rel=1e-3)
+
+
+def test_votes_are_shares_of_a_layer_image_tower_first():
+    adapter = make_adapter("digits")
+    adapter.activation_counts.update(
+        {
+            "visual.transformer.resblocks.0.attn.q_proj": [0, 1, 2, 3, 4, 10],
+            "transformer.resblocks.0.mlp.c_fc": [0] * 6,
+        }
+    )
+    found = votes([adapter])
+    assert found.layers == [("image", 0), ("image", 0), ("image", 1), ("text", 0)]
+    assert found.shares["digits"][0].tolist() == [0, 0.05, 0.1, 0.15, 0.2, 0.5]
+    assert np.isnan(found.shares["digits"][3]).all()
+    kept = [sorted(adapter.activation_counts[path])[-2:] for path in sorted(MODULES) if path.startswith("visual")]
+    totals = [sum(adapter.activation_counts[path]) for path in sorted(MODULES) if path.startswith("visual")]
+    assert found.kept_share("digits") == pytest.approx(np.mean([sum(k) / t for k, t in zip(kept, totals, strict=True)]))
+    assert votes([make_adapter("digits", counted=False)]) is None
+
+
+def test_labels_move_apart_no_further_than_they_must():
+    assert spread_out([0.0, 10.0], 2.0) == [0.0, 10.0]
+    assert spread_out([5.0, 5.0, 5.0, 20.0], 2.0) == [3.0, 5.0, 7.0, 20.0]
+    assert spread_out([], 2.0) == []
+
+
+def test_counts_are_written_short():
+    assert [short(n) for n in (7, 999, 119_808, 1_105_920, 149_600_000, 999_900)] == [
+        "7",
+        "999",
+        "120k",
+        "1.11M",
+        "150M",
+        "1M",
+    ]
+
+
+def test_a_folder_without_runs_says_what_writes_them(tmp_path):
+    with pytest.raises(ReportError, match="no such folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(ReportError, match=r"'trainer sequence --out .*' writes one"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda record: "{", "Expecting"),
+        (lambda record: "[]", "lacks config, model"),
+        (lambda record: json.dumps({**record, "results": {}}), "lack the label space 'task'"),
+        (lambda record: json.dumps({"matrix": []}), "lacks config, model, pretrained, results"),
+        (lambda record: json.dumps({**record, "order_seed": "x"}), "order_seed"),
+        (lambda record: _with(record, last=None), r"a measure, .* is not a number"),
+        (lambda record: _with(record, tested=["flags", "digits"]), "do not begin with the learned"),
+        (lambda record: _with(record, tasks=[]), "do not begin with the learned"),
+        (lambda record: _with(record, zero_shot=[1.0]), "not as long as the 2"),
+        (lambda record: _with(record, matrix=[[1.0, 2.0]] * 3), "3 rows of accuracies for 2"),
+        (lambda record: _with(record, matrix=[[1.0, 2.0], [1.0, 200.0]]), "from 0 to 100"),
+        (lambda record: _with(record, matrix=[[1.0, 2.0], [1.0, float("nan")]]), "from 0 to 100"),
+        (lambda record: _with(record, matrix=7), "len"),
+    ],
+)
+def test_a_malformed_record_is_named_and_nothing_is_written(tmp_path, spoil, reason):
+    path = write_run(tmp_path / "deep" / "down") / "sequence.json"
+    path.write_text(spoil(json.loads(path.read_text())))
+    with pytest.raises(ReportError, match=reason) as caught:
+        write_report(tmp_path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["deep"]
+
+
+def _with(record, **changes):
+    record["results"]["task"].update(changes)
+    return json.dumps({**record, "results": {"task": record["results"]["task"]}})
+
+
+def test_a_broken_adapter_is_refused_and_nothing_is_written(tmp_path):
+    folder = write_run(tmp_path / "run")
+    leave_adapters(folder)
+    path = folder / "adapters" / "flags.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(AdapterCorrupt, match=str(path)):
+        write_report(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_interrupted_write_leaves_the_earlier_report_as_it_was(tmp_path, monkeypatch):
+    root = write_run(tmp_path / "run", "finetune")
+    (root / "report.html").write_text("earlier")
+    pictures = [Picture(name, "", b"png", 1, 1) for name in ("comparison-task.png", f"{'x' * 300}.png")]
+    monkeypatch.setattr(write, "view", lambda section, prefix: SimpleNamespace(pictures=pictures))
+    monkeypatch.setattr(write, "render", lambda views: "later")
+    with pytest.raises(ReportError, match=re.escape(f"{root}: the report can't be written there")):
+        write_report(root)
+    assert (root / "report.html").read_text() == "earlier"
+    assert sorted(path.name for path in root.rglob("*")) == ["figures", "report.html", "sequence.json"]

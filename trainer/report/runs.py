@@ -1,0 +1,150 @@
+"""The records that ``trainer sequence`` leaves behind, read and checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from trainer.adapter import Adapter, load_adapter
+from trainer.errors import ReportError
+from trainer.sequence import SequenceResult
+
+RECORD = "sequence.json"
+VALIDATION = ", validation"  # what trainer.tasks.validation adds to a task's source
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sequence of tasks, learned once.
+
+    Attributes:
+        name: its folder, relative to the folder that is reported on.
+        order_seed: what drew the order of the tasks; None where it was given.
+        validation: measured on training images that were held out, not on test images.
+        config: the settings of the run, the number of devices among them.
+        results: by label space: "task" (an image's classes are those of its own task), and "union" (of all tasks).
+    """
+
+    name: str
+    folder: Path
+    model: str
+    pretrained: str
+    order_seed: int | None
+    validation: bool
+    config: dict[str, Any]
+    results: dict[str, SequenceResult]
+
+    @property
+    def result(self) -> SequenceResult:
+        """In the label space that every record has; what is not accuracy is the same in all."""
+        return self.results["task"]
+
+    @property
+    def method(self) -> str:
+        return self.result.method
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The learned tasks, first to last."""
+        return tuple(self.result.tasks)
+
+    @property
+    def seed(self) -> int:
+        return self.result.seed
+
+    def measure(self, space: str, name: str) -> float | None:
+        """Transfer, average, last or forgetting in percent; None where it is not defined."""
+        return getattr(self.results[space], name)
+
+    def zero_shot(self, space: str) -> float:
+        """Mean over the learned tasks before anything was learned."""
+        return mean(self.results[space].zero_shot[: len(self.order)])
+
+    def zero_shot_transfer(self, space: str) -> float | None:
+        """What Transfer would be if learning changed nothing: the mean over all learned tasks but the first."""
+        return mean(self.results[space].zero_shot[1 : len(self.order)]) if len(self.order) > 1 else None
+
+    def gain(self, space: str) -> float | None:
+        """Transfer minus zero-shot on the same tasks."""
+        transfer = self.measure(space, "transfer")
+        return None if transfer is None else transfer - self.zero_shot_transfer(space)
+
+    def adapters(self) -> list[Adapter]:
+        """What the learned tasks left behind, in the order they were learned; empty for methods that leave none.
+
+        Raises:
+            AdapterError: one is not what was written.
+        """
+        found = {
+            adapter.task: adapter for adapter in map(load_adapter, sorted(self.folder.glob("adapters/*.safetensors")))
+        }
+        return [found[task] for task in self.order if task in found]
+
+
+def read_runs(root: Path) -> list[Run]:
+    """Every run at any depth below a folder, by name.
+
+    Raises:
+        ReportError: no such folder, no record below it, or a record that can't be read.
+    """
+    if not root.is_dir():
+        raise ReportError(f"{root}: no such folder; give one that 'trainer sequence --out' wrote to")
+    paths = sorted(root.rglob(RECORD))
+    if not paths:
+        raise ReportError(f"{root}: no {RECORD} in it or below it; 'trainer sequence --out {root}' writes one")
+    return [_read(path, root) for path in paths]
+
+
+def _read(path: Path, root: Path) -> Run:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"model", "pretrained", "config", "results"} - set(record)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        results = {space: _result(found) for space, found in record["results"].items()}
+        if "task" not in results:
+            raise ValueError("its results lack the label space 'task'")
+        if len({(one.method, tuple(one.tasks)) for one in results.values()}) != 1:
+            raise ValueError("its results are not of one method and one order of tasks")
+        if not isinstance(record.get("order_seed"), (int, type(None))):
+            raise ValueError("order_seed is neither a whole number nor null")
+        return Run(
+            name=path.parent.relative_to(root).as_posix(),
+            folder=path.parent,
+            model=str(record["model"]),
+            pretrained=str(record["pretrained"]),
+            order_seed=record.get("order_seed"),
+            validation=any(source.endswith(VALIDATION) for source in record.get("sources", ())),
+            config={**record["config"], **{name: record[name] for name in ("devices",) if name in record}},
+            results=results,
+        )
+    except (OSError, ValueError, TypeError, AttributeError) as exc:
+        raise ReportError(
+            f"{path}: not a record that this trainer can read ({exc}); remove it, or run 'trainer sequence' again"
+        ) from exc
+
+
+def _result(found: dict[str, Any]) -> SequenceResult:
+    """One label space of a record; a ValueError says what is wrong with it."""
+    required = [f.name for f in fields(SequenceResult) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in required if name not in found]
+    if missing:
+        raise ValueError(f"a result lacks {', '.join(missing)}")
+    result = SequenceResult(**{f.name: found[f.name] for f in fields(SequenceResult) if f.name in found})
+    if not result.tasks or result.tested[: len(result.tasks)] != result.tasks:
+        raise ValueError("the tested tasks do not begin with the learned ones")
+    if len(result.matrix) not in (1, len(result.tasks)):
+        raise ValueError(f"{len(result.matrix)} rows of accuracies for {len(result.tasks)} learned tasks")
+    rows = [result.zero_shot, *result.matrix]
+    if any(len(row) != len(result.tested) for row in rows):
+        raise ValueError(f"a row of accuracies is not as long as the {len(result.tested)} tested tasks")
+    if not all(isinstance(cell, (int, float)) and 0 <= cell <= 100 for row in rows for cell in row):
+        raise ValueError("an accuracy is not a number from 0 to 100")
+    measured = (result.average, result.last, result.trainable_parameters, result.kept_parameters)
+    maybe = [value for value in (result.transfer, result.forgetting) if value is not None]
+    if not all(isinstance(value, (int, float)) for value in (*measured, *maybe, *result.seconds_per_task)):
+        raise ValueError("a measure, a count of parameters or a time is not a number")
+    return result
