@@ -24,15 +24,27 @@ from rich.console import Console
 
 SEEDS = (0, 1, 2)
 ORDERS = (0, 1, 2)
-RATES = {
-    "lora": (1e-3, 2e-3, 5e-3, 1e-2),
-    "finetune": (3e-5, 1e-4, 3e-4),
-    "joint": (1e-4, 3e-4, 1e-3),
-    "pool": (5e-3, 1e-2, 2e-2),
+RATES = {"lora": (1e-3, 2e-3, 5e-3), "finetune": (3e-5, 1e-4, 3e-4), "joint": (1e-4, 3e-4, 1e-3)}
+POOL_SEARCH = {
+    "preset": "",
+    "router-none": "--router none",
+    "router-block": "--router-per block",
+    "ago-sum": "--ago sum",
+    "lr-0.02": "--lr 0.02",
+    "lr-0.005": "--lr 0.005",
 }
 ABLATIONS = {
+    "no-drift": "--drift-weight 0",
+    "no-anchors": "--anchor-weight 0",
+    "ago-sum": "--ago sum",
     "router-fixed": "--router fixed",
     "router-none": "--router none",
+    "router-block": "--router-per block",
+    "route-first": "--route-on first",
+    "published": "--lr 2e-3 --ago sum --drift-weight 0 --anchor-weight 0 --consolidate 0 --dropout 0.2",
+    "ago-mean": "--ago mean",
+    "k-merge-8": "--k-merge 8",
+    "rank-6": "--rank 6 --k-active 4 --k-merge 2",
 }
 
 Part = Literal["search", "methods", "ablations"]
@@ -69,19 +81,21 @@ def main(study: Study) -> None:
 
 
 def search(out: Path) -> Iterator[str]:
-    """Each method's learning rate, on validation images, one seed and order."""
+    """Each baseline's learning rate and the pool's settings, on validation images, one seed and order."""
+    for name, flags in POOL_SEARCH.items():
+        yield _sequence(out / "pool" / name, "pool", 0, None, f"--validate {flags}".strip())
     for method, rates in RATES.items():
         for lr in rates:
             yield _sequence(out / method / f"lr-{lr:g}", method, 0, None, f"--validate --lr {lr:g}")
 
 
 def methods(out: Path) -> Iterator[str]:
-    """All methods at their presets: every seed in every order; the order is nothing to ``joint``."""
-    for seed in SEEDS:
-        for order in ORDERS:
-            for method in ("pool", "lora", "finetune", "joint"):
-                if method != "joint" or order == ORDERS[0]:
-                    yield _sequence(out / method / f"order-{order}-seed-{seed}", method, seed, order)
+    """All methods at their presets: every seed in every order, the pairs of equal place first."""
+    pairs = sorted(((seed, order) for seed in SEEDS for order in ORDERS), key=lambda pair: pair[0] != pair[1])
+    for seed, order in pairs:
+        for method in ("pool", "lora", "finetune", "joint"):
+            if method != "joint" or seed == order:  # tasks learned at once have no order
+                yield _sequence(out / method / f"order-{order}-seed-{seed}", method, seed, order)
 
 
 def ablations(out: Path) -> Iterator[str]:
