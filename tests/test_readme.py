@@ -94,7 +94,7 @@ def test_setup_commands_are_the_makefile_s():
 
 def test_no_section_with_commands_is_forgotten():
     sections = [s for s in re.findall(r"^## (.+)$", README, re.M) if commands(s)]
-    assert sections == ["First steps, offline", "The real CLIP", "Your own images"]
+    assert sections == ["First steps, offline", "The real CLIP", "Your own images", "Does it work? Measure it"]
 
 
 @pytest.mark.slow
@@ -128,3 +128,11 @@ def test_the_real_clip_and_your_own_images(folder):
         for line in lines:
             if line.startswith(step):
                 run(offline(line), folder)
+
+
+@pytest.mark.slow
+def test_measure_it(folder):
+    for line in commands("Does it work? Measure it"):
+        run(offline(line), folder)
+    assert "lora" in (folder / "runs/two/report.html").read_text(encoding="utf-8")
+    assert (folder / "adapters/letters.safetensors").is_file()

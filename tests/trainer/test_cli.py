@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,74 @@ def test_sequence_prints_and_saves_the_matrix(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("emoji", "clipart", "flags", "Transfer", "Forgetting"))
     assert json.loads((out / "sequence.json").read_text())["results"]["task"]["tested"] == ["emoji", "clipart", "flags"]
+
+
+RESULT = {
+    "method", "tasks", "tested", "label_space", "seed", "zero_shot", "matrix", "transfer", "average", "last",
+    "forgetting", "trainable_parameters", "kept_parameters", "seconds_per_task",
+}  # fmt: skip
+
+
+def test_sequence_prints_one_result_or_a_list_for_several_seeds(capsys, tmp_path):
+    arguments = ["sequence", "--tasks", "emoji", "clipart", "--method", "lora", "--label-space", "union", "--json"]
+    main([*arguments, "--seed", "3", "--out", str(tmp_path / "one"), *QUICK])
+    one = json.loads(capsys.readouterr().out)
+    assert set(one) == RESULT
+    assert (one["method"], one["label_space"], one["seed"]) == ("lora", "union", 3)
+    main([*arguments, "--seeds", "3", "4", "--out", str(tmp_path / "several"), *QUICK])
+    several = json.loads(capsys.readouterr().out)
+    assert [result["seed"] for result in several] == [3, 4]
+    assert {**several[0], "seconds_per_task": []} == {**one, "seconds_per_task": []}
+    assert (tmp_path / "several/seed-4/sequence.json").is_file()
+
+    main(["report", str(tmp_path / "several"), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert "lora" in Path(printed["page"]).read_text(encoding="utf-8")
+    assert printed["figures"]
+
+
+def test_sequence_shows_the_spread_over_seeds(capsys, tmp_path):
+    main(["sequence", "--tasks", "emoji", "clipart", "--seeds", "0", "1", "--out", str(tmp_path / "run"), *QUICK])
+    shown = capsys.readouterr().out
+    assert "standard deviation" in shown
+    assert f"trainer report {tmp_path / 'run'}" in shown
+
+
+def test_validation_never_touches_a_test_image(capsys, tmp_path, monkeypatch):
+    from trainer.tasks import shipped
+
+    asked = []
+    images = shipped._images
+    monkeypatch.setattr(
+        shipped, "_images", lambda path, split, names: asked.append(split) or images(path, split, names)
+    )
+    main(["sequence", "--tasks", "emoji", "--validate", "--out", str(tmp_path / "run"), *QUICK])
+    assert set(asked) == {"train"}
+
+
+def test_defaults_of_a_method_are_its_own(capsys):
+    rates = {}
+    for method in ("pool", "lora", "finetune"):
+        with pytest.raises(SystemExit):
+            main(["sequence", "--model", "mini", "--method", method, "--help"])
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        rates[method] = shown.split("AdamW's learning rate")[1].split("(default: ")[1].split(")")[0]
+    assert float(rates["finetune"]) < float(rates["lora"])
+    assert rates["pool"] != rates["lora"]
+
+
+def test_a_run_is_not_overwritten(capsys, tmp_path):
+    arguments = ["sequence", "--tasks", "emoji", "--out", str(tmp_path / "run"), *QUICK]
+    main(arguments)
+    capsys.readouterr()
+    assert "--resume" in fails(capsys, *arguments)
+    main([*arguments, "--resume", "--json"])
+    assert json.loads(capsys.readouterr().out)["tasks"] == ["emoji"]
+
+
+def test_a_report_needs_a_run(capsys, tmp_path):
+    assert "no such folder" in fails(capsys, "report", str(tmp_path / "nowhere"))
+    assert "sequence" in fails(capsys, "report", str(tmp_path))
 
 
 def test_unknown_task_and_missing_data_are_one_line(capsys, tmp_path):

@@ -1,10 +1,15 @@
+import dataclasses
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from trainer.adapter import load_lineage
+from trainer.backbone import encode_classes
 from trainer.config import train_config
 from trainer.errors import ConfigError
+from trainer.evaluate import encode_images, evaluate
 from trainer.sequence import average, forgetting, last, run_sequence, transfer
 from trainer.tasks import load_task
 
@@ -55,3 +60,93 @@ def test_sequence_does_not_mix_with_adapters_of_another_run(run, mini):
 def test_sequence_names_a_task_that_stands_twice(mini, tmp_path):
     with pytest.raises(ConfigError, match="emoji emoji"):
         run_sequence([load_task("emoji"), load_task("emoji")], mini, train_config("mini"), tmp_path)
+
+
+QUICK = {"iterations": 2, "shots": 2, "batch_size": 8}
+
+
+def learn(mini, out, method, **settings):
+    config = train_config("mini", method, **QUICK, **settings)
+    return run_sequence([load_task("emoji"), load_task("clipart")], mini, config, out, method=method)["task"]
+
+
+def test_lora_trains_and_keeps_one_plain_lora(mini, tmp_path):
+    result = learn(mini, tmp_path, "lora")
+    assert result.trainable_parameters == result.kept_parameters
+    adapters = load_lineage(tmp_path / "adapters", mini.fingerprint)
+    assert {adapter.tensors[f"{module}.lora_A"].shape[0] for adapter in adapters for module in adapter.modules()} == {
+        12
+    }
+    assert adapters[1].config["ago"] == "off"
+    assert not any(any(counts) for counts in adapters[0].activation_counts.values()), "nothing votes"
+
+
+def test_finetune_moves_all_weights_task_after_task(mini, tmp_path):
+    result = learn(mini, tmp_path, "finetune")
+    everything = sum(value.numel() for name, value in mini.model.named_parameters() if name != "logit_scale")
+    assert result.trainable_parameters == result.kept_parameters == everything
+    weights = load_file(tmp_path / "weights/clipart.safetensors")
+    before = mini.model.state_dict()
+    assert weights.keys() == before.keys()
+    assert not torch.equal(weights["visual.conv1.weight"], before["visual.conv1.weight"])
+    assert torch.equal(weights["logit_scale"], before["logit_scale"])
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["clipart.safetensors"], "the last is enough"
+    assert not any(parameter.requires_grad for parameter in mini.model.parameters())
+
+
+def test_joint_learns_all_tasks_at_once(mini, tmp_path):
+    result = learn(mini, tmp_path, "joint")
+    assert len(result.matrix) == 1
+    assert (result.transfer, result.forgetting) == (None, None)
+    assert result.average == result.last == round(sum(result.matrix[0]) / 2, 2)
+
+
+def test_joint_takes_every_task_in_turn(mini, tmp_path):
+    numbers = []
+    config = train_config("mini", "joint", **QUICK)
+    tasks = [load_task("emoji"), load_task("clipart")]
+    seen = []
+
+    def on_stage(stage):
+        seen.append([task.name for task in stage])
+        return lambda step: numbers.append(step.number)
+
+    run_sequence(tasks, mini, config, tmp_path, method="joint", on_stage=on_stage)
+    assert seen == [["emoji", "clipart"]]
+    assert numbers == [1, 2, 3, 4], "as many steps as the tasks one after another"
+
+
+def test_order_seed_shuffles_the_tasks_and_nothing_else(mini, tmp_path):
+    names = ["emoji", "clipart", "digits"]
+    tasks = [dataclasses.replace(load_task(name), load=few(load_task(name))) for name in names]
+    config = train_config("mini", iterations=1, shots=1, batch_size=2)
+    orders = {}
+    for order_seed in (None, 0, 1, 2):
+        out = tmp_path / str(order_seed)
+        orders[order_seed] = run_sequence(tasks, mini, config, out, order_seed=order_seed)["task"].tasks
+        assert json.loads((out / "sequence.json").read_text())["order_seed"] == order_seed
+    assert orders[None] == names
+    assert all(sorted(order) == sorted(names) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) > 1
+    again = run_sequence(tasks, mini, config, tmp_path / "again", order_seed=1)["task"]
+    assert again.tasks == orders[1]
+
+
+def few(task):
+    """A loader of only sixteen images a split."""
+    return lambda split: task.load(split).subset(range(16))
+
+
+def test_union_classifies_among_the_names_of_all_tasks_and_a_shared_name_is_one_class(mini):
+    tasks = [dataclasses.replace(load_task(name), load=few(load_task(name))) for name in ("emoji", "clipart")]
+    assert {"animal", "food"} <= set(tasks[0].class_names) & set(tasks[1].class_names)
+    found = evaluate(mini, tasks)
+    weights = torch.cat([encode_classes(mini, task.class_names, task.templates) for task in tasks])
+    names = [*tasks[0].class_names, *tasks[1].class_names]
+    for task in tasks:
+        images = task.load("test")
+        with torch.no_grad():
+            answers = (encode_images(mini, images, range(16)) @ weights.T).argmax(-1).tolist()
+        right = [names[answer] == task.class_names[label] for answer, label in zip(answers, images.labels, strict=True)]
+        assert found["union"][task.name] == 100 * sum(right) / 16
+    assert all(found["union"][name] <= found["task"][name] for name in found["task"])
