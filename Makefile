@@ -1,12 +1,14 @@
-# make demo   learn three tasks, merge, serve, ask the client, compare speeds
-# make test   the whole test suite
-# make lint   ruff
-# make mini   rebuild the small CLIP and its tasks from packages (needs npm, apt-get and hours on a CPU)
+# make demo      learn three tasks, merge, serve, ask the client, compare speeds
+# make test      the whole test suite
+# make lint      ruff
+# make results  all methods and ablations on the small tasks: the runs behind RESULTS.md (hours on two cores)
+# make scale    50 synthetic tasks in a row: time and memory against tasks learned
+# make mini      rebuild the small CLIP and its tasks from packages (needs npm, apt-get and hours on a CPU)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint mini install
+.PHONY: demo test lint results scale mini install
 
 install: $(VENV)/.installed
 
@@ -18,6 +20,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python demo.py
+
+results: install
+	$(BIN)/python -m trainer.studies.mini --out runs/results
+	$(BIN)/trainer report runs/results/methods
+	$(BIN)/trainer report runs/results/ablations
+
+scale: install
+	$(BIN)/python -m trainer.studies.scale --out runs/scale
 
 # The small CLIP anew, into runs/mini/out: ten minutes of building tasks and pairs, then MINUTES of training.
 MINUTES ?= 60

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, WrongBase
-from trainer.files import replacing
+from trainer.files import write_tensors
 
 FORMAT = 2
 
@@ -89,8 +89,7 @@ class Adapter:
 def save_adapter(adapter: Adapter, path: Path) -> None:
     """Write the file whole or not at all."""
     metadata = _canonical({"format": FORMAT, **adapter.metadata(), "sha256": adapter.sha256}).decode()
-    with replacing(path) as staged:
-        save_file({k: v.contiguous() for k, v in adapter.tensors.items()}, staged, {"clipweld": metadata})
+    write_tensors(path, adapter.tensors, {"clipweld": metadata})
 
 
 def load_adapter(path: Path | str) -> Adapter:

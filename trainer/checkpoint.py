@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.errors import CheckpointError
-from trainer.files import replacing
+from trainer.files import write_tensors
 
 # A save follows after this many seconds, or later where saving itself takes long: at most a twentieth of all time.
 SAVE_EVERY_S = 5.0
@@ -60,9 +60,7 @@ class Checkpoint:
         for place, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{place}.{name}": value for name, value in values.items()}
         metadata = json.dumps({"step": step, "seconds": seconds, "identity": self._identity})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as staged:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged, {"clipweld": metadata})
+        write_tensors(self.path, tensors, {"clipweld": metadata})
         done = time.monotonic()
         self._next_save = done + max(SAVE_EVERY_S, SHARE * (done - started))
 

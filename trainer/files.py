@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors.torch import save
+from torch import Tensor
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -20,3 +23,9 @@ def replacing(path: Path) -> Iterator[Path]:
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all."""
+    with replacing(path) as staged:
+        staged.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))

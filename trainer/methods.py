@@ -19,14 +19,14 @@ from typing import Protocol
 
 import open_clip
 from lightning_fabric import Fabric
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.adapter import Adapter, load_lineage, save_adapter
 from trainer.backbone import Backbone, with_weights
 from trainer.config import Method, TrainConfig
 from trainer.evaluate import Accuracies, evaluate
-from trainer.files import replacing
+from trainer.files import write_tensors
 from trainer.fit import Step, batches_of, checkpoint_of, fit, train
 from trainer.merge import merge
 from trainer.tasks import Task
@@ -141,8 +141,7 @@ class WeightsLearner:
             weights.freeze()
         self._path = self._path_of(tasks)
         if run.fabric.is_global_zero:
-            with replacing(self._path) as staged:
-                save_file(self._model.model.state_dict(), staged)
+            write_tensors(self._path, self._model.model.state_dict())
         accuracies = evaluate(self._model, run.tested, run.fabric)
         return Learned(accuracies, seconds, weights.num_trainable, weights.num_trainable)
 

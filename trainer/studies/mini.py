@@ -8,6 +8,7 @@ interrupted goes on. Settings are chosen on validation images (``search``), neve
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import subprocess
@@ -47,7 +48,7 @@ ABLATIONS = {
     "rank-6": "--rank 6 --k-active 4 --k-merge 2",
 }
 
-Part = Literal["search", "methods", "ablations"]
+Part = Literal["search", "methods", "ablations", "orders"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Study:
 
     out: Path = Path("runs/results")
     """Folder for all runs; 'trainer report' on its sub-folders draws them."""
-    parts: tuple[Part, ...] = ("search", "methods", "ablations")
+    parts: tuple[Part, ...] = ("search", "methods", "ablations", "orders")
     """What to run."""
     jobs: int = 2
     """Runs at a time, each on one CPU core: twice the speed of one run on two cores."""
@@ -64,7 +65,7 @@ class Study:
 
 def main(study: Study) -> None:
     """Run all commands of the parts that were asked for."""
-    runs = [command for part in study.parts for command in PARTS[part](study.out / part)]
+    runs = [command for part in study.parts for command in PARTS[part](study.out / FOLDERS.get(part, part))]
     console, lock = Console(stderr=True), threading.Lock()
 
     def run(command: str) -> None:
@@ -90,11 +91,17 @@ def search(out: Path) -> Iterator[str]:
 
 
 def methods(out: Path) -> Iterator[str]:
-    """All methods at their presets: every seed in every order, the pairs of equal place first."""
-    pairs = sorted(((seed, order) for seed in SEEDS for order in ORDERS), key=lambda pair: pair[0] != pair[1])
-    for seed, order in pairs:
+    """All methods at their presets, each seed in an order of its own."""
+    for seed, order in zip(SEEDS, ORDERS, strict=True):
         for method in ("pool", "lora", "finetune", "joint"):
-            if method != "joint" or seed == order:  # tasks learned at once have no order
+            yield _sequence(out / method / f"order-{order}-seed-{seed}", method, seed, order)
+
+
+def orders(out: Path) -> Iterator[str]:
+    """The rest of every seed in every order; tasks learned at once have no order."""
+    for seed, order in itertools.product(SEEDS, ORDERS):
+        for method in ("pool", "lora", "finetune"):
+            if SEEDS.index(seed) != ORDERS.index(order):
                 yield _sequence(out / method / f"order-{order}-seed-{seed}", method, seed, order)
 
 
@@ -111,7 +118,8 @@ def _sequence(out: Path, method: str, seed: int, order: int | None, flags: str =
     return " ".join([*filter(None, words), f"--out {out}"])
 
 
-PARTS = {"search": search, "methods": methods, "ablations": ablations}
+FOLDERS = {"orders": "methods"}
+PARTS = {"search": search, "methods": methods, "ablations": ablations, "orders": orders}
 
 if __name__ == "__main__":
     main(tyro.cli(Study, prog="python -m trainer.studies.mini"))
