@@ -25,14 +25,14 @@ from rich.console import Console
 
 SEEDS = (0, 1, 2)
 ORDERS = (0, 1, 2)
-RATES = {"lora": (1e-3, 2e-3, 5e-3), "finetune": (3e-5, 1e-4, 3e-4), "joint": (1e-4, 3e-4, 1e-3)}
+RATES = {"lora": (5e-4, 1e-3, 2e-3, 5e-3), "finetune": (3e-5, 1e-4, 3e-4), "joint": (1e-4, 3e-4, 1e-3)}
 POOL_SEARCH = {
-    "preset": "",
-    "router-none": "--router none",
-    "router-block": "--router-per block",
-    "ago-sum": "--ago sum",
-    "lr-0.02": "--lr 0.02",
-    "lr-0.005": "--lr 0.005",
+    "router-learned": ("--router learned", SEEDS),
+    "router-none": ("--router none", SEEDS),
+    "router-block": ("--router learned --router-per block", SEEDS[:1]),
+    "ago-sum": ("--router learned --ago sum", SEEDS[:1]),
+    "lr-0.02": ("--router none --lr 0.02", SEEDS[:1]),
+    "lr-0.005": ("--router none --lr 0.005", SEEDS[:1]),
 }
 ABLATIONS = {
     "no-drift": "--drift-weight 0",
@@ -82,9 +82,10 @@ def main(study: Study) -> None:
 
 
 def search(out: Path) -> Iterator[str]:
-    """Each baseline's learning rate and the pool's settings, on validation images, one seed and order."""
-    for name, flags in POOL_SEARCH.items():
-        yield _sequence(out / "pool" / name, "pool", 0, None, f"--validate {flags}".strip())
+    """Each baseline's learning rate and the pool's settings, on validation images, in one order."""
+    for name, (flags, seeds) in POOL_SEARCH.items():
+        for seed in seeds:
+            yield _sequence(out / "pool" / f"{name}-seed-{seed}", "pool", seed, None, f"--validate {flags}")
     for method, rates in RATES.items():
         for lr in rates:
             yield _sequence(out / method / f"lr-{lr:g}", method, 0, None, f"--validate --lr {lr:g}")
