@@ -97,7 +97,7 @@ PRESETS: dict[str, dict[Method, dict[str, Any]]] = {
     "mini": {
         "pool": {**MINI, "lr": 1e-2, "consolidate": 0.5, "ago": "off", "drift_weight": 100.0, "anchor_weight": 1.0},
         "lora": {**MINI, "lr": 2e-3},
-        "finetune": {**MINI, "lr": 3e-4},
+        "finetune": {**MINI, "lr": 1e-4},
         "joint": {**MINI, "lr": 3e-4},
     },
 }

@@ -1,0 +1,45 @@
+import json
+import shlex
+
+import pytest
+
+from trainer import commands
+from trainer.studies import mini, scale
+
+
+def test_every_run_of_the_study_is_a_command_that_can_be_read(tmp_path):
+    lines = [line for part in mini.PARTS.values() for line in part(tmp_path)]
+    parsed = [commands.parse(shlex.split(line)[1:]) for line in lines]
+    assert len({command.out for command in parsed}) == len(parsed)
+    assert all(isinstance(command, commands.Chain) and command.tasks == ("mini",) for command in parsed)
+
+
+def test_settings_are_searched_on_validation_images_only(tmp_path):
+    def chains(part):
+        return [commands.parse(shlex.split(line)[1:]) for line in mini.PARTS[part](tmp_path)]
+
+    assert all(command.validate for command in chains("search"))
+    assert not any(command.validate for part in ("methods", "ablations", "orders") for command in chains(part))
+
+
+def test_methods_and_orders_make_every_pair_of_seed_and_order(tmp_path):
+    found = [
+        commands.parse(shlex.split(line)[1:]) for part in (mini.methods, mini.orders) for line in part(tmp_path)
+    ]
+    for method in ("pool", "lora", "finetune"):
+        pairs = [(command.train.seed, command.order_seed) for command in found if command.method == method]
+        assert sorted(pairs) == [(seed, order) for seed in mini.SEEDS for order in mini.ORDERS]
+
+
+def test_a_baseline_s_preset_is_one_of_the_rates_searched():
+    for method, rates in mini.RATES.items():
+        assert commands.train_config("mini", method).lr in rates
+
+
+@pytest.mark.slow
+def test_scale_compares_the_last_task_with_the_second(tmp_path, capsys):
+    scale.main(scale.Scale(tasks=3, iterations=1, pairs=1, out=tmp_path))
+    assert "The last of 3 tasks" in capsys.readouterr().out
+    result = json.loads((tmp_path / "scale.json").read_text())
+    assert [row["tasks_before"] for row in result["rows"]] == [0, 1, 2]
+    assert result["ratio_last_to_second"] > 0
