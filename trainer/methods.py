@@ -74,6 +74,9 @@ class Learner(Protocol):
     ) -> Learned:
         """Learn tasks on top of those before, and leave it behind in the run's folder."""
 
+    def clear(self) -> None:
+        """Remove what is no longer needed, now that the tasks learned last are on record."""
+
 
 class AdapterLearner:
     """Leaves ``adapters/<task>.safetensors``."""
@@ -104,6 +107,9 @@ class AdapterLearner:
             save_adapter(fitted.adapter, self._path(task))
         return Learned(fitted.accuracies, fitted.seconds, fitted.trainable_parameters, fitted.adapter.num_parameters)
 
+    def clear(self) -> None:
+        """Every adapter is needed."""
+
     def _path(self, task: Task) -> Path:
         return self._folder / f"{task.name}.safetensors"
 
@@ -126,8 +132,6 @@ class WeightsLearner:
         self, tasks: Sequence[Task], before: Accuracies, *, resume: bool, on_step: Callable[[Step], None]
     ) -> Learned:
         run = self._run
-        for path in set(self._folder.glob("*.safetensors")) - {self._path}:
-            path.unlink(missing_ok=True)  # two stages old, or of a stage that was not finished
         self._model = with_weights(run.base, self._model.model.state_dict())
         weights = AllWeights(self._model.model)
         try:
@@ -144,6 +148,10 @@ class WeightsLearner:
             write_tensors(self._path, self._model.model.state_dict())
         accuracies = evaluate(self._model, run.tested, run.fabric)
         return Learned(accuracies, seconds, weights.num_trainable, weights.num_trainable)
+
+    def clear(self) -> None:
+        for path in set(self._folder.glob("*.safetensors")) - {self._path}:
+            path.unlink()
 
     def _path_of(self, learned: Sequence[Task]) -> Path:
         return self._folder / f"{learned[-1].name}.safetensors"

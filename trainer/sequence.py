@@ -122,6 +122,7 @@ def run_sequence(
         if fabric.is_global_zero:
             _write(out / "progress.json", {**identity, "zero_shot": zero_shot, "stages": [asdict(s) for s in learned]})
             run.unfinished.unlink(missing_ok=True)
+            learner.clear()
     results = {space: _result(space, identity, tested, zero_shot, learned) for space in ("task", "union")}
     if fabric.is_global_zero:
         _write(out / "sequence.json", {**identity, "results": {space: asdict(r) for space, r in results.items()}})
