@@ -95,8 +95,16 @@ MINI = {"shots": 16, "iterations": 100, "dropout": 0.0}
 PRESETS: dict[str, dict[Method, dict[str, Any]]] = {
     "": {"finetune": ALL_WEIGHTS, "joint": ALL_WEIGHTS},
     "mini": {
-        "pool": {**MINI, "lr": 1e-2, "consolidate": 0.5, "ago": "off", "drift_weight": 100.0, "anchor_weight": 1.0},
-        "lora": {**MINI, "lr": 2e-3},
+        "pool": {
+            **MINI,
+            "lr": 1e-2,
+            "router": "none",
+            "consolidate": 0.5,
+            "ago": "off",
+            "drift_weight": 100.0,
+            "anchor_weight": 1.0,
+        },
+        "lora": {**MINI, "lr": 5e-4},
         "finetune": {**MINI, "lr": 1e-4},
         "joint": {**MINI, "lr": 3e-4},
     },

@@ -25,7 +25,7 @@ from rich.console import Console
 
 SEEDS = (0, 1, 2)
 ORDERS = (0, 1, 2)
-RATES = {"lora": (5e-4, 1e-3, 2e-3, 5e-3), "finetune": (3e-5, 1e-4, 3e-4), "joint": (1e-4, 3e-4, 1e-3)}
+RATES = {"lora": (2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3), "finetune": (3e-5, 1e-4, 3e-4), "joint": (1e-4, 3e-4, 1e-3)}
 POOL_SEARCH = {
     "router-learned": ("--router learned", SEEDS),
     "router-none": ("--router none", SEEDS),
@@ -35,17 +35,20 @@ POOL_SEARCH = {
     "lr-0.005": ("--router none --lr 0.005", SEEDS[:1]),
 }
 ABLATIONS = {
+    "router-learned": "--router learned",
     "no-drift": "--drift-weight 0",
-    "no-anchors": "--anchor-weight 0",
     "ago-sum": "--ago sum",
+    "no-anchors": "--anchor-weight 0",
+    "published": "--router learned --ago sum --lr 0.002 --dropout 0.2 "
+    "--drift-weight 0 --anchor-weight 0 --consolidate 0",
+    "no-consolidation": "--consolidate 0",
     "router-fixed": "--router fixed",
-    "router-none": "--router none",
-    "router-block": "--router-per block",
-    "route-first": "--route-on first",
-    "published": "--lr 2e-3 --ago sum --drift-weight 0 --anchor-weight 0 --consolidate 0 --dropout 0.2",
+    "router-block": "--router learned --router-per block",
+    "route-first": "--router learned --route-on first",
     "ago-mean": "--ago mean",
     "k-merge-8": "--k-merge 8",
     "rank-6": "--rank 6 --k-active 4 --k-merge 2",
+    "more-directions": "--drift-directions 64",
 }
 
 Part = Literal["search", "methods", "ablations", "orders"]
