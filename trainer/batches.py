@@ -54,7 +54,7 @@ class Batches:
         self._backbone = backbone
         self._seed = config.seed
         self._size = config.batch_size
-        self.rank, self.world_size = rank, world_size
+        self._rank, self._world_size = rank, world_size
         self._images = task.load("train").few_shot(config.shots, config.seed)
         self.few_shot = config.shots > 0
         self._kept: dict[int, Tensor] = {}
@@ -65,9 +65,9 @@ class Batches:
 
     def __getitem__(self, number: int) -> Batch:
         """The batch of a step, counted from 1."""
-        total = self._size * self.world_size
+        total = self._size * self._world_size
         chosen = self._drawn((number - 1) * total, total)
-        share = chosen[self.rank * self._size : (self.rank + 1) * self._size]
+        share = chosen[self._rank * self._size : (self._rank + 1) * self._size]
         labels = torch.tensor([self._images.labels[index] for index in chosen])
         classes, text_of = labels.unique(return_inverse=True)
         template = random.Random(f"template {self._seed} {number}").choice(self._task.templates)

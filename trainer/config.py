@@ -71,8 +71,6 @@ class TrainConfig(PoolConfig):
     """Directions of a layer's input that an adapter carries along for later tasks' drift loss."""
     anchor_weight: float = 0.0
     """Weight of the loss that holds common words, and the images as words describe them, where they were."""
-    anchor_pictures: int = 0
-    """Drawn pictures a step, on each device, that the anchors hold in place beside the images."""
     seed: int = 42
     """Draws shots, batches, prompts, dropout and the pools' start."""
 
@@ -81,15 +79,7 @@ class TrainConfig(PoolConfig):
         faults = [f"{name} {value} must be above 0" for name, value in positive.items() if value <= 0]
         not_negative = {
             name: getattr(self, name)
-            for name in (
-                "shots",
-                "weight_decay",
-                "ago_weight",
-                "drift_weight",
-                "anchor_weight",
-                "anchor_pictures",
-                "seed",
-            )
+            for name in ("shots", "weight_decay", "ago_weight", "drift_weight", "anchor_weight", "seed")
         }
         faults += [f"{name} {value} must not be negative" for name, value in not_negative.items() if value < 0]
         if not 0 <= self.consolidate < 1:

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from trainer.adapter import Adapter
-from trainer.anchors import Anchors
+from trainer.anchors import WordAnchors
 from trainer.backbone import Backbone, cut_to_longest, encode_text, with_weights
 from trainer.batches import Batches
 from trainer.checkpoint import Checkpoint, Trainee
@@ -163,7 +163,7 @@ def train(
     Returns:
         seconds spent.
     """
-    anchors = [Anchors(model, own, config) for own in batches] if config.anchor_weight else []
+    anchors = [WordAnchors(model, own, config.seed) for own in batches] if config.anchor_weight else []
     parameters = list(trainee.parameters())
     adamw = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     optimizer = fabric.setup_optimizers(adamw)
@@ -182,9 +182,8 @@ def train(
         torch.manual_seed(random.Random(f"dropout {config.seed} {number}").getrandbits(63))
         batch = batches[place][turn + 1]
         with fabric.autocast():
-            pictures = [anchors[place].pixels(turn + 1)] if anchors and config.anchor_pictures else []
-            own_features = F.normalize(model.model.encode_image(torch.cat([batch.pixels, *pictures])), dim=-1)
-            image_features = fabric.all_gather(own_features[: config.batch_size], sync_grads=True).flatten(0, -2)
+            own_features = F.normalize(model.model.encode_image(batch.pixels), dim=-1)
+            image_features = fabric.all_gather(own_features, sync_grads=True).flatten(0, -2)
             words = [anchors[place].tokens(turn + 1)] if anchors else []
             tokens = cut_to_longest(torch.cat([batch.tokens, *words]))
             text_features = F.normalize(encode_text(model.model, tokens), dim=-1)
