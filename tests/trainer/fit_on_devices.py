@@ -30,7 +30,9 @@ def main(devices: int, batch_size: int, out: Path) -> None:
     base = load_backbone("mini")
     lineage: list[Adapter] = []
     for name in ("emoji", "flags"):
-        config = train_config("mini", iterations=6, shots=4, batch_size=batch_size, consolidate=0.34, lr=1e-3)
+        config = train_config(
+            "mini", iterations=6, shots=4, batch_size=batch_size, router="learned", ago="sum", consolidate=0.34, lr=1e-3
+        )
         task = load_task(name)
         fitted = fit(
             task, base, lineage, config, test_on=[task], fabric=fabric, on_step=lambda s: losses.append(s.loss)

@@ -139,7 +139,7 @@ def test_without_resume_training_starts_anew(mini, interrupted):
 def test_other_settings_and_other_tasks_are_refused_by_name(mini, interrupted):
     path, _ = interrupted
     other = train_config("mini", iterations=4, shots=2, batch_size=8, lr=0.1)
-    with pytest.raises(CheckpointError, match=r"lr 0\.005, not 0\.1"):
+    with pytest.raises(CheckpointError, match=r"lr 0\.01, not 0\.1"):
         fit(load_task("emoji"), mini, [], other, test_on=[], unfinished=path, resume=True)
     with pytest.raises(CheckpointError, match=r"tasks \['emoji'\], not \['flags'\]"):
         fit(load_task("flags"), mini, [], other, test_on=[], unfinished=path, resume=True)

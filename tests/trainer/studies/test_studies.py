@@ -23,9 +23,7 @@ def test_settings_are_searched_on_validation_images_only(tmp_path):
 
 
 def test_methods_and_orders_make_every_pair_of_seed_and_order(tmp_path):
-    found = [
-        commands.parse(shlex.split(line)[1:]) for part in (mini.methods, mini.orders) for line in part(tmp_path)
-    ]
+    found = [commands.parse(shlex.split(line)[1:]) for part in (mini.methods, mini.orders) for line in part(tmp_path)]
     for method in ("pool", "lora", "finetune"):
         pairs = [(command.train.seed, command.order_seed) for command in found if command.method == method]
         assert sorted(pairs) == [(seed, order) for seed in mini.SEEDS for order in mini.ORDERS]
