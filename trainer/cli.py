@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -46,13 +47,19 @@ def main(args: list[str] | None = None) -> None:
         command = commands.parse(args)
         run[type(command)](command)
     except TrainerError as exc:
-        print(f"trainer: {exc}", file=sys.stderr)
+        _complain(str(exc))
         raise SystemExit(1) from exc
     except KeyboardInterrupt:
         again = ["trainer", *args] if "--resume" in args else ["trainer", *args, "--resume"]
         learning = args[0] in ("fit", "sequence")
-        print(f"trainer: interrupted{f'; go on with: {shlex.join(again)}' if learning else ''}", file=sys.stderr)
+        _complain(f"interrupted; go on with: {shlex.join(again)}" if learning else "interrupted")
         raise SystemExit(130) from None
+
+
+def _complain(message: str) -> None:
+    """One line on stderr; of several processes the first one speaks for all."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"trainer: {message}", file=sys.stderr)
 
 
 def tasks(command: commands.Tasks) -> None:
