@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -213,8 +214,22 @@ def _fabric(command: commands.WithModel) -> Fabric:
     from lightning_fabric import Fabric
 
     fabric = Fabric(accelerator=command.accelerator, devices=command.devices, precision=command.precision)
-    fabric.launch()
+    with _stdout_to_stderr():  # gloo greets there, from C++
+        fabric.launch()
     return fabric
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Keep stdout for results: whatever is printed there goes to stderr, from this process and those it starts."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _load(command: commands.WithModel, fabric: Fabric) -> Backbone:

