@@ -58,7 +58,7 @@ def write_run(
         "kept_parameters": {"pool": 1000, "lora": 3000}.get(method, 100_000),
         "seconds_per_task": [1.5] * len(matrix),
     }
-    settings = {**asdict(train_config("mini", method, seed=seed)), **config}
+    settings = {**asdict(train_config("mini", method, seed=seed, ago="sum", router="learned")), **config}
     results = {"task": result, "union": {**result, "label_space": "union"}} if union else {"task": result}
     record = {"model": "mini", "pretrained": "mini", "order_seed": order_seed, "config": settings, "results": results}
     folder.mkdir(parents=True)

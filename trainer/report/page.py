@@ -30,6 +30,7 @@ class View:
     section: Section
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     maps: dict[str, Picture] = field(default_factory=dict)
+    votes_group: Group | None = None
     votes_of: Run | None = None
     votes: Votes | None = None
     vote_maps: Picture | None = None
@@ -119,13 +120,13 @@ def _tables(section: Section, space: str) -> dict[str, Any]:
 
 
 def _add_votes(shown: View, prefix: str) -> None:
-    pool = next((group for group in shown.section.groups if group.method == "pool"), None)
-    if pool is None:
-        return
-    shown.votes_of = shown.section.representative(pool)
-    shown.votes = votes(shown.votes_of.adapters())
-    if shown.votes:
-        shown.vote_maps = pools.vote_maps(shown.votes, f"{prefix}votes.png")
+    """Of the first pool whose experts are voted for: without a router there is nothing to show."""
+    for group in (group for group in shown.section.groups if group.method == "pool"):
+        shown.votes_group, shown.votes_of = group, shown.section.representative(group)
+        shown.votes = votes(shown.votes_of.adapters())
+        if shown.votes:
+            shown.vote_maps = pools.vote_maps(shown.votes, f"{prefix}votes.png")
+            return
 
 
 def _add_overlaps(shown: View, prefix: str) -> None:
