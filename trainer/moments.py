@@ -72,15 +72,18 @@ def past_inputs(lineage: Sequence[Adapter], pools: PoolSet) -> dict[str, Tensor]
     Each task counts relative to the squared length of the layer's own output on it, so that layers and tasks weigh
     alike. Empty where no adapter carries inputs. The size doesn't grow with the number of tasks.
     """
-    past: dict[str, Tensor] = {}
-    for adapter in lineage:
-        for module, pool in pools.pools.items():
-            rows = adapter.tensors.get(f"{_input_of(module)}.inputs")
-            if rows is None:
-                continue
-            rows = rows.to(pool.weight.device)
-            moment = rows.T @ rows / (rows @ pool.weight.T.float()).square().sum()
-            past[module] = past[module] + moment if module in past else moment
+    carrying = [adapter for adapter in lineage if any(name.endswith(".inputs") for name in adapter.tensors)]
+    if not carrying:
+        return {}
+    past = {}
+    for module, pool in pools.pools.items():
+        rows = [adapter.tensors[f"{_input_of(module)}.inputs"] for adapter in carrying]
+        counts = torch.tensor([len(own) for own in rows], device=pool.weight.device)
+        rows = torch.cat(rows).to(pool.weight.device)
+        outputs = (rows @ pool.weight.T.float()).square().sum(dim=1)
+        lengths = torch.stack([own.sum() for own in outputs.split(counts.tolist())])
+        weighted = rows / lengths.repeat_interleave(counts).sqrt()[:, None]
+        past[module] = weighted.T @ weighted
     return past
 
 
