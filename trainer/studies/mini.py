@@ -111,8 +111,8 @@ def orders(out: Path) -> Iterator[str]:
 
 def ablations(out: Path) -> Iterator[str]:
     """One thing changed at a time: each seed in an order of its own."""
-    for name, flags in ABLATIONS.items():
-        for seed, order in zip(SEEDS, ORDERS, strict=True):
+    for seed, order in zip(SEEDS, ORDERS, strict=True):
+        for name, flags in ABLATIONS.items():
             yield _sequence(out / name / f"order-{order}-seed-{seed}", "pool", seed, order, flags)
 
 
