@@ -5,42 +5,50 @@ Run: python -m trainer.studies.tables runs/results/methods
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
 
-from trainer.report.groups import MEASURES, Group, Spread, sections
+from trainer.report.groups import MEASURES, Group, Section, Spread, sections
 from trainer.report.runs import read_runs
 
+HEADER = (
+    "| | runs | Transfer | to zero-shot | Average | Last | to the first row | Forgetting | trained | kept a task |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+)
 
-def main(run: tyro.conf.Positional[Path], space: str = "task") -> None:
-    """Print one Markdown table for each model and set of tasks below a folder.
+
+def main(run: tyro.conf.Positional[tuple[Path, ...]], space: str = "task") -> None:
+    """Print one Markdown table for each model and set of tasks.
 
     Args:
-        run: a folder that holds runs of 'trainer sequence'.
+        run: folders that hold runs of 'trainer sequence'.
         space: label space, 'task' or 'union'.
     """
     print("\n".join(table(run, space)))
 
 
-def table(folder: Path, space: str) -> Iterator[str]:
+def table(folders: Sequence[Path], space: str) -> Iterator[str]:
     """Markdown: a row for each method and settings, mean and standard deviation over seeds and orders."""
-    for section in sections(read_runs(folder)):
-        yield "| | runs | Transfer | to zero-shot | Average | Last | Forgetting | trained | kept a task |"
-        yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    for section in sections([run for folder in folders for run in read_runs(folder)]):
+        yield HEADER
         before, end = _cell(section.zero_shot_transfer(space)), _cell(section.zero_shot(space))
-        yield f"| zero-shot | | {before} | | | {end} | | | |"
         for group in section.groups:
-            yield _row(group, space)
+            yield _row(group, section, space)
+        yield f"| zero-shot | | {before} | | | {end} | | | | |"
         yield ""
 
 
-def _row(group: Group, space: str) -> str:
+def _row(group: Group, section: Section, space: str) -> str:
+    """``to the first row`` is over pairs of runs of the same seed and order."""
     transfer, average, last, forgetting = (_cell(group.measure(space, name)) for name in MEASURES)
     gain = _cell(group.gain(space), "+")
+    ahead = "" if group is section.reference else _cell(group.against(section.reference, space, "last"), "+")
     trained, kept = group.runs[0].result.trainable_parameters, round(group.kept_parameters)
-    cells = (group.label, len(group.runs), transfer, gain, average, last, forgetting, f"{trained:,}", f"{kept:,}")
+    cells = (
+        group.label, len(group.runs), transfer, gain, average, last, ahead, forgetting, f"{trained:,}", f"{kept:,}"
+    )  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
 
 
