@@ -6,10 +6,11 @@ import os
 import signal
 
 os.environ.setdefault("COLUMNS", "120")  # help screens and tables of one width, whatever runs the tests
-# Run in the background, a shell has its children ignore Ctrl-C, and theirs in turn; some tests send it to theirs.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+
+# Run in the background, a shell has its children ignore Ctrl-C, and theirs in turn; some tests send it to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
