@@ -64,7 +64,7 @@ def main(settings: Scale) -> None:
         last, _ = learn(settings.tasks, base, lineage[:-1], models[-2], config)
         ratios.append(last / second)
     result = {
-        "settings": {**asdict(settings), "out": str(settings.out)},
+        "settings": {name: value for name, value in asdict(settings).items() if name != "out"},
         "rows": rows,
         "ratio_last_to_second": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
