@@ -41,7 +41,7 @@ class WordAnchors:
         self._seed = seed
         prompts = [TEMPLATE.replace("{}", word) for word in open_clip.IMAGENET_CLASSNAMES]
         self._tokens = backbone.tokenizer(prompts).to(backbone.device)
-        model = copy.deepcopy(backbone.model).eval()
+        model = (backbone.model if batches.few_shot else copy.deepcopy(backbone.model)).eval()
         features = [encode_text(model, cut_to_longest(chunk)) for chunk in self._tokens.split(CHUNK)]
         self._words = F.normalize(torch.cat(features), dim=-1)
         self._model = model

@@ -104,10 +104,6 @@ class Checkpoint:
                 "give the same settings, or start without --resume"
             )
 
-    def remove(self) -> None:
-        """What it was kept for is done."""
-        self.path.unlink(missing_ok=True)
-
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """What differs between two records of settings: ``lr 0.1, not 0.2``."""

@@ -19,11 +19,10 @@ from PIL import Image
 from rich.console import Console
 
 from trainer.adapter import Adapter
-from trainer.backbone import Backbone, load_backbone, with_weights
+from trainer.backbone import Backbone, load_backbone
 from trainer.config import TrainConfig, train_config
 from trainer.files import replacing
-from trainer.fit import fit
-from trainer.merge import merge
+from trainer.fit import Fitted, fit
 from trainer.tasks import Images, Task
 
 CLASSES, IMAGES_A_CLASS = 4, 8
@@ -52,9 +51,9 @@ def main(settings: Scale) -> None:
     models = [base]
     rows = []
     for number in range(1, settings.tasks + 1):
-        seconds, adapter = learn(number, base, lineage, models[-1], config)
-        lineage.append(adapter)
-        models.append(with_weights(base, merge(models[-1].model.state_dict(), [adapter])))
+        seconds, fitted = learn(number, base, lineage, models[-1], config)
+        lineage.append(fitted.adapter)
+        models.append(fitted.backbone)
         del models[2:-2]  # only those that the comparison below starts from
         rows.append({"tasks_before": number - 1, "seconds": round(seconds, 3), "peak_rss_mb": peak_rss_mb()})
         console.print(f"task {number}: {seconds:.2f} s, {rows[-1]['peak_rss_mb']:.0f} MB")
@@ -81,12 +80,12 @@ def main(settings: Scale) -> None:
 
 def learn(
     number: int, base: Backbone, lineage: list[Adapter], start: Backbone, config: TrainConfig
-) -> tuple[float, Adapter]:
-    """Seconds that one task takes on top of a lineage, and its adapter. Testing, which grows by itself, is left out."""
+) -> tuple[float, Fitted]:
+    """Seconds a task takes on top of a lineage, and what came of it. Testing, which grows by itself, is left out."""
     task = synthetic(number)
     started = time.perf_counter()
     fitted = fit(task, base, lineage, config, test_on=[], start=start)
-    return time.perf_counter() - started, fitted.adapter
+    return time.perf_counter() - started, fitted
 
 
 def synthetic(number: int) -> Task:
