@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from trainer import commands
+from trainer.config import MEASURES
 from trainer.errors import TaskError, TrainerError
 
 if TYPE_CHECKING:  # heavy: imported where a command needs them, so that --help is instant
@@ -30,7 +31,6 @@ if TYPE_CHECKING:  # heavy: imported where a command needs them, so that --help 
     from trainer.sequence import SequenceResult
     from trainer.tasks import Task
 
-MEASURES = ("transfer", "average", "last", "forgetting")
 stdout, stderr = Console(), Console(stderr=True)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from trainer.config import Method, TrainConfig, train_config
+from trainer.config import LabelSpace, Method, TrainConfig, train_config
 
 MODEL = "ViT-B-16"
 
@@ -85,7 +85,7 @@ class Chain(WithModel):
     """Tasks to test but not to learn."""
     method: Method = "pool"
     """The expert pool; or one plain LoRA, all weights task after task, all weights on all tasks at once."""
-    label_space: Literal["task", "union"] = "task"
+    label_space: LabelSpace = "task"
     """What to print: images classified among the classes of their own task, or of all tasks. Both are written."""
     validate: bool = False
     """Learn from 80% of the training images and test on the rest: for choosing settings without a test image."""

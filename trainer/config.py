@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trainer.errors import ConfigError
 
@@ -88,6 +88,12 @@ class TrainConfig(PoolConfig):
 
 
 Method = Literal["pool", "lora", "finetune", "joint"]
+METHODS = get_args(Method)
+# Among which class names an image is classified: those of its own task, or those of all tasks at hand.
+LabelSpace = Literal["task", "union"]
+LABEL_SPACES = get_args(LabelSpace)
+# What a sequence of tasks comes to (trainer.sequence).
+MEASURES = ("transfer", "average", "last", "forgetting")
 
 # What differs from the published settings: where all weights are trained, and where a model is better off otherwise.
 ALL_WEIGHTS = {"lr": 1e-5}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +10,11 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from trainer.backbone import Backbone, encode_classes
+from trainer.config import LABEL_SPACES, LabelSpace
 from trainer.tasks import Images, Task
 
 BATCH_SIZE = 128
 
-# Among which class names an image is classified: those of its own task, or those of all tasks at hand.
-LabelSpace = Literal["task", "union"]
 Accuracies = dict[LabelSpace, dict[str, float]]
 
 
@@ -32,7 +30,7 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
     rank, world_size = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     classes = [encode_classes(backbone, task.class_names, task.templates) for task in tasks]
     names = [name for task in tasks for name in task.class_names]
-    accuracies: Accuracies = {"task": {}, "union": {}}
+    accuracies: Accuracies = {space: {} for space in LABEL_SPACES}
     for task, own in zip(tasks, classes, strict=True):
         images = task.load("test")
         correct = torch.zeros(2, dtype=torch.int64)
@@ -45,7 +43,7 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
                 correct[place] += sum(labels[answer] == name for answer, name in zip(answers, truth, strict=True))
         if fabric:
             correct = fabric.all_reduce(correct, reduce_op="sum")
-        for space, right in zip(("task", "union"), correct.tolist(), strict=True):
+        for space, right in zip(LABEL_SPACES, correct.tolist(), strict=True):
             accuracies[space][task.name] = round(100 * right / len(images), 2)
     return accuracies
 

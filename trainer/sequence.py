@@ -14,9 +14,9 @@ from lightning_fabric import Fabric
 
 from trainer.backbone import Backbone
 from trainer.checkpoint import differences
-from trainer.config import Method, TrainConfig, without_pool
+from trainer.config import LABEL_SPACES, LabelSpace, Method, TrainConfig, without_pool
 from trainer.errors import CheckpointError, ConfigError
-from trainer.evaluate import Accuracies, LabelSpace, evaluate
+from trainer.evaluate import Accuracies, evaluate
 from trainer.files import replacing
 from trainer.fit import Step, one_device
 from trainer.methods import LEARNERS, Learned, Run
@@ -123,7 +123,7 @@ def run_sequence(
             _write(out / "progress.json", {**identity, "zero_shot": zero_shot, "stages": [asdict(s) for s in learned]})
             run.unfinished.unlink(missing_ok=True)
             learner.clear()
-    results = {space: _result(space, identity, tested, zero_shot, learned) for space in ("task", "union")}
+    results = {space: _result(space, identity, tested, zero_shot, learned) for space in LABEL_SPACES}
     if fabric.is_global_zero:
         _write(out / "sequence.json", {**identity, "results": {space: asdict(r) for space, r in results.items()}})
         (out / "progress.json").unlink()

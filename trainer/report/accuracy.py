@@ -15,8 +15,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import IdentityTransform
 
+from trainer.config import MEASURES
 from trainer.report.canvas import GREY, INK, WIDTH, Picture, draw, hide_frame, looks, number_cells, wrap
-from trainer.report.groups import MEASURES, Group, Section
+from trainer.report.groups import Group, Section
 from trainer.report.runs import Run
 
 COLOUR_MAP = "viridis"

@@ -10,11 +10,9 @@ from functools import cached_property
 from statistics import mean, stdev
 from typing import Any
 
+from trainer.config import LABEL_SPACES, METHODS
 from trainer.report.runs import Run
 
-MEASURES = ("transfer", "average", "last", "forgetting")
-SPACES = ("task", "union")
-METHODS = ("pool", "lora", "finetune", "joint")
 NOT_SETTINGS = {"seed", "order_seed"}
 
 
@@ -127,7 +125,7 @@ class Section:
         measured = set.intersection(*(set(run.results) for run in self.runs))
         if len({frozenset(run.result.tested) for run in self.runs}) > 1:
             measured.discard("union")
-        return [space for space in SPACES if space in measured]
+        return [space for space in LABEL_SPACES if space in measured]
 
     @property
     def watched(self) -> list[str]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import jinja2
 
+from trainer.config import MEASURES
 from trainer.report import accuracy, pools
 from trainer.report.accuracy import short
 from trainer.report.canvas import Picture
 from trainer.report.experts import Overlap, Votes, overlap, votes
-from trainer.report.groups import MEASURES, Group, Section, Spread
+from trainer.report.groups import Group, Section, Spread
 from trainer.report.runs import Run
 
 TEMPLATE = "page.html.j2"

@@ -23,6 +23,8 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from trainer.config import METHODS
+
 SEEDS = (0, 1, 2)
 ORDERS = (0, 1, 2)
 RATES = {"lora": (2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3), "finetune": (3e-5, 1e-4, 3e-4), "joint": (1e-4, 3e-4, 1e-3)}
@@ -97,7 +99,7 @@ def search(out: Path) -> Iterator[str]:
 def methods(out: Path) -> Iterator[str]:
     """All methods at their presets, each seed in an order of its own."""
     for seed, order in zip(SEEDS, ORDERS, strict=True):
-        for method in ("pool", "lora", "finetune", "joint"):
+        for method in METHODS:
             yield _sequence(out / method / f"order-{order}-seed-{seed}", method, seed, order)
 
 

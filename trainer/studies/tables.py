@@ -10,7 +10,9 @@ from pathlib import Path
 
 import tyro
 
-from trainer.report.groups import MEASURES, Group, Section, Spread, sections
+from trainer.config import MEASURES
+from trainer.report.groups import Group, Section, sections
+from trainer.report.page import as_text, signed
 from trainer.report.runs import read_runs
 
 HEADER = (
@@ -33,7 +35,7 @@ def table(folders: Sequence[Path], space: str) -> Iterator[str]:
     """Markdown: a row for each method and settings, mean and standard deviation over seeds and orders."""
     for section in sections([run for folder in folders for run in read_runs(folder)]):
         yield HEADER
-        before, end = _cell(section.zero_shot_transfer(space)), _cell(section.zero_shot(space))
+        before, end = as_text(section.zero_shot_transfer(space)), as_text(section.zero_shot(space))
         for group in section.groups:
             yield _row(group, section, space)
         yield f"| zero-shot | | {before} | | | {end} | | | | |"
@@ -42,21 +44,14 @@ def table(folders: Sequence[Path], space: str) -> Iterator[str]:
 
 def _row(group: Group, section: Section, space: str) -> str:
     """``to the first row`` is over pairs of runs of the same seed and order."""
-    transfer, average, last, forgetting = (_cell(group.measure(space, name)) for name in MEASURES)
-    gain = _cell(group.gain(space), "+")
-    ahead = "" if group is section.reference else _cell(group.against(section.reference, space, "last"), "+")
+    transfer, average, last, forgetting = (as_text(group.measure(space, name)) for name in MEASURES)
+    gain = signed(group.gain(space))
+    ahead = "" if group is section.reference else signed(group.against(section.reference, space, "last"))
     trained, kept = group.runs[0].result.trainable_parameters, round(group.kept_parameters)
     cells = (
         group.label, len(group.runs), transfer, gain, average, last, ahead, forgetting, f"{trained:,}", f"{kept:,}"
     )  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
-
-
-def _cell(values: Spread | None, sign: str = "") -> str:
-    """``78.1 ± 0.4``; no spread where there is one value."""
-    if values is None:
-        return ""
-    return f"{values.mean:{sign}.1f}" + ("" if values.sd is None else f" ± {values.sd:.1f}")
 
 
 if __name__ == "__main__":
