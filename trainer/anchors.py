@@ -3,8 +3,9 @@
 A thousand common words (ImageNet's class names, which come with open_clip) stand in for everything the model is not
 being taught. Two things must stay as they were before the task: the features of the words themselves (text tower), and
 how the words describe the task's own images (image tower). The first is feature distillation, the second *Learning
-without Forgetting* (arXiv 1606.09282) with words in the place of classes. A step's words pass through the text tower
-beside its prompts, so they hold the very experts that the prompts train; their votes count like any.
+without Forgetting* (arXiv 1606.09282) with words in the place of classes. Both count in logits: a cosine that is off by
+0.01 moves a logit by one, so at a scale of 100 it is no trifle. A step's words pass through the text tower beside its
+prompts, so they hold the very experts that the prompts train; their votes count like any.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from trainer.batches import Batch, Batches
 TEMPLATE = "a photo of a {}"
 WORDS_PER_STEP = 32
 CHUNK = 256
-# How sharply words describe an image: the scale of the published CLIPs, whatever the model at hand has.
+# From cosines to logits: the scale of the published CLIPs, whatever the model at hand has.
 LOGIT_SCALE = 100.0
 
 
@@ -66,14 +67,14 @@ class WordAnchors:
             word_features: (WORDS_PER_STEP, embed_dim), what it makes of the step's words, L2-normalised.
 
         Returns:
-            KL divergence from the old to the new description of the images, mean over the share, plus the mean of
-            1 - cosine of old and new features of the words.
+            KL divergence from the old to the new description of the images, mean over the share, plus how much of
+            its logit a word loses on its own old features, mean over the step's words.
         """
         before = self._encode(batch.pixels) if self._images is None else self._images[batch.indices]
         described = (LOGIT_SCALE * before @ self._words.T).softmax(dim=-1)
         now = (LOGIT_SCALE * image_features @ self._words.T).log_softmax(dim=-1)
-        held = (1 - (word_features * self._words[self._drawn(number)]).sum(dim=-1)).mean()
-        return F.kl_div(now, described, reduction="batchmean") + held
+        cosines = (word_features * self._words[self._drawn(number)]).sum(dim=-1)
+        return F.kl_div(now, described, reduction="batchmean") + LOGIT_SCALE * (1 - cosines).mean()
 
     def _drawn(self, number: int) -> list[int]:
         return random.Random(f"words {self._seed} {number}").sample(range(len(self._words)), WORDS_PER_STEP)

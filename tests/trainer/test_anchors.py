@@ -48,7 +48,7 @@ def loss_of(anchors, model, number, batch):
 @torch.no_grad()
 def test_a_model_that_has_not_moved_loses_nothing(anchors, batches, mini):
     loss = loss_of(anchors, mini.model, 1, batches[1])
-    assert abs(float(loss)) < 1e-5
+    assert abs(float(loss)) < 1e-4
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def test_loss_equals_the_sum_written_out(anchors, batches, mini, moved):
     kl = (before * (before / now).log()).sum(-1).mean()
     drawn = random.Random("words 3 5").sample(range(len(prompts)), WORDS_PER_STEP)
     new = moved.encode_text(mini.tokenizer([prompts[i] for i in drawn]), normalize=True)
-    expected = kl + (1 - (new * old[drawn]).sum(-1)).mean()
+    expected = kl + scale * (1 - (new * old[drawn]).sum(-1)).mean()
     assert expected > 0.01
     got = loss_of(anchors, moved, 5, batch)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
@@ -74,7 +74,7 @@ def test_images_that_are_too_many_to_keep_are_described_as_they_come(mini, digit
     all_images = Batches(digits, mini, train_config("mini", shots=0, batch_size=4, seed=3))
     batch = all_images[1]
     many = WordAnchors(mini, all_images, seed=3)
-    assert abs(float(loss_of(many, mini.model, 1, batch))) < 1e-5
+    assert abs(float(loss_of(many, mini.model, 1, batch))) < 1e-4
     assert loss_of(many, moved, 1, batch) > 0.01
 
 

@@ -37,20 +37,20 @@ POOL_SEARCH = {
     "lr-0.005": ("--router none --lr 0.005", SEEDS[:1]),
 }
 ABLATIONS = {
-    "router-learned": "--router learned",
     "no-drift": "--drift-weight 0",
-    "ago-sum": "--ago sum",
     "no-anchors": "--anchor-weight 0",
+    "router-learned": "--router learned",
     "published": "--router learned --ago sum --lr 0.002 --dropout 0.2 "
     "--drift-weight 0 --anchor-weight 0 --consolidate 0",
+    "ago-sum": "--ago sum",
     "no-consolidation": "--consolidate 0",
+    "k-merge-8": "--k-merge 8",
     "router-fixed": "--router fixed",
     "router-block": "--router learned --router-per block",
     "route-first": "--router learned --route-on first",
     "ago-mean": "--ago mean",
-    "k-merge-8": "--k-merge 8",
     "rank-6": "--rank 6 --k-active 4 --k-merge 2",
-    "more-directions": "--drift-directions 64",
+    "k-active-4": "--k-active 4",
 }
 
 Part = Literal["search", "methods", "ablations", "orders"]

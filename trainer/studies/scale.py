@@ -19,10 +19,11 @@ from PIL import Image
 from rich.console import Console
 
 from trainer.adapter import Adapter
-from trainer.backbone import Backbone, load_backbone
+from trainer.backbone import Backbone, load_backbone, with_weights
 from trainer.config import TrainConfig, train_config
 from trainer.files import replacing
 from trainer.fit import Fitted, fit
+from trainer.merge import merge
 from trainer.tasks import Images, Task
 
 CLASSES, IMAGES_A_CLASS = 4, 8
@@ -48,19 +49,22 @@ def main(settings: Scale) -> None:
     base = load_backbone("mini")
     config = train_config("mini", iterations=settings.iterations, shots=IMAGES_A_CLASS)
     lineage: list[Adapter] = []
-    models = [base]
+    model = base
     rows = []
     for number in range(1, settings.tasks + 1):
-        seconds, fitted = learn(number, base, lineage, models[-1], config)
+        seconds, fitted = learn(number, base, lineage, model, config)
         lineage.append(fitted.adapter)
-        models.append(fitted.backbone)
-        del models[2:-2]  # only those that the comparison below starts from
+        model = fitted.backbone
+        del fitted
         rows.append({"tasks_before": number - 1, "seconds": round(seconds, 3), "peak_rss_mb": peak_rss_mb()})
         console.print(f"task {number}: {seconds:.2f} s, {rows[-1]['peak_rss_mb']:.0f} MB")
+    first, all_but_last = (
+        with_weights(base, merge(base.model.state_dict(), own)) for own in (lineage[:1], lineage[:-1])
+    )
     ratios = []
     for _ in range(settings.pairs):
-        second, _ = learn(2, base, lineage[:1], models[1], config)
-        last, _ = learn(settings.tasks, base, lineage[:-1], models[-2], config)
+        second, _ = learn(2, base, lineage[:1], first, config)
+        last, _ = learn(settings.tasks, base, lineage[:-1], all_but_last, config)
         ratios.append(last / second)
     result = {
         "settings": {name: value for name, value in asdict(settings).items() if name != "out"},
