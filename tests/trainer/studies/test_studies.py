@@ -4,7 +4,10 @@ import shlex
 import pytest
 
 from trainer import commands
-from trainer.studies import mini, scale
+from trainer.config import train_config
+from trainer.sequence import run_sequence
+from trainer.studies import mini, scale, towers
+from trainer.tasks import load_task
 
 
 def test_every_run_of_the_study_is_a_command_that_can_be_read(tmp_path):
@@ -41,3 +44,21 @@ def test_scale_compares_the_last_task_with_the_second(tmp_path, capsys):
     result = json.loads((tmp_path / "scale.json").read_text())
     assert [row["tasks_before"] for row in result["rows"]] == [0, 1, 2]
     assert result["ratio_last_to_second"] > 0
+
+
+@pytest.mark.slow
+def test_halves_of_an_update_are_tested_apart(mini, tmp_path, capsys):
+    tasks = [load_task("emoji"), load_task("flags")]
+    config = train_config("mini", iterations=3, shots=2, lr=5e-2)
+    result = run_sequence(tasks, mini, config, tmp_path / "run")["task"]
+    towers.main((tmp_path / "run",), out=tmp_path / "towers.json")
+    measured = json.loads((tmp_path / "towers.json").read_text())[0]
+    assert measured["learned"] == "emoji"
+    nothing, image, text, both = (list(row.values()) for row in measured["accuracy"].values())
+    assert nothing == result.zero_shot
+    assert both == result.matrix[0]
+    assert image != text
+    printed = capsys.readouterr().out
+    towers.main(out=tmp_path / "towers.json")
+    assert capsys.readouterr().out == printed
+    assert "| emoji | 1 | text tower |" in printed

@@ -1,0 +1,75 @@
+"""Which half of an update does what: a run's first adapter, merged into one tower alone and into both.
+
+Run: python -m trainer.studies.towers runs/results/methods/pool/order-0-seed-0
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+
+from trainer.adapter import Adapter, load_lineage
+from trainer.backbone import load_backbone, with_weights
+from trainer.evaluate import evaluate
+from trainer.files import replacing
+from trainer.merge import merge
+from trainer.report.runs import RECORD
+from trainer.tasks import load_task
+
+HALVES = {"image tower": ("image",), "text tower": ("text",), "both": ("image", "text")}
+
+
+def main(run: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = Path("runs/results/towers.json")) -> None:
+    """Test every run's first adapter by halves on all tasks, and print a Markdown table.
+
+    Args:
+        run: folders of runs of 'trainer sequence' with --method pool, on shipped tasks; none prints what --out holds.
+        out: file for the figures.
+    """
+    if run:
+        rows = [halves(folder) for folder in run]
+        with replacing(out) as staged:
+            staged.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(table(json.loads(out.read_text(encoding="utf-8")))))
+
+
+def halves(run: Path) -> dict:
+    """Accuracies in percent on each task's own classes, by half and task, and what was learned."""
+    record = json.loads((run / RECORD).read_text(encoding="utf-8"))
+    base = load_backbone(record["model"])
+    first, *_ = load_lineage(run / "adapters", base.fingerprint)
+    tasks = [load_task(name) for name in record["tasks"]]
+    merged = {"nothing": base.model.state_dict()}
+    for half, towers in HALVES.items():
+        merged[half] = merge(base.model.state_dict(), [part(first, towers)])
+    accuracy = {half: evaluate(with_weights(base, weights), tasks)["task"] for half, weights in merged.items()}
+    return {"learned": first.task, "anchors": record["config"]["anchor_weight"], "accuracy": accuracy}
+
+
+def part(adapter: Adapter, towers: Sequence[str]) -> Adapter:
+    """The adapter's layers in these towers."""
+    kept = {
+        name: tensor
+        for name, tensor in adapter.tensors.items()
+        if ("image" if name.startswith("visual.") else "text") in towers
+    }
+    return replace(adapter, tensors=kept)
+
+
+def table(rows: Sequence[dict]) -> Iterator[str]:
+    """Markdown: a row for each run and half, a column for each task."""
+    tasks = sorted(rows[0]["accuracy"]["nothing"])
+    yield f"| learned | anchors | merged into | {' | '.join(tasks)} |"
+    yield f"|---|---|---|{'---:|' * len(tasks)}"
+    for row in rows:
+        for half, accuracy in row["accuracy"].items():
+            cells = (f"{accuracy[task]:.1f}" for task in tasks)
+            yield f"| {row['learned']} | {row['anchors']:g} | {half} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    tyro.cli(main, prog="python -m trainer.studies.towers")
