@@ -1,11 +1,13 @@
 """The eleven data sets of the MTIL benchmark, as torchvision reads them.
 
 Splits are torchvision's own; Caltech101, EuroSAT and SUN397 have none and get the 80/20 split of ``split.py``.
-Templates follow those published with CLIP, cut to a handful a task.
+Class names and templates follow those published with CLIP, templates cut to a handful a task.
 """
 
 from __future__ import annotations
 
+import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,23 @@ EUROSAT = (
     "annual crop land", "forest", "brushland or shrubland", "highway or road", "industrial buildings",
     "pasture land", "permanent crop land", "residential buildings", "river", "sea or lake",
 )  # fmt: skip
+# Folders whose names say less than a prompt should; the others read well with spaces for underscores.
+CALTECH = {
+    "Faces": "off-center face",
+    "Faces_easy": "centered face",
+    "Leopards": "leopard",
+    "Motorbikes": "motorbike",
+    "airplanes": "airplane",
+    "car_side": "side of a car",
+    "cougar_body": "body of a cougar cat",
+    "cougar_face": "face of a cougar cat",
+    "crocodile_head": "head of a crocodile",
+    "flamingo_head": "head of a flamingo",
+    "snoopy": "snoopy, a cartoon beagle",
+    "water_lilly": "water lily",
+    "wild_cat": "wild cat",
+    "yin_yang": "yin and yang symbol",
+}
 
 
 @dataclass(frozen=True)
@@ -29,39 +48,55 @@ class _Source:
 
     Attributes:
         build: (root, split, download) -> data set; a split of None means that it has none.
+        folder: what to look for below the data root.
+        needs: what has to be in that folder.
         splits: torchvision's names of train and test; empty where the data set has none.
         labels: data set -> index of the class of every image.
         class_names: data set -> class names.
-        folder: what to look for below the data root.
+        files: data set -> the image files that its annotations name.
         by_hand: the download is dead; the folder has to be provided.
     """
 
     build: Callable
     folder: str
+    needs: tuple[str, ...]
     templates: tuple[str, ...]
     splits: tuple = ()
     labels: Callable[[object], Sequence[int]] = lambda d: d._labels
     class_names: Callable[[object], Sequence[str]] = lambda d: d.classes
+    files: Callable[[object], Sequence[str | Path]] = lambda d: ()
     by_hand: bool = False
+
+
+def _sun397(root: str, split: None, download: bool) -> datasets.SUN397:
+    """In the order of file names: torchvision's own order is the file system's, and the split depends on it."""
+    dataset = datasets.SUN397(root, download=False)
+    images = sorted(zip(dataset._image_files, dataset._labels, strict=True))
+    dataset._image_files, dataset._labels = [list(column) for column in zip(*images, strict=True)] or ([], [])
+    return dataset
 
 
 SOURCES = {
     "aircraft": _Source(
         lambda root, split, download: datasets.FGVCAircraft(root, split=split, download=download),
         "fgvc-aircraft-2013b",
+        ("data/variants.txt", "data/images_variant_trainval.txt", "data/images_variant_test.txt", "data/images"),
         ("a photo of a {}, a type of aircraft", "a photo of the {}, a type of aircraft"),
         ("trainval", "test"),
+        files=lambda d: d._image_files,
     ),
     "caltech101": _Source(
         lambda root, split, download: datasets.Caltech101(root, download=download),
         "caltech101",
+        ("101_ObjectCategories/BACKGROUND_Google", "101_ObjectCategories/Faces"),
         ("a photo of a {}", "a picture of a {}", "a drawing of a {}"),
         labels=lambda d: d.y,
-        class_names=lambda d: d.categories,
+        class_names=lambda d: [CALTECH.get(name, name) for name in d.categories],
     ),
     "cifar100": _Source(
         lambda root, split, download: datasets.CIFAR100(root, train=split, download=download),
         "cifar-100-python",
+        ("train", "test", "meta"),
         ("a photo of a {}", "a blurry photo of a {}", "a low contrast photo of a {}"),
         (True, False),
         labels=lambda d: d.targets,
@@ -69,12 +104,15 @@ SOURCES = {
     "dtd": _Source(
         lambda root, split, download: datasets.DTD(root, split=split, download=download),
         "dtd",
+        ("dtd/labels/train1.txt", "dtd/labels/test1.txt", "dtd/images"),
         ("a photo of a {} texture", "a photo of a {} pattern", "a photo of a {} thing"),
         ("train", "test"),
+        files=lambda d: d._image_files,
     ),
     "eurosat": _Source(
         lambda root, split, download: datasets.EuroSAT(root, download=download),
         "eurosat",
+        ("2750",),
         ("a centered satellite photo of {}", "a satellite photo of {}"),
         labels=lambda d: d.targets,
         class_names=lambda d: EUROSAT,
@@ -82,19 +120,29 @@ SOURCES = {
     "flowers": _Source(
         lambda root, split, download: datasets.Flowers102(root, split=split, download=download),
         "flowers-102",
+        ("imagelabels.mat", "setid.mat", "jpg"),
         ("a photo of a {}, a type of flower",),
         ("train", "test"),
         class_names=lambda d: FLOWERS,
+        files=lambda d: d._image_files,
     ),
     "food": _Source(
         lambda root, split, download: datasets.Food101(root, split=split, download=download),
         "food-101",
+        ("meta/train.json", "meta/test.json", "images"),
         ("a photo of {}, a type of food", "a photo of a plate of {}"),
         ("train", "test"),
+        files=lambda d: d._image_files,
     ),
     "mnist": _Source(
         lambda root, split, download: datasets.MNIST(root, train=split, download=download),
         "MNIST",
+        (
+            "raw/train-images-idx3-ubyte",
+            "raw/train-labels-idx1-ubyte",
+            "raw/t10k-images-idx3-ubyte",
+            "raw/t10k-labels-idx1-ubyte",
+        ),
         ('a photo of the number "{}"', 'a handwritten "{}"'),
         (True, False),
         labels=lambda d: d.targets.tolist(),
@@ -103,21 +151,33 @@ SOURCES = {
     "oxford-pet": _Source(
         lambda root, split, download: datasets.OxfordIIITPet(root, split=split, download=download),
         "oxford-iiit-pet",
+        ("annotations/trainval.txt", "annotations/test.txt", "images"),
         ("a photo of a {}, a type of pet",),
         ("trainval", "test"),
+        files=lambda d: d._images,
     ),
     "stanford-cars": _Source(
         lambda root, split, download: datasets.StanfordCars(root, split=split, download=False),
         "stanford_cars",
+        (
+            "devkit/cars_meta.mat",
+            "devkit/cars_train_annos.mat",
+            "cars_test_annos_withlabels.mat",
+            "cars_train",
+            "cars_test",
+        ),
         ("a photo of a {}", "a photo of my {}", "a photo of my new {}"),
         ("train", "test"),
         labels=lambda d: [label for _, label in d._samples],
+        files=lambda d: [path for path, _ in d._samples],
         by_hand=True,
     ),
     "sun397": _Source(
-        lambda root, split, download: datasets.SUN397(root, download=False),
+        _sun397,
         "SUN397",
+        ("ClassName.txt", "a/abbey"),
         ("a photo of a {}", "a photo of the {}"),
+        files=lambda d: d._image_files,
         by_hand=True,
     ),
 }
@@ -143,48 +203,74 @@ def load(name: str, root: Path, download: bool = False) -> Task:
     """One of the eleven, read from below ``root``.
 
     Raises:
-        TaskDataMissing: says where the data was looked for and how to get it.
+        TaskDataMissing: says what is missing where, and how to get it.
     """
     source = SOURCES[name]
-    if source.splits:
-        train, test = (_build(name, source, root, split, download) for split in source.splits)
-        images = {"train": _images(train, source, name), "test": _images(test, source, name)}
-    else:
-        train = _build(name, source, root, None, download)
-        images = split_by_seed(_images(train, source, name))
+    splits = source.splits or (None,)
+    built = [_build(name, source, root, split, download) for split in splits]
+    parts = [_images(dataset, source, name) for dataset in built]
+    images = dict(zip(("train", "test"), parts, strict=True)) if source.splits else split_by_seed(*parts)
     return Task(
         name=name,
-        class_names=tuple(str(c).replace("_", " ").replace("/", " ") for c in source.class_names(train)),
+        class_names=tuple(str(c).replace("_", " ").replace("/", " ") for c in source.class_names(built[0])),
         templates=source.templates,
         load=images.__getitem__,
         source=str(root / source.folder),
     )
 
 
-def _build(name: str, source: _Source, root: Path, split: object, download: bool) -> object:
+def missing(name: str, root: Path) -> str:
+    """What a data set lacks below ``root`` and how to get it, as an error says it; empty where all is there."""
+    source = SOURCES[name]
     folder = root / source.folder
-    if not folder.is_dir() and not (download and not source.by_hand):
-        if source.by_hand:
-            step = "its download is dead: put the folder there in torchvision's layout"
-        else:
-            step = "fetch it with --download, or name the folder it is in with --data"
-        raise TaskDataMissing(f"task {name!r}: no data in {folder}; {step}")
+    lacking = [path for path in source.needs if not (folder / path).exists()]
+    if not lacking:
+        return ""
+    if source.by_hand:
+        step = "its download is dead: copy the data set there, in torchvision's layout"
+    elif folder.is_dir():
+        step = "remove that folder and fetch it with --download"
+    else:
+        step = "fetch it with --download, or name the folder it is in with --data"
+    return f"no {', '.join(lacking)} in {folder}; {step}"
+
+
+def _build(name: str, source: _Source, root: Path, split: object, download: bool) -> object:
+    """torchvision's data set of one split, its failures sorted into ours."""
+    folder = root / source.folder
+    fetch = download and not source.by_hand and not folder.is_dir()
+    if not fetch and (lacking := missing(name, root)):
+        raise TaskDataMissing(f"task {name!r}: {lacking}")
     try:
-        return source.build(str(root), split, download)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as exc:  # torchvision's words for incomplete, unreachable, unreadable
+        dataset = source.build(str(root), split, fetch)
+    except (ImportError, OSError, RuntimeError, ValueError, KeyError) as exc:  # torchvision's words for all that fails
         raise TaskDataMissing(
-            f"task {name!r}: {folder} is not the whole data set ({' '.join(str(exc).split())[:200]}); "
-            "fetch it again with --download"
+            f"task {name!r}: {folder} can't be read ({type(exc).__name__}: {' '.join(str(exc).split())[:200]}); "
+            f"{'copy it there again' if source.by_hand else 'remove it and fetch it with --download'}"
         ) from exc
+    if absent := _absent(source.files(dataset)):
+        raise TaskDataMissing(
+            f"task {name!r}: {len(absent)} of its images are missing, such as {absent[0]}; provide them"
+        )
+    return dataset
+
+
+def _absent(files: Sequence[str | Path]) -> list[Path]:
+    """Those of many files that are not there: each folder is listed once."""
+    by_folder = defaultdict(set)
+    for path in map(Path, files):
+        by_folder[path.parent].add(path.name)
+    return sorted(
+        folder / name
+        for folder, names in by_folder.items()
+        for name in names - set(os.listdir(folder) if folder.is_dir() else ())
+    )
 
 
 def _images(dataset: object, source: _Source, name: str) -> Images:
+    files = source.files(dataset)
     return Images(
         labels=source.labels(dataset),
         open=lambda index: dataset[index][0],
-        name_of=lambda index: f"{index} of {name}",
+        name_of=lambda index: str(files[index]) if files else f"{index} of {name}",
     )
