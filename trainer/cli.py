@@ -89,10 +89,11 @@ def fit(command: commands.Fit) -> None:
     task = load_task(
         command.task, command.data, download=command.download, rename=command.name, templates=command.template
     )
+    (task,) = _readable([task], command)
     fabric = _fabric(command)
     base = _load(command, fabric)
     lineage = load_lineage(command.adapters, base.fingerprint)
-    earlier = [found for adapter in lineage if (found := _learned(adapter, command.data))]
+    earlier = _readable([found for adapter in lineage if (found := _learned(adapter, command.data))], command)
     path = command.adapters / f"{task.name}.safetensors"
     unfinished = command.adapters / f".{task.name}.unfinished"
     with _progress(fabric) as progress:
@@ -139,7 +140,8 @@ def sequence(command: commands.Chain) -> None:
     from trainer.tasks import load_tasks, validation
 
     learn, watch = (
-        load_tasks(names, command.data, download=command.download) for names in (command.tasks, command.watch)
+        _readable(load_tasks(names, command.data, download=command.download), command)
+        for names in (command.tasks, command.watch)
     )
     if command.validate:
         learn, watch = ([validation(task) for task in tasks] for tasks in (learn, watch))
@@ -192,7 +194,7 @@ def evaluate(command: commands.Evaluate) -> None:
     from trainer.merge import merge
     from trainer.tasks import load_tasks
 
-    found = load_tasks(command.tasks, command.data, download=command.download)
+    found = _readable(load_tasks(command.tasks, command.data, download=command.download), command)
     fabric = _fabric(command)
     base = _load(command, fabric)
     lineage = load_lineage(command.adapters, base.fingerprint)
@@ -240,6 +242,18 @@ def _load(command: commands.WithModel, fabric: Fabric) -> Backbone:
         backbone = load_backbone(command.model, command.pretrained)
         backbone.model.to(fabric.device)
     return backbone
+
+
+def _readable(tasks: list[Task], command: commands.WithModel) -> list[Task]:
+    """The tasks, without unreadable images where that was asked for."""
+    from trainer.tasks import skip_unreadable
+
+    if not command.skip_unreadable:
+        return tasks
+    return [
+        skip_unreadable(task, lambda fault: stderr.print(f"skipped: {fault}", soft_wrap=True, markup=False))
+        for task in tasks
+    ]
 
 
 def _learned(adapter: Adapter, data: Path) -> Task | None:

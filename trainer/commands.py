@@ -39,6 +39,8 @@ class WithModel:
     """Where the MTIL data sets lie."""
     download: bool = False
     """Fetch a data set that is missing."""
+    skip_unreadable: bool = False
+    """Name images that can't be decoded and leave them out, instead of stopping; looks through all of them first."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """What to run on."""
     devices: int = 1

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from trainer.adapter import load_adapter
 from trainer.cli import main
@@ -190,3 +191,23 @@ def test_a_failing_fit_writes_nothing(capsys, tmp_path):
     line = fails(capsys, "fit", "--task", str(folder), "--adapters", str(tmp_path / "adapters"), *QUICK)
     assert "0.png" in line
     assert not (tmp_path / "adapters").exists()
+
+
+def test_an_unreadable_image_stops_the_command_unless_it_may_be_skipped(capsys, tmp_path):
+    folder = tmp_path / "bolts"
+    for split in ("train", "test"):
+        for value, name in enumerate(("hex bolt", "rivet")):
+            for number in range(3):
+                path = folder / split / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (20, 20), (90 * value, 0, 0)).save(path)
+    path.write_bytes(b"no picture")
+    arguments = ["evaluate", "--model", "mini", "--tasks", str(folder), "--json", "--adapters", str(tmp_path / "none")]
+    said = fails(capsys, *arguments)
+    assert str(path) in said
+    assert "--skip-unreadable" in said
+    main([*arguments, "--skip-unreadable"])
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"skipped: image {path} can't be read")
+    assert captured.err.count("\n") == 1
+    assert set(json.loads(captured.out)["accuracy"]) == {"bolts"}

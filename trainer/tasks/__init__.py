@@ -13,7 +13,7 @@ from PIL import Image
 from trainer.errors import TaskDataMissing, UnknownTask
 from trainer.tasks import folder, mtil, shipped
 from trainer.tasks.split import validation
-from trainer.tasks.task import Images, Task
+from trainer.tasks.task import Images, Task, skip_unreadable
 
 __all__ = [
     "Availability",
@@ -23,6 +23,7 @@ __all__ = [
     "load_task",
     "load_tasks",
     "sample",
+    "skip_unreadable",
     "task_lists",
     "validation",
 ]

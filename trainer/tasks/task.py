@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -45,12 +47,29 @@ class Images:
             image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
             raise UnreadableImage(
-                f"image {self.name_of(index)} can't be read ({exc}); replace or remove the file"
+                f"image {self.name_of(index)} can't be read ({exc}); replace or remove the file, or leave it out with "
+                "--skip-unreadable"
             ) from exc
         return image, self.labels[index]
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
         return (self[index] for index in range(len(self)))
+
+    def readable(self, tell: Callable[[str], None]) -> Images:
+        """Without those that can't be decoded, each of which ``tell`` is told of. Decodes all, keeps none."""
+
+        def fault(index: int) -> str | None:
+            try:
+                self[index]
+            except UnreadableImage as exc:
+                return str(exc).rpartition("; ")[0]  # what is wrong, without the advice
+            return None
+
+        with ThreadPoolExecutor() as readers:
+            faults = list(readers.map(fault, range(len(self))))
+        for found in filter(None, faults):
+            tell(found)
+        return self.subset([index for index, found in enumerate(faults) if found is None])
 
     def subset(self, indices: Sequence[int]) -> Images:
         """The images at these places, in this order."""
@@ -114,3 +133,19 @@ class Task:
     def prompts(self) -> list[str]:
         """Every class name in the first template."""
         return [self.templates[0].replace("{}", name) for name in self.class_names]
+
+
+def skip_unreadable(task: Task, tell: Callable[[str], None]) -> Task:
+    """The same task without the images that can't be decoded, each of which ``tell`` is told of.
+
+    A split is looked through when it is loaded first, which takes as long as decoding all of it.
+    """
+
+    @functools.cache
+    def load(split: str) -> Images:
+        images = task.load(split).readable(tell)
+        if not len(images):
+            raise TaskInvalid(f"task {task.name!r} ({task.source}): not one of its {split} images can be read")
+        return images
+
+    return replace(task, load=load)

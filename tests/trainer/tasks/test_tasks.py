@@ -1,9 +1,21 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from trainer.errors import TaskDataMissing, TaskInvalid, UnknownTask, UnreadableImage
-from trainer.tasks import Images, Task, catalogue, load_task, load_tasks, sample, task_lists, validation
+from trainer.tasks import (
+    Images,
+    Task,
+    catalogue,
+    load_task,
+    load_tasks,
+    sample,
+    skip_unreadable,
+    task_lists,
+    validation,
+)
 from trainer.tasks.split import split_by_seed
 
 
@@ -93,6 +105,37 @@ def test_unreadable_image_is_named(bolts):
     bad.write_bytes(b"not a picture")
     with pytest.raises(UnreadableImage, match=r"rivet/0\.png"):
         list(load_task(str(bolts)).load("test"))
+
+
+def test_unreadable_images_are_named_and_left_out_when_that_is_asked_for(bolts):
+    bad = bolts / "train" / "rivet" / "2.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    told = []
+    task = skip_unreadable(load_task(str(bolts)), told.append)
+    assert list(task.load("train").labels) == [0] * 4 + [1] * 4 + [2] * 3
+    assert len(list(task.load("train"))) == 11
+    assert len(told) == 1
+    assert str(bad) in told[0]
+    assert "--skip-unreadable" not in told[0]
+
+
+def test_a_split_of_which_nothing_is_left_is_refused(bolts):
+    for path in (bolts / "test").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(TaskInvalid, match="not one of its test images"):
+        skip_unreadable(load_task(str(bolts)), lambda fault: None).load("test")
+
+
+def test_a_large_folder_is_listed_not_opened(bolts, monkeypatch):
+    for number in range(1000):
+        os.link(bolts / "train/rivet/0.png", bolts / f"train/rivet/link{number}.png")
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real(path))
+    task = load_task(str(bolts))
+    drawn = task.load("train").few_shot(3, seed=0)
+    assert (len(task.load("train")), len(drawn), opened) == (1012, 9, [])
+    assert len(list(drawn)) == len(opened) == 9
 
 
 def test_unknown_task_gets_near_names():
