@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import json
 import logging
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +18,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from trainer.errors import UnknownModel, UnsupportedModel, WeightsError
@@ -25,6 +28,8 @@ open_clip.add_model_config(MINI / "mini.json")
 
 # The weights a model gets when none are named.
 DEFAULT_PRETRAINED = {"mini": str(MINI / "mini.safetensors")}
+# What OpenAI's own files hold besides weights.
+OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -110,16 +115,21 @@ def _create(model_name: str, pretrained: str) -> nn.Module:
             torch.manual_seed(0)
             return open_clip.create_model(model_name)
     tags = open_clip.list_pretrained_tags_by_model(model_name)
-    if pretrained not in tags and not Path(pretrained).is_file():
+    is_file = pretrained not in tags and Path(pretrained).is_file()
+    if pretrained not in tags and not is_file:
         known = f"tags of {model_name}: {', '.join(tags)}; or" if tags else "give"
         raise WeightsError(
             f"weights {pretrained!r} for {model_name}: neither a known tag nor a file here; {known} a checkpoint file, "
             "or 'random'"
         )
+    if is_file:
+        _check_activation(model_name, Path(pretrained))
     try:
         # OpenAI's weights were trained with QuickGELU: open_clip's tags say so, its plain configurations don't.
         quick = open_clip.get_pretrained_cfg(model_name, pretrained).get("quick_gelu", False)
         with _quiet():
+            if is_file and _is_torchscript(Path(pretrained)):
+                return _from_torchscript(model_name, pretrained)
             return open_clip.create_model(
                 model_name, pretrained=pretrained, require_pretrained=True, force_quick_gelu=quick
             )
@@ -130,13 +140,52 @@ def _create(model_name: str, pretrained: str) -> nn.Module:
         ) from exc
 
 
+def _from_torchscript(model_name: str, file: str) -> nn.Module:
+    """A model with the weights of one of OpenAI's own files, which open_clip reads only when it fetches them itself."""
+    model = open_clip.create_model(model_name)
+    weights = torch.jit.load(file, map_location="cpu").state_dict()
+    model.load_state_dict({name: weight for name, weight in weights.items() if name not in OPENAI_EXTRAS})
+    return model
+
+
+def _check_activation(model_name: str, file: Path) -> None:
+    """Refuse a file that is known to be trained with another activation than the model has.
+
+    QuickGELU's weights run under GELU, and the other way round, without an error, only worse. A file tells by the
+    configuration that open_clip saves beside it, or by being a TorchScript archive: OpenAI's own, all QuickGELU.
+    """
+    beside = file.with_name("open_clip_config.json")
+    if _is_torchscript(file):
+        trained_quick = True
+    elif beside.is_file():
+        trained_quick = bool(json.loads(beside.read_text(encoding="utf-8"))["model_cfg"].get("quick_gelu", False))
+    else:
+        return
+    quick = bool(open_clip.get_model_config(model_name).get("quick_gelu", False))
+    if quick != trained_quick:
+        other = f"{model_name}-quickgelu" if trained_quick else model_name.removesuffix("-quickgelu")
+        step = f"give --model {other}" if other in open_clip.list_models() else "give another model"
+        trained, has = ("QuickGELU", "GELU") if trained_quick else ("GELU", "QuickGELU")
+        raise WeightsError(f"weights {file} were trained with {trained}, model {model_name} has {has}; {step}")
+
+
+def _is_torchscript(file: Path) -> bool:
+    """Whether a file is a TorchScript archive; a checkpoint of torch.save is a zip too, without constants.pkl."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence libraries that log what the caller is told by an error, or asked for (random weights)."""
+    """Silence libraries that say what the caller is told by an error, or asked for (random weights)."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(before)
 
@@ -157,8 +206,10 @@ def check_supported(model: nn.Module, model_name: str) -> None:
     if model.attn_mask is None or model.visual.output_tokens:
         raise UnsupportedModel(f"model {model_name}: text tower not causal, or image tower gives tokens; {supported}")
     for block in transformer_blocks(model):
-        if not isinstance(block, ResidualAttentionBlock) or not isinstance(block.attn, nn.MultiheadAttention):
+        if not isinstance(block, (ResidualAttentionBlock, CustomResidualAttentionBlock)):
             raise UnsupportedModel(f"model {model_name}: has blocks of type {type(block).__name__}; {supported}")
+        if isinstance(block.attn, Attention) and block.attn.scaled_cosine:
+            raise UnsupportedModel(f"model {model_name}: has scaled cosine attention; {supported}")
 
 
 def transformer_blocks(model: open_clip.CLIP) -> list[nn.Module]:

@@ -1,5 +1,9 @@
 import copy
+import json
+import shutil
+import warnings
 
+import open_clip
 import pytest
 import torch
 
@@ -16,8 +20,6 @@ from trainer.errors import UnknownModel, UnsupportedModel, WeightsError
 
 
 def test_mini_is_an_ordinary_open_clip_model(mini):
-    import open_clip
-
     theirs, _, _ = open_clip.create_model_and_transforms(
         "mini", pretrained="trainer/mini/mini.safetensors", require_pretrained=True
     )
@@ -84,3 +86,47 @@ def test_towers_that_are_read_otherwise_are_refused(mini, attribute, value, says
     setattr(model, attribute, value)
     with pytest.raises(UnsupportedModel, match=says):
         check_supported(model, "odd")
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """The small CLIP's configuration with QuickGELU, by a name of its own."""
+    config = {**open_clip.get_model_config("mini"), "quick_gelu": True}
+    file = tmp_path / "quick" / "mini-quickgelu.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(config))
+    open_clip.add_model_config(file)
+    yield file.stem
+    open_clip.factory._MODEL_CONFIGS.pop(file.stem)
+    open_clip.factory._MODEL_CONFIG_PATHS.remove(file)
+
+
+@pytest.fixture
+def torchscript(mini, tmp_path):
+    """Weights as OpenAI published them: a TorchScript archive with three numbers besides."""
+    model = copy.deepcopy(mini.model)
+    del model.attn_mask
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        if hasattr(model, name):
+            delattr(model, name)
+        model.register_buffer(name, torch.tensor(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing has much to say
+        archive = torch.jit.trace_module(model, {"encode_image": torch.zeros(1, 3, 64, 64)}, check_trace=False)
+    archive.save(str(tmp_path / "ViT.pt"))
+    return str(tmp_path / "ViT.pt")
+
+
+def test_openai_s_own_files_are_read(quick, torchscript, mini):
+    assert load_backbone(quick, torchscript).fingerprint == mini.fingerprint
+
+
+def test_weights_of_another_activation_are_refused(quick, torchscript, tmp_path):
+    with pytest.raises(WeightsError, match="trained with QuickGELU, model mini has GELU; give --model mini-quickgelu"):
+        load_backbone("mini", torchscript)
+    shipped = tmp_path / "open_clip_model.safetensors"
+    shutil.copy("trainer/mini/mini.safetensors", shipped)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": open_clip.get_model_config("mini")}))
+    assert load_backbone("mini", str(shipped))
+    with pytest.raises(WeightsError, match=r"with GELU, model mini-quickgelu has QuickGELU; give --model mini$"):
+        load_backbone(quick, str(shipped))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trainer.config import PoolConfig
-from trainer.pool.attention import SplitAttention
+from trainer.pool.attention import split_attention
 from trainer.pool.experts import ExpertPool
 from trainer.pool.router import Router, RoutingPosition
 
@@ -80,7 +80,7 @@ def attach_pools(model: open_clip.CLIP, config: PoolConfig) -> PoolSet:
     ):
         for number, block in enumerate(tower.resblocks):
             originals.append((block, "attn", block.attn))
-            block.attn = SplitAttention(block.attn)
+            block.attn = split_attention(block.attn)
             router = None
             for parent, name in _layers(block):
                 layer = getattr(parent, name)
