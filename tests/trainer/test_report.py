@@ -239,6 +239,14 @@ def test_of_as_many_runs_the_reference_is_what_ends_best(tmp_path):
     assert [group.label for group in section.groups] == ["pool", "pool, router=learned"]
 
 
+def test_the_model_s_own_settings_are_the_reference_where_some_run_has_them(tmp_path):
+    write_run(tmp_path / "default", router="none", ago="off", matrix=[[60.0, 10.0], [10.0, 10.0]])
+    for seed in (0, 1):
+        write_run(tmp_path / f"better{seed}", router="fixed", seed=seed)
+    (section,) = sections(read_runs(tmp_path))
+    assert [group.label for group in section.groups] == ["pool", "pool, router=fixed, ago=sum"]
+
+
 def test_zero_shot_of_transfer_follows_each_run_s_own_order(tmp_path):
     write_run(tmp_path / "a", order=("digits", "flags"), matrix=[[90.0, 12.0], [90.0, 90.0]])
     write_run(tmp_path / "b", order=("flags", "digits"), matrix=[[90.0, 58.0], [90.0, 90.0]])

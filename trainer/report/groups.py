@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from statistics import mean, stdev
 from typing import Any
 
-from trainer.config import LABEL_SPACES, METHODS
+from trainer.config import LABEL_SPACES, METHODS, train_config
 from trainer.report.runs import Run
 
 NOT_SETTINGS = {"seed", "order_seed"}
@@ -47,7 +47,8 @@ class Group:
 
     Attributes:
         label: the method, and each setting in which the group differs from the method's reference group.
-        is_reference: the group of its method that has most runs; of those, the one that ends best.
+        is_reference: the group of its method with the settings that the model has by default; where none has, that
+            with most runs; of those, the one that ends best.
         runs: by seed and order.
     """
 
@@ -181,13 +182,21 @@ def _groups(runs: Sequence[Run]) -> tuple[Group, ...]:
     groups = []
     for method in sorted(by_method, key=lambda name: (known.get(name, len(known)), name)):
         candidates = list(by_method[method].values())
-        reference = max(candidates, key=lambda some: (len(some), mean(run.result.last for run in some)))
+        reference = max(
+            candidates, key=lambda some: (_by_default(some[0]), len(some), mean(run.result.last for run in some))
+        )
         rest = [some for some in candidates if some is not reference]
         labelled = sorted((_label(method, some[0], reference[0]), some) for some in rest)
         for label, some in [(method, reference), *labelled]:
             ordered = sorted(some, key=lambda run: (run.seed, run.order_seed or 0, run.name))
             groups.append(Group(method, label, some is reference, tuple(ordered)))
     return tuple(groups)
+
+
+def _by_default(run: Run) -> bool:
+    """Whether a run has the settings that its model and method have when none are given."""
+    default = asdict(train_config(run.model, run.method))
+    return _settings(run) == {name: value for name, value in default.items() if name not in NOT_SETTINGS}
 
 
 def _label(method: str, run: Run, reference: Run) -> str:
