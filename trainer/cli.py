@@ -94,6 +94,9 @@ def fit(command: commands.Fit) -> None:
     base = _load(command, fabric)
     lineage = load_lineage(command.adapters, base.fingerprint)
     earlier = _readable([found for adapter in lineage if (found := _learned(adapter, command.data))], command)
+    if command.dry_run:
+        _show_dry_run(task, base, lineage, command, fabric)
+        return
     path = command.adapters / f"{task.name}.safetensors"
     unfinished = command.adapters / f".{task.name}.unfinished"
     with _progress(fabric) as progress:
@@ -242,6 +245,30 @@ def _load(command: commands.WithModel, fabric: Fabric) -> Backbone:
         backbone = load_backbone(command.model, command.pretrained)
         backbone.model.to(fabric.device)
     return backbone
+
+
+def _show_dry_run(task: Task, base: Backbone, lineage: list[Adapter], command: commands.Fit, fabric: Fabric) -> None:
+    """What learning the task would take."""
+    from trainer.dry_run import dry_run
+
+    found = dry_run(task, base, lineage, command.train, fabric)
+    if not fabric.is_global_zero:
+        return
+    if command.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    table = Table("trained", "numbers", title=f"{task.name} on {base.model_name}")
+    for name, count in (*found.parts.items(), ("all", found.trainable_parameters)):
+        table.add_row(name.replace("_", " "), f"{count:,}")
+    stdout.print(table)
+    minutes = command.train.iterations * found.seconds_per_step / 60
+    stdout.print(
+        f"Kept: {found.kept_parameters:,} numbers, {found.kept_bytes / 1e6:.1f} MB. "
+        f"Memory: {found.memory_bytes / 1e9:.1f} GB on {base.device.type}. "
+        f"Time: {command.train.iterations} steps of {found.seconds_per_step:.2f} s, {minutes:.1f} minutes, testing not "
+        "counted. Nothing was written.",
+        soft_wrap=True,
+    )
 
 
 def _readable(tasks: list[Task], command: commands.WithModel) -> list[Task]:

@@ -66,6 +66,8 @@ class Fit(WithModel):
     """Prompts for the task of a folder, such as 'a photo of a {}, a type of bolt'."""
     adapters: Path = Path("adapters")
     """Adapters learned before are read here, the new one is written here."""
+    dry_run: bool = False
+    """Say how big and how long it will be, from three steps; learn nothing, write nothing."""
     resume: bool = False
     """Go on where the same command was interrupted."""
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -211,3 +211,23 @@ def test_an_unreadable_image_stops_the_command_unless_it_may_be_skipped(capsys, 
     assert captured.err.startswith(f"skipped: image {path} can't be read")
     assert captured.err.count("\n") == 1
     assert set(json.loads(captured.out)["accuracy"]) == {"bolts"}
+
+
+def test_a_dry_run_says_how_big_and_how_long_and_writes_nothing(capsys, tmp_path):
+    adapters = tmp_path / "adapters"
+    arguments = ["fit", *QUICK, "--task", "digits", "--router", "learned", "--adapters", str(adapters)]
+    main([*arguments, "--dry-run", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == [
+        "trainable_parameters", "parts", "kept_parameters", "kept_bytes", "memory_bytes", "seconds_per_step"
+    ]  # fmt: skip
+    assert sum(found["parts"].values()) == found["trainable_parameters"] == 539_856
+    assert min(found["parts"].values()) > 0
+    assert found["kept_bytes"] == 4 * found["kept_parameters"]
+    assert found["memory_bytes"] > 100e6
+    assert found["seconds_per_step"] > 0
+    assert not adapters.exists()
+    main([*arguments, "--json"])
+    learned = json.loads(capsys.readouterr().out)
+    assert all(learned[name] == found[name] for name in ("trainable_parameters", "kept_parameters"))
+    assert "learned already" in fails(capsys, *arguments, "--dry-run")

@@ -6,9 +6,7 @@ Run: python -m trainer.studies.scale --tasks 50 --out runs/scale
 from __future__ import annotations
 
 import json
-import resource
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from rich.console import Console
 from trainer.adapter import Adapter
 from trainer.backbone import Backbone, load_backbone, with_weights
 from trainer.config import TrainConfig, train_config
+from trainer.dry_run import peak_memory
 from trainer.files import replacing
 from trainer.fit import Fitted, fit
 from trainer.merge import merge
@@ -56,8 +55,14 @@ def main(settings: Scale) -> None:
         lineage.append(fitted.adapter)
         model = fitted.backbone
         del fitted
-        rows.append({"tasks_before": number - 1, "seconds": round(seconds, 3), "peak_rss_mb": peak_rss_mb()})
-        console.print(f"task {number}: {seconds:.2f} s, {rows[-1]['peak_rss_mb']:.0f} MB")
+        rows.append(
+            {
+                "tasks_before": number - 1,
+                "seconds": round(seconds, 3),
+                "peak_mb": round(peak_memory(base.device) / 1e6, 1),
+            }
+        )
+        console.print(f"task {number}: {seconds:.2f} s, {rows[-1]['peak_mb']:.0f} MB")
     first, all_but_last = (
         with_weights(base, merge(base.model.state_dict(), own)) for own in (lineage[:1], lineage[:-1])
     )
@@ -77,7 +82,7 @@ def main(settings: Scale) -> None:
     print(
         f"The last of {settings.tasks} tasks took {result['ratio_last_to_second']:.3f} times as long as the second "
         f"(median of {settings.pairs} pairs in turn, {min(ratios):.3f} to {max(ratios):.3f}); peak memory "
-        f"{rows[1]['peak_rss_mb']:.0f} MB after the second, {rows[-1]['peak_rss_mb']:.0f} MB after the last. "
+        f"{rows[1]['peak_mb']:.0f} MB after the second, {rows[-1]['peak_mb']:.0f} MB after the last. "
         f"Written to {settings.out / 'scale.json'}"
     )
 
@@ -109,12 +114,6 @@ def synthetic(number: int) -> Task:
         load=lambda split: images,
         source="synthetic",
     )
-
-
-def peak_rss_mb() -> float:
-    """The most memory this process has held, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1e6 if sys.platform == "darwin" else 1e3), 1)
 
 
 if __name__ == "__main__":
