@@ -34,6 +34,7 @@ class Target(str, Enum):
 
     onnx = "onnx"
     open_clip = "open_clip"
+    transformers = "transformers"
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
 
 @app.command()
 def merge(
-    to: Annotated[Target, typer.Option(help="What to write: the next version, or an open_clip checkpoint.")],
+    to: Annotated[Target, typer.Option(help="What to write: the next version, or the weights for another library.")],
     model: Annotated[str, typer.Option(help="open_clip's name of the model, or mini.")] = "ViT-B-16",
     pretrained: Annotated[
         str | None, typer.Option(help="open_clip's tag, or a checkpoint file; the model's default if left out.")
@@ -55,7 +56,7 @@ def merge(
     adapters: Annotated[Path, typer.Option(help="Folder of adapter files.")] = Path("adapters"),
     repository: RepositoryOption = REPOSITORY,
     name: Annotated[str, typer.Option(help="Common name of the three models.")] = "clip",
-    out: Annotated[Path | None, typer.Option(help="The checkpoint file, with --to open_clip.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to: a file for open_clip, a folder for transformers.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge all adapters, in the order they were learned, and check the result before it counts.
@@ -64,8 +65,8 @@ def merge(
 
     Example: exporter merge --to onnx --model mini
     """
-    if (to is Target.open_clip) != (out is not None):
-        raise typer.BadParameter("--out FILE belongs to --to open_clip, and must be given there")
+    if (to is Target.onnx) != (out is None):
+        raise typer.BadParameter("--out belongs to --to open_clip and --to transformers, and must be given there")
     if not name.replace("-", "").replace("_", "").isalnum():
         raise typer.BadParameter(f"--name {name!r}: letters, digits, - and _ only")
     from trainer.adapter import load_lineage
@@ -76,12 +77,19 @@ def merge(
         backbone = load_backbone(model, pretrained)
         lineage = load_lineage(adapters, backbone.fingerprint)
         tasks = [adapter.task for adapter in lineage]
-        if to is Target.open_clip:
-            from exporter.release import save_checkpoint
+        if out is not None:
+            from exporter.checkpoints import save_open_clip, save_transformers
 
             status.update("merging")
-            save_checkpoint(backbone, lineage, out)
-            _print({"out": str(out), "model": model, "tasks": tasks}, as_json, f"{out}: {_learned(tasks)}")
+            if to is Target.open_clip:
+                loads = save_open_clip(backbone, lineage, out)
+                step = f"open_clip.create_model({loads!r}, pretrained={str(out)!r})"
+            else:
+                loads = model
+                save_transformers(backbone, lineage, out)
+                step = f"transformers.CLIPModel.from_pretrained({str(out)!r})"
+            result = {"out": str(out), "model": loads, "tasks": tasks, "load": step}
+            _print(result, as_json, f"{out}: {_learned(tasks)}. Load it with {step}")
             return
         from exporter.release import release
         from exporter.repository import Repository

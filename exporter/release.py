@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import onnx
-import open_clip
 from onnx import ModelProto
 from PIL import Image
-from safetensors.torch import save_file
 
 from exporter.card import card_model, describe
-from exporter.errors import CheckpointError, OtherBase, RepositoryError
+from exporter.errors import OtherBase, RepositoryError
 from exporter.graph import fill, to_bytes, trace_image_tower, trace_text_tower
 from exporter.parity import Parity, check_parity, check_same_graph, measure_parity
 from exporter.repository import BASE_VERSION, CONFIG_FILE, MODEL_FILE, Repository, config, stage
@@ -91,26 +88,6 @@ def release(
                 check_same_graph(onnx.load(base.file(kind, BASE_VERSION)), onnx.load(file), f"{kind} tower")
         repository.publish(staging)
     return Release(repository.name, version, parity, True, time.perf_counter() - began)
-
-
-def save_checkpoint(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> None:
-    """Write merged weights as safetensors that ``open_clip.create_model(name, pretrained=out)`` loads.
-
-    Raises:
-        CheckpointError: the file can't be written.
-    """
-    weights = merge(backbone.model.state_dict(), adapters)
-    staged = out.with_name(f".{out.name}.staged")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in weights.items()}, staged)
-        staged.replace(out)
-    except OSError as exc:
-        raise CheckpointError(f"checkpoint {out}: {exc.strerror}; give another --out") from exc
-    finally:
-        staged.unlink(missing_ok=True)
-    # Proves that open_clip takes every tensor of it.
-    open_clip.load_checkpoint(copy.deepcopy(backbone.model), str(out), strict=True)
 
 
 def _check_base(repository: Repository, backbone: Backbone, adapters: Sequence[Adapter]) -> None:

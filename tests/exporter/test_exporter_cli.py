@@ -102,3 +102,19 @@ def test_a_missing_command_is_refused_before_serving(released, monkeypatch, caps
 )
 def test_wrong_usage_is_status_2(arguments, monkeypatch):
     assert run(*arguments, monkeypatch=monkeypatch) == 2
+
+
+@pytest.mark.parametrize(("to", "out", "loads"), [
+    ("open_clip", "merged.safetensors", "open_clip.create_model('mini', pretrained="),
+    ("transformers", "merged", "transformers.CLIPModel.from_pretrained("),
+])  # fmt: skip
+def test_merge_writes_for_other_libraries_and_says_how_to_load_it(
+    to, out, loads, make_adapter, tmp_path, monkeypatch, capsys
+):
+    save_adapter(make_adapter("zebras"), tmp_path / "adapters" / "zebras.safetensors")
+    merge = ["merge", "--to", to, "--model", "mini", "--adapters", tmp_path / "adapters", "--out", tmp_path / out]
+    assert run(*merge, "--json", monkeypatch=monkeypatch) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tasks"] == ["zebras"]
+    assert result["load"].startswith(loads)
+    assert (tmp_path / out).exists()

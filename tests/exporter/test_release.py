@@ -6,9 +6,7 @@ import fcntl
 import os
 from dataclasses import replace
 
-import open_clip
 import pytest
-import torch
 
 from exporter import release as release_module
 from exporter.errors import (
@@ -20,9 +18,8 @@ from exporter.errors import (
     RepositoryEmpty,
     RepositoryError,
 )
-from exporter.release import release, save_checkpoint
+from exporter.release import release
 from exporter.repository import KINDS, Repository, repositories
-from trainer.merge import merge
 
 
 def tree(path):
@@ -182,16 +179,3 @@ def test_an_empty_repository_says_what_to_do(tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(RepositoryEmpty, match="exporter merge --to onnx"):
             repositories(path)
-
-
-@torch.no_grad()
-def test_checkpoint_is_loaded_by_open_clip(mini, make_adapter, tmp_path, samples):
-    adapters = [make_adapter("digits")]
-    out = tmp_path / "new" / "merged.safetensors"
-    save_checkpoint(mini, adapters, out)
-    model = open_clip.create_model("mini", pretrained=str(out)).eval()
-    for name, tensor in merge(mini.model.state_dict(), adapters).items():
-        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
-    pixels = torch.stack([mini.preprocess(image.convert("RGB")) for image in samples[0]])
-    assert not torch.equal(model.encode_image(pixels), mini.model.encode_image(pixels))
-    assert os.listdir(out.parent) == ["merged.safetensors"]

@@ -1,0 +1,180 @@
+"""Merged weights for other programs: a checkpoint for open_clip, a folder for transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import open_clip
+from open_clip.transformer import QuickGELU
+from safetensors.torch import save_file
+from torch import Tensor
+
+from exporter.errors import CheckpointError, UnsupportedModel
+from trainer.adapter import Adapter
+from trainer.backbone import Backbone, transformer_blocks
+from trainer.files import write_tensors
+from trainer.merge import STACKED, merge
+
+# open_clip's names of single tensors -> transformers'; those that transformers keeps transposed.
+NAMES = {
+    "logit_scale": "logit_scale",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+}
+TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+# The same for the layers of a block.
+LAYERS = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+TOWERS = {"visual.transformer": "vision_model", "transformer": "text_model"}
+
+
+def save_open_clip(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> str:
+    """Write merged weights as safetensors that ``open_clip.create_model(name, pretrained=out)`` loads.
+
+    Returns:
+        the name to load them by: weights trained with QuickGELU need the configuration that has it.
+
+    Raises:
+        CheckpointError: the file can't be written.
+    """
+    try:
+        write_tensors(out, merge(backbone.model.state_dict(), adapters))
+    except OSError as exc:
+        raise CheckpointError(f"checkpoint {out}: {exc.strerror}; give another --out") from exc
+    # Proves that open_clip takes every tensor of it.
+    open_clip.load_checkpoint(copy.deepcopy(backbone.model), str(out), strict=True)
+    configured = (open_clip.get_model_config(backbone.model_name) or {}).get("quick_gelu", False)
+    return backbone.model_name if configured or not has_quick_gelu(backbone) else f"{backbone.model_name}-quickgelu"
+
+
+def save_transformers(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> None:
+    """Write merged weights as a folder that ``transformers.CLIPModel.from_pretrained(out)`` loads.
+
+    Weights, configuration and image preprocessing; the tokenizer is CLIP's, which every published CLIP carries.
+
+    Raises:
+        UnsupportedModel: the model has something that transformers' CLIP has no place for.
+        CheckpointError: the folder can't be written, or holds something already.
+    """
+    tensors = dict(_renamed(merge(backbone.model.state_dict(), adapters), backbone.model_name))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
+            folder = Path(staging) / out.name
+            folder.mkdir()
+            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+            for name, content in (("config", _config(backbone)), ("preprocessor_config", _preprocessing(backbone))):
+                (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            folder.replace(out)
+    except OSError as exc:
+        raise CheckpointError(f"checkpoint {out}: {exc.strerror}; give another --out") from exc
+
+
+def has_quick_gelu(backbone: Backbone) -> bool:
+    """Whether the towers compute OpenAI's approximation of GELU."""
+    return isinstance(transformer_blocks(backbone.model)[0].mlp.gelu, QuickGELU)
+
+
+def _renamed(weights: dict[str, Tensor], model_name: str) -> Iterator[tuple[str, Tensor]]:
+    """open_clip's tensors as transformers' CLIP has them: q, k and v apart, projections transposed."""
+    for name, tensor in weights.items():
+        tower = next((tower for tower in TOWERS if name.startswith(f"{tower}.resblocks.")), None)
+        if name in NAMES:
+            yield NAMES[name], tensor.contiguous()
+        elif name in TRANSPOSED:
+            yield TRANSPOSED[name], tensor.T.contiguous()
+        elif tower:
+            number, _, rest = name.removeprefix(f"{tower}.resblocks.").partition(".")
+            layer, _, kind = rest.rpartition(".")
+            block = f"{TOWERS[tower]}.encoder.layers.{number}"
+            if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
+                for projection, part in zip(STACKED, tensor.chunk(len(STACKED)), strict=True):
+                    yield f"{block}.self_attn.{projection}.{kind.removeprefix('in_proj_')}", part.contiguous()
+            elif layer in LAYERS:
+                yield f"{block}.{LAYERS[layer]}.{kind}", tensor.contiguous()
+            else:
+                raise _no_place(name, model_name)
+        else:
+            raise _no_place(name, model_name)
+
+
+def _no_place(name: str, model_name: str) -> UnsupportedModel:
+    return UnsupportedModel(f"model {model_name}: transformers' CLIP has no place for {name}; use --to open_clip")
+
+
+def _config(backbone: Backbone) -> dict:
+    """transformers' CLIPConfig."""
+    model = backbone.model
+    shared = {
+        "hidden_act": "quick_gelu" if has_quick_gelu(backbone) else "gelu",
+        "layer_norm_eps": model.ln_final.eps,
+        "projection_dim": backbone.embed_dim,
+    }
+    image, text = model.visual.transformer, model.transformer
+    return {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": backbone.embed_dim,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": backbone.image_size,
+            "patch_size": model.visual.conv1.kernel_size[0],
+            **_sizes(image.resblocks),
+            **shared,
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            "vocab_size": model.vocab_size,
+            "max_position_embeddings": backbone.context_length,
+            "bos_token_id": model.vocab_size - 2,
+            "eos_token_id": model.vocab_size - 1,
+            "pad_token_id": 0,
+            **_sizes(text.resblocks),
+            **shared,
+        },
+    }
+
+
+def _sizes(blocks: Sequence) -> dict:
+    return {
+        "hidden_size": blocks[0].mlp.c_fc.in_features,
+        "intermediate_size": blocks[0].mlp.c_fc.out_features,
+        "num_attention_heads": blocks[0].attn.num_heads,
+        "num_hidden_layers": len(blocks),
+    }
+
+
+def _preprocessing(backbone: Backbone) -> dict:
+    """transformers' CLIPImageProcessor."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": backbone.image_size},
+        "resample": {"bilinear": 2, "bicubic": 3}[backbone.interpolation],
+        "do_center_crop": True,
+        "crop_size": {"height": backbone.image_size, "width": backbone.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(backbone.mean),
+        "image_std": list(backbone.std),
+    }

@@ -1,0 +1,98 @@
+import copy
+import json
+import os
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+from open_clip.transformer import QuickGELU
+from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPModel
+
+from exporter.checkpoints import save_open_clip, save_transformers
+from exporter.errors import CheckpointError, UnsupportedModel
+from trainer.backbone import load_backbone, with_weights
+from trainer.merge import merge
+
+
+@torch.no_grad()
+def test_checkpoint_is_loaded_by_open_clip(mini, make_adapter, tmp_path, samples):
+    adapters = [make_adapter("digits")]
+    out = tmp_path / "new" / "merged.safetensors"
+    assert save_open_clip(mini, adapters, out) == "mini"
+    model = open_clip.create_model("mini", pretrained=str(out)).eval()
+    for name, tensor in merge(mini.model.state_dict(), adapters).items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
+    pixels = torch.stack([mini.preprocess(image.convert("RGB")) for image in samples[0]])
+    assert not torch.equal(model.encode_image(pixels), mini.model.encode_image(pixels))
+    assert os.listdir(out.parent) == ["merged.safetensors"]
+
+
+@pytest.mark.slow
+def test_weights_trained_with_quick_gelu_are_loaded_by_the_name_that_has_it(tmp_path):
+    backbone = load_backbone("ViT-B-32", "random")
+    assert save_open_clip(backbone, [], tmp_path / "plain.safetensors") == "ViT-B-32"
+    for module in backbone.model.modules():
+        if hasattr(module, "gelu"):
+            module.gelu = QuickGELU()  # as open_clip builds it for OpenAI's weights
+    assert save_open_clip(backbone, [], tmp_path / "quick.safetensors") == "ViT-B-32-quickgelu"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quick", [False, True])
+def test_transformers_computes_the_same_features(mini, make_adapter, tmp_path, samples, quick):
+    images, prompts = samples
+    adapters = [make_adapter("digits")]
+    backbone = with_weights(mini, mini.model.state_dict())
+    if quick:
+        for module in backbone.model.modules():
+            if hasattr(module, "gelu"):
+                module.gelu = QuickGELU()
+    out = tmp_path / "new" / "merged"
+    save_transformers(backbone, adapters, out)
+    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert os.listdir(out.parent) == ["merged"]
+    model, loading = CLIPModel.from_pretrained(out, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    merged = with_weights(backbone, merge(backbone.model.state_dict(), adapters)).model
+    pixels = torch.stack([mini.preprocess(image.convert("RGB")) for image in images])
+    tokens = mini.tokenizer(prompts)
+    found = model(input_ids=tokens, pixel_values=pixels)
+    torch.testing.assert_close(found.image_embeds, merged.encode_image(pixels, normalize=True), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.text_embeds, merged.encode_text(tokens, normalize=True), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.logit_scale, merged.logit_scale)
+
+
+def test_transformers_preprocesses_images_alike(mini, tmp_path, samples):
+    save_transformers(mini, [], tmp_path / "merged")
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path / "merged")
+    wide = Image.effect_mandelbrot((300, 170), (-2, -1, 1, 1), 80).convert("RGB")
+    for image in (wide, samples[0][0].convert("RGB")):
+        found = processor(image, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(found, mini.preprocess(image), atol=0.02, rtol=0)
+
+
+def test_what_transformers_has_no_place_for_is_named_and_nothing_is_left(mini, tmp_path):
+    odd = copy.deepcopy(mini.model)
+    del odd.logit_bias
+    odd.logit_bias = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(UnsupportedModel, match="no place for logit_bias; use --to open_clip"):
+        save_transformers(replace(mini, model=odd), [], tmp_path / "new" / "merged")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_holds_something_is_left_alone(mini, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="give another --out"):
+        save_transformers(mini, [], tmp_path / "merged")
+    assert os.listdir(tmp_path) == ["merged"]
+    assert os.listdir(tmp_path / "merged") == ["notes.txt"]
+
+
+def test_configuration_is_plain_json(mini, tmp_path):
+    save_transformers(mini, [], tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["text_config"]["eos_token_id"] == 49407
