@@ -43,6 +43,8 @@ ABLATIONS = {
     "published": "--router learned --ago sum --lr 0.002 --dropout 0.2 "
     "--drift-weight 0 --anchor-weight 0 --consolidate 0",
     "ago-sum": "--ago sum",
+    "firmer": "--anchor-weight 4 --drift-weight 400",
+    "firmer-longer": "--anchor-weight 4 --drift-weight 400 --iterations 300",
     "no-consolidation": "--consolidate 0",
     "k-merge-8": "--k-merge 8",
     "router-fixed": "--router fixed",
