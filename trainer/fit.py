@@ -106,7 +106,7 @@ def fit(
             batches = batches_of(task, model, config, fabric)
             seconds = train(
                 [batches], model, pools, config, fabric,
-                past_columns=past_columns(lineage, base.device),
+                past_columns=past_columns(lineage, base.device) if config.ago != "off" else {},
                 past_inputs=past_inputs(lineage, pools) if config.drift_weight else {},
                 checkpoint=checkpoint_of(unfinished, [task], base, config, fabric, parents),
                 resume=resume, on_step=on_step,
@@ -189,7 +189,7 @@ def train(
             text_features = F.normalize(encode_text(model.model, tokens), dim=-1)
             prompt_features, word_features = text_features.tensor_split([len(batch.tokens)])
             loss = contrastive_loss(image_features, prompt_features[batch.text_of], batch.labels, logit_scale)
-            if past_columns and config.ago != "off":
+            if past_columns:
                 loss = loss + config.ago_weight * orthogonality_loss(trainee.pools, past_columns, config.ago)
             if past_inputs:
                 loss = loss + config.drift_weight * drift_loss(trainee.pools, past_inputs)

@@ -61,6 +61,7 @@ def write_run(
     settings = {**asdict(train_config("mini", method, seed=seed, ago="sum", router="learned")), **config}
     results = {"task": result, "union": {**result, "label_space": "union"}} if union else {"task": result}
     record = {"model": "mini", "pretrained": "mini", "order_seed": order_seed, "config": settings, "results": results}
+    record["devices"] = 1
     folder.mkdir(parents=True)
     (folder / "sequence.json").write_text(json.dumps({**record, "sources": list(sources)}))
     return folder

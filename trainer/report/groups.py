@@ -196,7 +196,7 @@ def _groups(runs: Sequence[Run]) -> tuple[Group, ...]:
 def _by_default(run: Run) -> bool:
     """Whether a run has the settings that its model and method have when none are given."""
     default = asdict(train_config(run.model, run.method))
-    return _settings(run) == {name: value for name, value in default.items() if name not in NOT_SETTINGS}
+    return all(run.config.get(name) == value for name, value in default.items() if name not in NOT_SETTINGS)
 
 
 def _label(method: str, run: Run, reference: Run) -> str:
