@@ -6,6 +6,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import open_clip
@@ -16,7 +17,6 @@ from torch import Tensor
 from exporter.errors import CheckpointError, UnsupportedModel
 from trainer.adapter import Adapter
 from trainer.backbone import Backbone, transformer_blocks
-from trainer.files import write_tensors
 from trainer.merge import STACKED, merge
 
 # open_clip's names of single tensors -> transformers'; those that transformers keeps transposed.
@@ -55,10 +55,9 @@ def save_open_clip(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -
     Raises:
         CheckpointError: the file can't be written.
     """
-    try:
-        write_tensors(out, merge(backbone.model.state_dict(), adapters))
-    except OSError as exc:
-        raise CheckpointError(f"checkpoint {out}: {exc.strerror}; give another --out") from exc
+    weights = merge(backbone.model.state_dict(), adapters)
+    with _staged(out) as staged:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, staged)
     # Proves that open_clip takes every tensor of it.
     open_clip.load_checkpoint(copy.deepcopy(backbone.model), str(out), strict=True)
     configured = (open_clip.get_model_config(backbone.model_name) or {}).get("quick_gelu", False)
@@ -75,15 +74,21 @@ def save_transformers(backbone: Backbone, adapters: Sequence[Adapter], out: Path
         CheckpointError: the folder can't be written, or holds something already.
     """
     tensors = dict(_renamed(merge(backbone.model.state_dict(), adapters), backbone.model_name))
+    with _staged(out) as folder:
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        for name, content in (("config", _config(backbone)), ("preprocessor_config", _preprocessing(backbone))):
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """Where to write what takes the place of ``out`` when all of it is there: a file, or a folder where none is yet."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
-            folder = Path(staging) / out.name
-            folder.mkdir()
-            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-            for name, content in (("config", _config(backbone)), ("preprocessor_config", _preprocessing(backbone))):
-                (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            folder.replace(out)
+            yield Path(staging) / out.name
+            (Path(staging) / out.name).replace(out)
     except OSError as exc:
         raise CheckpointError(f"checkpoint {out}: {exc.strerror}; give another --out") from exc
 
