@@ -240,6 +240,15 @@ def test_of_as_many_runs_the_reference_is_what_ends_best(tmp_path):
     assert [group.label for group in section.groups] == ["pool", "pool, router=learned"]
 
 
+def test_what_ablations_are_made_of_is_the_reference_and_they_are_called_by_what_they_change(tmp_path):
+    write_run(tmp_path / "base", iterations=50)
+    write_run(tmp_path / "better", iterations=50, router="fixed", matrix=[[60.0, 10.0], [60.0, 61.0]])
+    for seed in (0, 1):
+        write_run(tmp_path / f"slower{seed}", iterations=50, lr=1e-4, seed=seed)
+    (section,) = sections(read_runs(tmp_path))
+    assert [group.label for group in section.groups] == ["pool", "pool, lr=0.0001", "pool, router=fixed"]
+
+
 def test_the_model_s_own_settings_are_the_reference_where_some_run_has_them(tmp_path):
     write_run(tmp_path / "default", router="none", ago="off", matrix=[[60.0, 10.0], [10.0, 10.0]])
     for seed in (0, 1):

@@ -48,7 +48,8 @@ class Group:
     Attributes:
         label: the method, and each setting in which the group differs from the method's reference group.
         is_reference: the group of its method with the settings that the model has by default; where none has, that
-            with most runs; of those, the one that ends best.
+            which differs least from all others, as what ablations are made of does; of equals the one with most runs,
+            then the one that ends best.
         runs: by seed and order.
     """
 
@@ -182,9 +183,7 @@ def _groups(runs: Sequence[Run]) -> tuple[Group, ...]:
     groups = []
     for method in sorted(by_method, key=lambda name: (known.get(name, len(known)), name)):
         candidates = list(by_method[method].values())
-        reference = max(
-            candidates, key=lambda some: (_by_default(some[0]), len(some), mean(run.result.last for run in some))
-        )
+        reference = max(candidates, key=lambda some: _standing(some, candidates))
         rest = [some for some in candidates if some is not reference]
         labelled = sorted((_label(method, some[0], reference[0]), some) for some in rest)
         for label, some in [(method, reference), *labelled]:
@@ -199,11 +198,22 @@ def _by_default(run: Run) -> bool:
     return all(run.config.get(name) == value for name, value in default.items() if name not in NOT_SETTINGS)
 
 
+def _standing(some: list[Run], candidates: list[list[Run]]) -> tuple:
+    """The higher, the better a reference: see ``Group.is_reference``."""
+    apart = sum(len(_differing(some[0], others[0])) for others in candidates)
+    return _by_default(some[0]), -apart, len(some), mean(run.result.last for run in some)
+
+
 def _label(method: str, run: Run, reference: Run) -> str:
+    mine = _settings(run)
+    return ", ".join([method, *(f"{name}={mine.get(name, 'unset')}" for name in _differing(run, reference))])
+
+
+def _differing(run: Run, reference: Run) -> list[str]:
+    """Settings in which two runs differ, in the reference's order."""
     mine, theirs = _settings(run), _settings(reference)
     names = [*theirs, *(name for name in mine if name not in theirs)]
-    differing = [name for name in names if mine.get(name, "unset") != theirs.get(name, "unset")]
-    return ", ".join([method, *(f"{name}={mine.get(name, 'unset')}" for name in differing)])
+    return [name for name in names if mine.get(name, "unset") != theirs.get(name, "unset")]
 
 
 def _settings(run: Run) -> dict[str, Any]:
