@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exporter.errors import CheckpointError, UnsupportedModel
 from trainer.adapter import Adapter
-from trainer.backbone import Backbone, transformer_blocks
+from trainer.backbone import Backbone, configured_quick_gelu, transformer_blocks
 from trainer.merge import STACKED, merge
 
 # open_clip's names of single tensors -> transformers'; those that transformers keeps transposed.
@@ -60,8 +60,8 @@ def save_open_clip(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, staged)
     # Proves that open_clip takes every tensor of it.
     open_clip.load_checkpoint(copy.deepcopy(backbone.model), str(out), strict=True)
-    configured = (open_clip.get_model_config(backbone.model_name) or {}).get("quick_gelu", False)
-    return backbone.model_name if configured or not has_quick_gelu(backbone) else f"{backbone.model_name}-quickgelu"
+    named_for_it = configured_quick_gelu(backbone.model_name) or not has_quick_gelu(backbone)
+    return backbone.model_name if named_for_it else f"{backbone.model_name}-quickgelu"
 
 
 def save_transformers(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> None:

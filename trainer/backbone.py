@@ -122,13 +122,14 @@ def _create(model_name: str, pretrained: str) -> nn.Module:
             f"weights {pretrained!r} for {model_name}: neither a known tag nor a file here; {known} a checkpoint file, "
             "or 'random'"
         )
+    torchscript = is_file and _is_torchscript(Path(pretrained))
     if is_file:
-        _check_activation(model_name, Path(pretrained))
+        _check_activation(model_name, Path(pretrained), torchscript)
     try:
         # OpenAI's weights were trained with QuickGELU: open_clip's tags say so, its plain configurations don't.
         quick = open_clip.get_pretrained_cfg(model_name, pretrained).get("quick_gelu", False)
         with _quiet():
-            if is_file and _is_torchscript(Path(pretrained)):
+            if torchscript:
                 return _from_torchscript(model_name, pretrained)
             return open_clip.create_model(
                 model_name, pretrained=pretrained, require_pretrained=True, force_quick_gelu=quick
@@ -148,20 +149,25 @@ def _from_torchscript(model_name: str, file: str) -> nn.Module:
     return model
 
 
-def _check_activation(model_name: str, file: Path) -> None:
+def configured_quick_gelu(model_name: str) -> bool:
+    """Whether open_clip builds a model of this name with OpenAI's approximation of GELU."""
+    return bool((open_clip.get_model_config(model_name) or {}).get("quick_gelu", False))
+
+
+def _check_activation(model_name: str, file: Path, torchscript: bool) -> None:
     """Refuse a file that is known to be trained with another activation than the model has.
 
     QuickGELU's weights run under GELU, and the other way round, without an error, only worse. A file tells by the
     configuration that open_clip saves beside it, or by being a TorchScript archive: OpenAI's own, all QuickGELU.
     """
     beside = file.with_name("open_clip_config.json")
-    if _is_torchscript(file):
+    if torchscript:
         trained_quick = True
     elif beside.is_file():
         trained_quick = bool(json.loads(beside.read_text(encoding="utf-8"))["model_cfg"].get("quick_gelu", False))
     else:
         return
-    quick = bool(open_clip.get_model_config(model_name).get("quick_gelu", False))
+    quick = configured_quick_gelu(model_name)
     if quick != trained_quick:
         other = f"{model_name}-quickgelu" if trained_quick else model_name.removesuffix("-quickgelu")
         step = f"give --model {other}" if other in open_clip.list_models() else "give another model"
