@@ -1,4 +1,4 @@
-"""Merged weights for other programs: a checkpoint for open_clip, a folder for transformers."""
+"""For other programs: merged weights for open_clip and transformers, unmerged adapters for PEFT."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import open_clip
+import torch
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,6 +38,7 @@ NAMES = {
 TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 # The same for the layers of a block.
 LAYERS = {
+    **{f"attn.{name}": f"self_attn.{name}" for name in STACKED},
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
     "attn.out_proj": "self_attn.out_proj",
@@ -81,6 +83,40 @@ def save_transformers(backbone: Backbone, adapters: Sequence[Adapter], out: Path
             (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def save_peft(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> None:
+    """Write all adapters as one PEFT LoRA for the base weights in ``transformers.CLIPModel``.
+
+    Side by side they are a LoRA of their ranks' sum, exactly; their scaling is in its lora_B. Load it with
+    ``peft.PeftModel.from_pretrained(base, out)``, where ``base`` is what ``save_transformers`` writes without adapters,
+    or the published CLIP whose weights the base has.
+
+    Raises:
+        CheckpointError: there are no adapters, the folder can't be written, or it holds something already.
+    """
+    if not adapters:
+        raise CheckpointError("peft: no adapters to write; give the folder of 'trainer fit' with --adapters")
+    tensors, targets = {}, []
+    for module in adapters[0].modules():
+        lora_A, lora_B = zip(*(adapter.experts(module) for adapter in adapters), strict=True)  # noqa: N806
+        scaled = [adapter.scaling * columns for adapter, columns in zip(adapters, lora_B, strict=True)]
+        block, layer = _layer(module)
+        targets.append(f"{block}.{LAYERS[layer]}")
+        name = f"base_model.model.{targets[-1]}"
+        tensors |= {f"{name}.lora_A.weight": torch.cat(lora_A), f"{name}.lora_B.weight": torch.cat(scaled, dim=1)}
+    rank = len(tensors[f"{name}.lora_A.weight"])
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": targets,
+        "inference_mode": True,
+    }
+    with _staged(out) as folder:
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
     """Where to write what takes the place of ``out`` when all of it is there: a file, or a folder where none is yet."""
@@ -101,15 +137,13 @@ def has_quick_gelu(backbone: Backbone) -> bool:
 def _renamed(weights: dict[str, Tensor], model_name: str) -> Iterator[tuple[str, Tensor]]:
     """open_clip's tensors as transformers' CLIP has them: q, k and v apart, projections transposed."""
     for name, tensor in weights.items():
-        tower = next((tower for tower in TOWERS if name.startswith(f"{tower}.resblocks.")), None)
         if name in NAMES:
             yield NAMES[name], tensor.contiguous()
         elif name in TRANSPOSED:
             yield TRANSPOSED[name], tensor.T.contiguous()
-        elif tower:
-            number, _, rest = name.removeprefix(f"{tower}.resblocks.").partition(".")
+        elif ".resblocks." in name:
+            block, rest = _layer(name)
             layer, _, kind = rest.rpartition(".")
-            block = f"{TOWERS[tower]}.encoder.layers.{number}"
             if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
                 for projection, part in zip(STACKED, tensor.chunk(len(STACKED)), strict=True):
                     yield f"{block}.self_attn.{projection}.{kind.removeprefix('in_proj_')}", part.contiguous()
@@ -119,6 +153,13 @@ def _renamed(weights: dict[str, Tensor], model_name: str) -> Iterator[tuple[str,
                 raise _no_place(name, model_name)
         else:
             raise _no_place(name, model_name)
+
+
+def _layer(name: str) -> tuple[str, str]:
+    """transformers' name of the block that something of open_clip's is in, and what that is called there."""
+    tower, _, rest = name.partition(".resblocks.")
+    number, _, rest = rest.partition(".")
+    return f"{TOWERS[tower]}.encoder.layers.{number}", rest
 
 
 def _no_place(name: str, model_name: str) -> UnsupportedModel:

@@ -35,6 +35,7 @@ class Target(str, Enum):
     onnx = "onnx"
     open_clip = "open_clip"
     transformers = "transformers"
+    peft = "peft"
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def merge(
     adapters: Annotated[Path, typer.Option(help="Folder of adapter files.")] = Path("adapters"),
     repository: RepositoryOption = REPOSITORY,
     name: Annotated[str, typer.Option(help="Common name of the three models.")] = "clip",
-    out: Annotated[Path | None, typer.Option(help="Where to: a file for open_clip, a folder for transformers.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to: a file for open_clip, else a folder.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge all adapters, in the order they were learned, and check the result before it counts.
@@ -66,7 +67,7 @@ def merge(
     Example: exporter merge --to onnx --model mini
     """
     if (to is Target.onnx) != (out is None):
-        raise typer.BadParameter("--out belongs to --to open_clip and --to transformers, and must be given there")
+        raise typer.BadParameter("--out belongs to all that is not --to onnx, and must be given there")
     if not name.replace("-", "").replace("_", "").isalnum():
         raise typer.BadParameter(f"--name {name!r}: letters, digits, - and _ only")
     from trainer.adapter import load_lineage
@@ -78,16 +79,19 @@ def merge(
         lineage = load_lineage(adapters, backbone.fingerprint)
         tasks = [adapter.task for adapter in lineage]
         if out is not None:
-            from exporter.checkpoints import save_open_clip, save_transformers
+            from exporter.checkpoints import save_open_clip, save_peft, save_transformers
 
             status.update("merging")
+            loads = model
             if to is Target.open_clip:
                 loads = save_open_clip(backbone, lineage, out)
                 step = f"open_clip.create_model({loads!r}, pretrained={str(out)!r})"
-            else:
-                loads = model
+            elif to is Target.transformers:
                 save_transformers(backbone, lineage, out)
                 step = f"transformers.CLIPModel.from_pretrained({str(out)!r})"
+            else:
+                save_peft(backbone, lineage, out)
+                step = f"peft.PeftModel.from_pretrained(clip, {str(out)!r}), clip being the base in transformers"
             result = {"out": str(out), "model": loads, "tasks": tasks, "load": step}
             _print(result, as_json, f"{out}: {_learned(tasks)}. Load it with {step}")
             return

@@ -10,7 +10,7 @@ ExporterError
 │   ├── RepositoryBusy      another merge is writing
 │   ├── OtherBase           versions of other base weights are there
 │   └── ConfigChanged       a new config.pbtxt would differ from the one there
-├── CheckpointError         the open_clip checkpoint can't be written
+├── CheckpointError         nothing to write for another library, or no place to
 └── TritonError
     ├── TritonMissing       no tritonserver here
     ├── PortTaken

@@ -7,10 +7,11 @@ import open_clip
 import pytest
 import torch
 from open_clip.transformer import QuickGELU
+from peft import PeftModel
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from exporter.checkpoints import save_open_clip, save_transformers
+from exporter.checkpoints import save_open_clip, save_peft, save_transformers
 from exporter.errors import CheckpointError, UnsupportedModel
 from trainer.backbone import load_backbone, with_weights
 from trainer.merge import merge
@@ -63,6 +64,31 @@ def test_transformers_computes_the_same_features(mini, make_adapter, tmp_path, s
     torch.testing.assert_close(found.image_embeds, merged.encode_image(pixels, normalize=True), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.text_embeds, merged.encode_text(tokens, normalize=True), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.logit_scale, merged.logit_scale)
+
+
+@torch.no_grad()
+def test_peft_adds_all_adapters_to_the_base_in_transformers(mini, make_adapter, tmp_path, samples):
+    images, prompts = samples
+    first = make_adapter("digits")
+    adapters = [first, make_adapter("flags", parents=(first,), seed=1)]
+    save_transformers(mini, [], tmp_path / "base")
+    save_peft(mini, adapters, tmp_path / "lora")
+    base = CLIPModel.from_pretrained(tmp_path / "base")
+    model = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    assert {len(tensor) for name, tensor in model.state_dict().items() if "lora_A" in name} == {8}
+    merged = with_weights(mini, merge(mini.model.state_dict(), adapters)).model
+    pixels = torch.stack([mini.preprocess(image.convert("RGB")) for image in images])
+    tokens = mini.tokenizer(prompts)
+    found = model(input_ids=tokens, pixel_values=pixels)
+    torch.testing.assert_close(found.image_embeds, merged.encode_image(pixels, normalize=True), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.text_embeds, merged.encode_text(tokens, normalize=True), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found.image_embeds, mini.model.encode_image(pixels, normalize=True), atol=1e-4)
+
+
+def test_peft_without_adapters_is_refused(mini, tmp_path):
+    with pytest.raises(CheckpointError, match="no adapters to write"):
+        save_peft(mini, [], tmp_path / "lora")
+    assert os.listdir(tmp_path) == []
 
 
 def test_transformers_preprocesses_images_alike(mini, tmp_path, samples):

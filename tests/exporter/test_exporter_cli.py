@@ -107,6 +107,7 @@ def test_wrong_usage_is_status_2(arguments, monkeypatch):
 @pytest.mark.parametrize(("to", "out", "loads"), [
     ("open_clip", "merged.safetensors", "open_clip.create_model('mini', pretrained="),
     ("transformers", "merged", "transformers.CLIPModel.from_pretrained("),
+    ("peft", "lora", "peft.PeftModel.from_pretrained(clip, "),
 ])  # fmt: skip
 def test_merge_writes_for_other_libraries_and_says_how_to_load_it(
     to, out, loads, make_adapter, tmp_path, monkeypatch, capsys
