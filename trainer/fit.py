@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.adapter import Adapter
 from trainer.anchors import WordAnchors
 from trainer.backbone import Backbone, cut_to_longest, encode_text, with_weights
-from trainer.batches import Batches
+from trainer.batches import Batch, Batches
 from trainer.checkpoint import Checkpoint, Trainee
 from trainer.config import TrainConfig
 from trainer.errors import TaskAlreadyLearned
@@ -104,13 +104,13 @@ def fit(
         pools = attach_pools(model.model, config)
         try:
             batches = batches_of(task, model, config, fabric)
-            seconds = train(
-                [batches], model, pools, config, fabric,
+            objective = Objective(
+                model, pools, config, fabric,
                 past_columns=past_columns(lineage, base.device) if config.ago != "off" else {},
                 past_inputs=past_inputs(lineage, pools) if config.drift_weight else {},
-                checkpoint=checkpoint_of(unfinished, [task], base, config, fabric, parents),
-                resume=resume, on_step=on_step,
             )  # fmt: skip
+            checkpoint = checkpoint_of(unfinished, [task], base, config, fabric, parents)
+            seconds = train([batches], objective, checkpoint, resume=resume, on_step=on_step)
             tensors = pools.merged_tensors()
             if config.drift_weight:
                 tensors |= principal_inputs(task, model, pools, batches, config.drift_directions)
@@ -137,39 +137,70 @@ def fit(
     return Fitted(adapter, merged, accuracies, pools.num_trainable, seconds)
 
 
-def train(
-    batches: Sequence[Batches],
-    model: Backbone,
-    trainee: Trainee,
-    config: TrainConfig,
-    fabric: Fabric,
-    *,
-    past_columns: Mapping[str, Tensor],
-    past_inputs: Mapping[str, Tensor],
-    checkpoint: Checkpoint | None,
-    resume: bool,
-    on_step: Callable[[Step], None],
-) -> float:
-    """Train a model in place: its pools, or all its weights. Tasks take turns, ``config.iterations`` steps each.
+@dataclass(frozen=True)
+class Objective:
+    """What a training step minimises: CLIP's loss on its batch, and what keeps it off things known before.
 
     Every process sees its share of the images and all of the prompts; image features are gathered, so the loss is that
     of the whole batch wherever it is computed. The mean of the processes' gradients is then the gradient of that loss.
 
-    Args:
-        batches: of every task.
+    Attributes:
+        trainee: what is trained of the model: its pools, or all its weights.
         past_columns: what earlier tasks merged, which the AGO loss keeps off.
         past_inputs: what earlier tasks feed into the layers, where the drift loss keeps the outputs.
+    """
+
+    model: Backbone
+    trainee: Trainee
+    config: TrainConfig
+    fabric: Fabric
+    past_columns: Mapping[str, Tensor] = field(default_factory=dict)
+    past_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def loss(self, batch: Batch, anchors: WordAnchors | None = None, number: int = 1) -> Tensor:
+        """A scalar; ``number`` is the step, which draws the anchors' words."""
+        config, model = self.config, self.model.model
+        with self.fabric.autocast():
+            own_features = F.normalize(model.encode_image(batch.pixels), dim=-1)
+            image_features = self.fabric.all_gather(own_features, sync_grads=True).flatten(0, -2)
+            words = [anchors.tokens(number)] if anchors else []
+            tokens = cut_to_longest(torch.cat([batch.tokens, *words]))
+            text_features = F.normalize(encode_text(model, tokens), dim=-1)
+            prompt_features, word_features = text_features.tensor_split([len(batch.tokens)])
+            logit_scale = model.logit_scale.detach().exp()
+            loss = contrastive_loss(image_features, prompt_features[batch.text_of], batch.labels, logit_scale)
+            if self.past_columns:
+                loss = loss + config.ago_weight * orthogonality_loss(self.trainee.pools, self.past_columns, config.ago)
+            if self.past_inputs:
+                loss = loss + config.drift_weight * drift_loss(self.trainee.pools, self.past_inputs)
+            if anchors:
+                loss = loss + config.anchor_weight * anchors.loss(number, batch, own_features, word_features)
+        return loss
+
+
+def train(
+    batches: Sequence[Batches],
+    objective: Objective,
+    checkpoint: Checkpoint | None,
+    *,
+    resume: bool,
+    on_step: Callable[[Step], None],
+) -> float:
+    """Train the objective's model in place. Tasks take turns, ``config.iterations`` steps each.
+
+    Args:
+        batches: of every task.
 
     Returns:
         seconds spent.
     """
-    anchors = [WordAnchors(model, own, config.seed) for own in batches] if config.anchor_weight else []
+    model, trainee, config, fabric = objective.model, objective.trainee, objective.config, objective.fabric
+    anchors = [WordAnchors(model, own, config.seed) if config.anchor_weight else None for own in batches]
     parameters = list(trainee.parameters())
     adamw = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     optimizer = fabric.setup_optimizers(adamw)
     steps_before, seconds_before = checkpoint.load(trainee, adamw) if checkpoint and resume else (0, 0.0)
     iterations = config.iterations * len(batches)
-    logit_scale = model.model.logit_scale.detach().exp()
     started = time.perf_counter()
     model.model.train()
     for number in range(steps_before + 1, iterations + 1):
@@ -181,21 +212,7 @@ def train(
         turn, place = divmod(number - 1, len(batches))
         torch.manual_seed(random.Random(f"dropout {config.seed} {number}").getrandbits(63))
         batch = batches[place][turn + 1]
-        with fabric.autocast():
-            own_features = F.normalize(model.model.encode_image(batch.pixels), dim=-1)
-            image_features = fabric.all_gather(own_features, sync_grads=True).flatten(0, -2)
-            words = [anchors[place].tokens(turn + 1)] if anchors else []
-            tokens = cut_to_longest(torch.cat([batch.tokens, *words]))
-            text_features = F.normalize(encode_text(model.model, tokens), dim=-1)
-            prompt_features, word_features = text_features.tensor_split([len(batch.tokens)])
-            loss = contrastive_loss(image_features, prompt_features[batch.text_of], batch.labels, logit_scale)
-            if past_columns:
-                loss = loss + config.ago_weight * orthogonality_loss(trainee.pools, past_columns, config.ago)
-            if past_inputs:
-                loss = loss + config.drift_weight * drift_loss(trainee.pools, past_inputs)
-            if anchors:
-                held = anchors[place].loss(turn + 1, batch, own_features, word_features)
-                loss = loss + config.anchor_weight * held
+        loss = objective.loss(batch, anchors[place], turn + 1)
         optimizer.zero_grad()
         fabric.backward(loss)
         average_gradients(fabric, parameters)

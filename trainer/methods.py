@@ -27,7 +27,7 @@ from trainer.backbone import Backbone, with_weights
 from trainer.config import Method, TrainConfig
 from trainer.evaluate import Accuracies, evaluate
 from trainer.files import write_tensors
-from trainer.fit import Step, batches_of, checkpoint_of, fit, train
+from trainer.fit import Objective, Step, batches_of, checkpoint_of, fit, train
 from trainer.merge import merge
 from trainer.tasks import Task
 
@@ -135,12 +135,10 @@ class WeightsLearner:
         self._model = with_weights(run.base, self._model.model.state_dict())
         weights = AllWeights(self._model.model)
         try:
-            seconds = train(
-                [batches_of(task, self._model, run.config, run.fabric) for task in tasks],
-                self._model, weights, run.config, run.fabric, past_columns={}, past_inputs={}, resume=resume,
-                on_step=on_step,
-                checkpoint=checkpoint_of(run.unfinished, tasks, run.base, run.config, run.fabric, parents=()),
-            )  # fmt: skip
+            batches = [batches_of(task, self._model, run.config, run.fabric) for task in tasks]
+            objective = Objective(self._model, weights, run.config, run.fabric)
+            checkpoint = checkpoint_of(run.unfinished, tasks, run.base, run.config, run.fabric, parents=())
+            seconds = train(batches, objective, checkpoint, resume=resume, on_step=on_step)
         finally:
             weights.freeze()
         self._path = self._path_of(tasks)
