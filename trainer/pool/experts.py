@@ -51,10 +51,11 @@ class ExpertPool(nn.Module):
             return out + F.linear(F.linear(x, lora_A), lora_B) * self.scaling
         if self.leads:
             self.router(x)
-        hidden = F.linear(self.dropout(x), self.lora_A[self.router.active])
+        hidden = F.linear(self.dropout(x), self.lora_A[self.router.active]) * self.scaling
         if self.router.gate is not None:
             hidden = hidden * self.router.gate[:, None, :]
-        return out + F.linear(hidden, self.lora_B[:, self.router.active]) * self.scaling
+        # Experts as rows: the backward products of columns take ten times as long on a CPU.
+        return out + hidden @ self.lora_B.T[self.router.active]
 
     def merged_experts(self) -> tuple[Tensor, Tensor]:
         """``lora_A (k_merge, d_in)`` and ``lora_B (d_out, k_merge)`` of the most activated experts."""
