@@ -43,6 +43,7 @@ def main(args: list[str] | None = None) -> None:
         commands.Chain: sequence,
         commands.Evaluate: evaluate,
         commands.Report: report,
+        commands.Bench: bench,
     }
     try:
         command = commands.parse(args)
@@ -212,6 +213,35 @@ def evaluate(command: commands.Evaluate) -> None:
     for name, value in accuracies.items():
         table.add_row(name, f"{value:.1f}")
     stdout.print(table)
+
+
+def bench(command: commands.Bench) -> None:
+    """Time training steps."""
+    from trainer.bench import bench as bench_steps
+
+    with stderr.status(f"{command.pairs} pairs of steps of {command.model}"):
+        found = bench_steps(
+            command.model, command.pretrained, batch_size=command.batch_size, pairs=command.pairs,
+            accelerator=command.accelerator, precision=command.precision,
+        )  # fmt: skip
+    if command.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    title = f"A training step of {found.model}, {found.batch_size} images, {found.device}"
+    table = Table("step", "seconds", "images/s", "memory, GB", "time / pool's", title=title)
+    for name, seconds, memory, ratio in (
+        (f"pool, {found.precision}", found.pool_seconds, f"{found.pool_bytes / 1e9:.2f}", 1.0),
+        ("naive, 32-true", found.naive_seconds, f"{found.naive_bytes / 1e9:.2f}", found.speedup),
+        ("floor", found.floor_seconds, "", 1 / found.times_floor),
+    ):
+        table.add_row(name, f"{seconds:.3g}", f"{found.batch_size / seconds:.1f}", memory, f"{ratio:.2f}")
+    stdout.print(table)
+    stdout.print(
+        f"Floor: {found.floor_flops / 1e9:,.1f} billion operations of the frozen towers at "
+        f"{found.flops_per_second / 1e9:,.1f} billion a second, as matrix products of that size run here. In float32 "
+        f"losses differ by {found.loss_difference:.0e}, gradients by {found.gradient_difference:.0e} of their size.",
+        soft_wrap=True,
+    )
 
 
 def _fabric(command: commands.WithModel) -> Fabric:

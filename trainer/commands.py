@@ -14,6 +14,8 @@ import tyro
 from trainer.config import LabelSpace, Method, TrainConfig, train_config
 
 MODEL = "ViT-B-16"
+Accelerator = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ class WithModel:
     """Fetch a data set that is missing."""
     skip_unreadable: bool = False
     """Name images that can't be decoded and leave them out, instead of stopping; looks through all of them first."""
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    accelerator: Accelerator = "auto"
     """What to run on."""
     devices: int = 1
     """How many of it; each sees its own --batch-size images a step."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Precision = "32-true"
     """Of the forward and backward passes; weights and adapters stay in float32."""
     json: bool = False
     """Print JSON."""
@@ -129,7 +131,30 @@ class Evaluate(WithModel):
     """Adapters to merge; an empty or absent folder tests the base model."""
 
 
-def parse(args: Sequence[str] | None = None) -> Tasks | Fit | Chain | Evaluate | Report:
+@dataclass(frozen=True)
+class Bench:
+    """Time training steps beside naive ones, and beside the least that this machine could need.
+
+    Example: trainer bench --model mini
+    """
+
+    model: str = MODEL
+    """An open_clip ViT model, or 'mini'."""
+    pretrained: str = "random"
+    """Weights; speed doesn't depend on them."""
+    batch_size: int = 32
+    """Images a step."""
+    pairs: int = 5
+    """How many steps of each kind, in turn."""
+    accelerator: Accelerator = "auto"
+    """What to run on."""
+    precision: Precision = "32-true"
+    """Of the pool's step; the naive step is in float32."""
+    json: bool = False
+    """Print JSON."""
+
+
+def parse(args: Sequence[str] | None = None) -> Tasks | Fit | Chain | Evaluate | Report | Bench:
     """The command of a command line; exits with 2 on one that can't be read.
 
     A model and a method have their own training defaults, so they are looked up first: ``--help`` shows what will be
@@ -150,6 +175,7 @@ def parse(args: Sequence[str] | None = None) -> Tasks | Fit | Chain | Evaluate |
         | Annotated[Chain, tyro.conf.subcommand("sequence", default=chain)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
     )
     return tyro.cli(
         command,

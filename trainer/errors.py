@@ -93,3 +93,7 @@ class BrokenChain(AdapterError):
 
 class ReportError(TrainerError):
     """No runs to report on, or a record that can't be read."""
+
+
+class BenchError(TrainerError):
+    """What is to be compared doesn't do the same."""

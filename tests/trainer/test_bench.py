@@ -1,0 +1,60 @@
+import json
+
+import pytest
+import torch
+
+from trainer import bench
+from trainer.bench import DensePool, Steps, frozen_flops, random_batch
+from trainer.cli import main
+from trainer.errors import BenchError
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return Steps("mini", "random", 4, "cpu", "32-true")
+
+
+def test_both_steps_have_the_same_loss_and_gradients(steps):
+    loss, gradients = steps.differences()
+    assert loss < 1e-5
+    assert gradients < 1e-4
+    assert steps.pools.num_trainable == 359_424
+
+
+def test_a_step_that_differs_is_not_timed(steps, monkeypatch):
+    monkeypatch.setattr(bench, "Steps", lambda *_: steps)
+    right = DensePool.forward
+    monkeypatch.setattr(DensePool, "forward", lambda self, x: 1.01 * right(self, x))
+    with pytest.raises(BenchError, match="of the two steps differ by"):
+        bench.bench("mini", "random", batch_size=4, pairs=1, accelerator="cpu", precision="32-true")
+
+
+def test_after_a_naive_step_the_pools_are_back(steps):
+    before = {path: pool.lora_B.clone() for path, pool in steps.pools.pools.items()}
+    steps.naive()
+    for path, pool in steps.pools.pools.items():
+        assert steps._model.get_submodule(path) is pool
+        assert not torch.equal(pool.lora_B, before[path]), path
+
+
+def test_the_floor_counts_the_frozen_products_forward_and_back(mini):
+    """By hand for the image tower: every product of a block passes twice, and attention's two products three times."""
+    batch = random_batch(mini, 2)
+    layers, width, tokens = 6, 192, 17
+    linear = layers * 2 * (2 * tokens) * 12 * width**2
+    attention = layers * 2 * 2 * 2 * tokens**2 * width
+    patches = 2 * 2 * 16 * (3 * 16 * 16) * width
+    head = 2 * 2 * width * 192
+    image = 2 * (linear + head) + 3 * attention + patches
+    text_only = frozen_flops(mini.model, batch) - image
+    assert 0 < text_only < image
+
+
+def test_bench_prints_what_it_measured(capsys):
+    main(["bench", "--model", "mini", "--batch-size", "4", "--pairs", "2", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["trainable_parameters"] == 359_424
+    assert found["floor_seconds"] == pytest.approx(found["floor_flops"] / found["flops_per_second"])
+    assert min(found[f"{kind}_{what}"] for kind in ("pool", "naive") for what in ("seconds", "bytes")) > 0
+    assert found["speedup"] > 0
+    assert found["times_floor"] > 0
