@@ -222,7 +222,7 @@ def bench(command: commands.Bench) -> None:
     with stderr.status(f"{command.pairs} pairs of steps of {command.model}"):
         found = bench_steps(
             command.model, command.pretrained, batch_size=command.batch_size, pairs=command.pairs,
-            accelerator=command.accelerator, precision=command.precision,
+            accelerator=command.accelerator, precision=_precision(command),
         )  # fmt: skip
     if command.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
@@ -248,10 +248,20 @@ def _fabric(command: commands.WithModel) -> Fabric:
     """The devices of a command; with several, this process becomes one of them."""
     from lightning_fabric import Fabric
 
-    fabric = Fabric(accelerator=command.accelerator, devices=command.devices, precision=command.precision)
+    fabric = Fabric(accelerator=command.accelerator, devices=command.devices, precision=_precision(command))
     with _stdout_to_stderr():  # gloo greets there, from C++
         fabric.launch()
     return fabric
+
+
+def _precision(command: commands.WithModel | commands.Bench) -> str:
+    """What was asked for, or what the device is best at."""
+    import torch
+
+    if command.precision != "auto":
+        return command.precision
+    on_gpu = command.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 @contextlib.contextmanager

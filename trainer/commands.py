@@ -15,7 +15,7 @@ from trainer.config import LabelSpace, Method, TrainConfig, train_config
 
 MODEL = "ViT-B-16"
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class WithModel:
     """What to run on."""
     devices: int = 1
     """How many of it; each sees its own --batch-size images a step."""
-    precision: Precision = "32-true"
-    """Of the forward and backward passes; weights and adapters stay in float32."""
+    precision: Precision = "auto"
+    """Of the towers in training: bf16-mixed on a GPU that has it, else 32-true. Weights and adapters are float32."""
     json: bool = False
     """Print JSON."""
 
@@ -148,7 +148,7 @@ class Bench:
     """How many steps of each kind, in turn."""
     accelerator: Accelerator = "auto"
     """What to run on."""
-    precision: Precision = "32-true"
+    precision: Precision = "auto"
     """Of the pool's step; the naive step is in float32."""
     json: bool = False
     """Print JSON."""

@@ -160,21 +160,22 @@ class Objective:
     def loss(self, batch: Batch, anchors: WordAnchors | None = None, number: int = 1) -> Tensor:
         """A scalar; ``number`` is the step, which draws the anchors' words."""
         config, model = self.config, self.model.model
+        words = [anchors.tokens(number)] if anchors else []
+        tokens = cut_to_longest(torch.cat([batch.tokens, *words]))
         with self.fabric.autocast():
-            own_features = F.normalize(model.encode_image(batch.pixels), dim=-1)
-            image_features = self.fabric.all_gather(own_features, sync_grads=True).flatten(0, -2)
-            words = [anchors.tokens(number)] if anchors else []
-            tokens = cut_to_longest(torch.cat([batch.tokens, *words]))
-            text_features = F.normalize(encode_text(model, tokens), dim=-1)
-            prompt_features, word_features = text_features.tensor_split([len(batch.tokens)])
-            logit_scale = model.logit_scale.detach().exp()
-            loss = contrastive_loss(image_features, prompt_features[batch.text_of], batch.labels, logit_scale)
-            if self.past_columns:
-                loss = loss + config.ago_weight * orthogonality_loss(self.trainee.pools, self.past_columns, config.ago)
-            if self.past_inputs:
-                loss = loss + config.drift_weight * drift_loss(self.trainee.pools, self.past_inputs)
-            if anchors:
-                loss = loss + config.anchor_weight * anchors.loss(number, batch, own_features, word_features)
+            encoded = model.encode_image(batch.pixels), encode_text(model, tokens)
+        # In float32 whatever the towers are in: at a scale of 100, bfloat16's rounding moves a logit by tenths.
+        own_features, text_features = (F.normalize(features.float(), dim=-1) for features in encoded)
+        image_features = self.fabric.all_gather(own_features, sync_grads=True).flatten(0, -2)
+        prompt_features, word_features = text_features.tensor_split([len(batch.tokens)])
+        logit_scale = model.logit_scale.detach().exp()
+        loss = contrastive_loss(image_features, prompt_features[batch.text_of], batch.labels, logit_scale)
+        if self.past_columns:
+            loss = loss + config.ago_weight * orthogonality_loss(self.trainee.pools, self.past_columns, config.ago)
+        if self.past_inputs:
+            loss = loss + config.drift_weight * drift_loss(self.trainee.pools, self.past_inputs)
+        if anchors:
+            loss = loss + config.anchor_weight * anchors.loss(number, batch, own_features, word_features)
         return loss
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from trainer import commands
 from trainer.adapter import load_adapter
-from trainer.cli import main
+from trainer.cli import _precision, main
 
 QUICK = ["--model", "mini", "--iterations", "2", "--shots", "2", "--batch-size", "4"]
 
@@ -211,6 +212,22 @@ def test_an_unreadable_image_stops_the_command_unless_it_may_be_skipped(capsys, 
     assert captured.err.startswith(f"skipped: image {path} can't be read")
     assert captured.err.count("\n") == 1
     assert set(json.loads(captured.out)["accuracy"]) == {"bolts"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "accelerator", "gpu", "bf16", "precision"),
+    [
+        ("auto", "auto", True, True, "bf16-mixed"),
+        ("auto", "cuda", True, False, "32-true"),
+        ("auto", "cpu", True, True, "32-true"),
+        ("auto", "auto", False, True, "32-true"),
+        ("32-true", "auto", True, True, "32-true"),
+    ],
+)
+def test_towers_train_in_bfloat16_where_a_gpu_has_it(monkeypatch, asked, accelerator, gpu, bf16, precision):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
+    assert _precision(commands.Bench(precision=asked, accelerator=accelerator)) == precision
 
 
 def test_a_dry_run_says_how_big_and_how_long_and_writes_nothing(capsys, tmp_path):
