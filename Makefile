@@ -23,10 +23,11 @@ demo: install
 
 results: install
 	$(BIN)/python -m trainer.studies.mini --out runs/results
-	$(BIN)/python -m trainer.studies.towers runs/results/methods/pool/order-0-seed-0 \
-	  runs/results/ablations/no-anchors/order-0-seed-0 --out runs/results/towers.json
-	$(BIN)/trainer report runs/results/methods
-	$(BIN)/trainer report runs/results/ablations
+	$(BIN)/python -m trainer.studies.towers runs/results/short/methods/pool/order-0-seed-0 \
+	  runs/results/short/ablations/no-anchors/order-0-seed-0 --out runs/results/towers.json
+	$(BIN)/trainer report runs/results/long/methods
+	$(BIN)/trainer report runs/results/long
+	$(BIN)/trainer report runs/results/short
 
 scale: install
 	$(BIN)/python -m trainer.studies.scale --out runs/scale

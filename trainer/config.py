@@ -97,7 +97,7 @@ MEASURES = ("transfer", "average", "last", "forgetting")
 
 # What differs from the published settings: where all weights are trained, and where a model is better off otherwise.
 ALL_WEIGHTS = {"lr": 1e-5}
-MINI = {"shots": 16, "iterations": 100, "dropout": 0.0}
+MINI = {"shots": 16, "iterations": 300, "dropout": 0.0}
 PRESETS: dict[str, dict[Method, dict[str, Any]]] = {
     "": {"finetune": ALL_WEIGHTS, "joint": ALL_WEIGHTS},
     "mini": {
@@ -107,10 +107,10 @@ PRESETS: dict[str, dict[Method, dict[str, Any]]] = {
             "router": "none",
             "consolidate": 0.5,
             "ago": "off",
-            "drift_weight": 100.0,
-            "anchor_weight": 1.0,
+            "drift_weight": 1600.0,
+            "anchor_weight": 4.0,
         },
-        "lora": {**MINI, "lr": 5e-4},
+        "lora": {**MINI, "lr": 2.5e-4},
         "finetune": {**MINI, "lr": 1e-4},
         "joint": {**MINI, "lr": 3e-4},
     },

@@ -1,6 +1,6 @@
 """Which half of an update does what: a run's first adapter, merged into one tower alone and into both.
 
-Run: python -m trainer.studies.towers runs/results/methods/pool/order-0-seed-0
+Run: python -m trainer.studies.towers runs/results/short/methods/pool/order-0-seed-0
 """
 
 from __future__ import annotations

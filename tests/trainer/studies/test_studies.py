@@ -1,5 +1,7 @@
 import json
 import shlex
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,31 +12,45 @@ from trainer.studies import mini, scale, towers
 from trainer.tasks import load_task
 
 
-def test_every_run_of_the_study_is_a_command_that_can_be_read(tmp_path):
-    lines = [line for part in mini.PARTS.values() for line in part(tmp_path)]
-    parsed = [commands.parse(shlex.split(line)[1:]) for line in lines]
-    assert len({command.out for command in parsed}) == len(parsed)
-    assert all(isinstance(command, commands.Chain) and command.tasks == ("mini",) for command in parsed)
+def chains(part, length):
+    """The commands of a part, as the trainer reads them."""
+    return [commands.parse(shlex.split(line)[1:]) for line in mini.PARTS[part](Path("out", part), length)]
 
 
-def test_settings_are_searched_on_validation_images_only(tmp_path):
-    def chains(part):
-        return [commands.parse(shlex.split(line)[1:]) for line in mini.PARTS[part](tmp_path)]
+@pytest.mark.parametrize("length", mini.LENGTHS)
+def test_every_run_of_the_study_is_a_command_that_can_be_read(length):
+    found = [command for part in mini.PARTS for command in chains(part, length)]
+    assert len({command.out for command in found}) == len(found)
+    assert all(isinstance(command, commands.Chain) and command.tasks == ("mini",) for command in found)
+    assert {command.train.iterations for command in found} == {{"long": 300, "short": 100}[length]}
 
-    assert all(command.validate for command in chains("search"))
-    assert not any(command.validate for part in ("methods", "ablations", "orders") for command in chains(part))
+
+@pytest.mark.parametrize("length", mini.LENGTHS)
+def test_settings_are_searched_on_validation_images_only(length):
+    assert all(command.validate for command in chains("search", length))
+    assert not any(command.validate for part in ("methods", "ablations", "orders") for command in chains(part, length))
 
 
-def test_methods_and_orders_make_every_pair_of_seed_and_order(tmp_path):
-    found = [commands.parse(shlex.split(line)[1:]) for part in (mini.methods, mini.orders) for line in part(tmp_path)]
+@pytest.mark.parametrize("length", mini.LENGTHS)
+def test_methods_and_orders_make_every_pair_of_seed_and_order(length):
+    found = chains("methods", length) + chains("orders", length)
     for method in ("pool", "lora", "finetune"):
         pairs = [(command.train.seed, command.order_seed) for command in found if command.method == method]
         assert sorted(pairs) == [(seed, order) for seed in mini.SEEDS for order in mini.ORDERS]
 
 
-def test_a_baseline_s_preset_is_one_of_the_rates_searched():
-    for method, rates in mini.RATES.items():
-        assert commands.train_config("mini", method).lr in rates
+@pytest.mark.parametrize("length", mini.LENGTHS)
+def test_a_baseline_runs_at_one_of_the_rates_searched(length):
+    for command in chains("methods", length):
+        if command.method != "pool":
+            assert command.train.lr in mini.RATES[length][command.method]
+
+
+def test_an_ablation_changes_its_flag_and_nothing_else():
+    (base,) = (c.train for c in chains("methods", "short") if c.method == "pool" and c.train.seed == 0)
+    for command in chains("ablations", "short"):
+        if command.out.parent.name == "firmer" and command.train.seed == 0:
+            assert command.train == replace(base, anchor_weight=4.0, drift_weight=400.0)
 
 
 @pytest.mark.slow
