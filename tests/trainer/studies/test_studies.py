@@ -65,7 +65,7 @@ def test_scale_compares_the_last_task_with_the_second(tmp_path, capsys):
 @pytest.mark.slow
 def test_halves_of_an_update_are_tested_apart(mini, tmp_path, capsys):
     tasks = [load_task("emoji"), load_task("flags")]
-    config = train_config("mini", iterations=3, shots=2, lr=5e-2)
+    config = train_config("mini", iterations=3, shots=2, lr=5e-2, anchor_weight=1.0)
     result = run_sequence(tasks, mini, config, tmp_path / "run")["task"]
     towers.main((tmp_path / "run",), out=tmp_path / "towers.json")
     measured = json.loads((tmp_path / "towers.json").read_text())[0]
