@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
@@ -85,5 +86,7 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes held so far: on a GPU by torch, else by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts kibibytes
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, whose getrusage counts what the parent process held, too
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"))[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,10 +1,11 @@
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from trainer import bench
-from trainer.bench import DensePool, Steps, frozen_flops, random_batch
+from trainer.bench import DensePool, Steps, _peak, frozen_flops, random_batch
 from trainer.cli import main
 from trainer.errors import BenchError
 
@@ -48,6 +49,11 @@ def test_the_floor_counts_the_frozen_products_forward_and_back(mini):
     image = 2 * (linear + head) + 3 * attention + patches
     text_only = frozen_flops(mini.model, batch) - image
     assert 0 < text_only < image
+
+
+def test_memory_is_that_of_a_process_of_its_own():
+    ballast = torch.ones(2**29)  # two gigabytes that the other process never holds
+    assert _peak(partial(Steps, "mini", "random", 4, "cpu", "32-true"), "pool") < ballast.nbytes
 
 
 def test_bench_prints_what_it_measured(capsys):
