@@ -17,6 +17,20 @@ from trainer.backbone import load_backbone, with_weights
 from trainer.merge import merge
 
 
+def as_tensors(backbone, samples):
+    """Real images and prompts as the towers take them."""
+    images, prompts = samples
+    return torch.stack([backbone.preprocess(image.convert("RGB")) for image in images]), backbone.tokenizer(prompts)
+
+
+def assert_same_features(model, expected, pixels, tokens):
+    """transformers' model computes what open_clip's does; its outputs."""
+    found = model(input_ids=tokens, pixel_values=pixels)
+    torch.testing.assert_close(found.image_embeds, expected.encode_image(pixels, normalize=True), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.text_embeds, expected.encode_text(tokens, normalize=True), atol=1e-5, rtol=1e-5)
+    return found
+
+
 @torch.no_grad()
 def test_checkpoint_is_loaded_by_open_clip(mini, make_adapter, tmp_path, samples):
     adapters = [make_adapter("digits")]
@@ -43,7 +57,6 @@ def test_weights_trained_with_quick_gelu_are_loaded_by_the_name_that_has_it(tmp_
 @torch.no_grad()
 @pytest.mark.parametrize("quick", [False, True])
 def test_transformers_computes_the_same_features(mini, make_adapter, tmp_path, samples, quick):
-    images, prompts = samples
     adapters = [make_adapter("digits")]
     backbone = with_weights(mini, mini.model.state_dict())
     if quick:
@@ -58,17 +71,13 @@ def test_transformers_computes_the_same_features(mini, make_adapter, tmp_path, s
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     merged = with_weights(backbone, merge(backbone.model.state_dict(), adapters)).model
-    pixels = torch.stack([mini.preprocess(image.convert("RGB")) for image in images])
-    tokens = mini.tokenizer(prompts)
-    found = model(input_ids=tokens, pixel_values=pixels)
-    torch.testing.assert_close(found.image_embeds, merged.encode_image(pixels, normalize=True), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.text_embeds, merged.encode_text(tokens, normalize=True), atol=1e-5, rtol=1e-5)
+    pixels, tokens = as_tensors(mini, samples)
+    assert_same_features(model, merged, pixels, tokens)
     torch.testing.assert_close(model.logit_scale, merged.logit_scale)
 
 
 @torch.no_grad()
 def test_peft_adds_all_adapters_to_the_base_in_transformers(mini, make_adapter, tmp_path, samples):
-    images, prompts = samples
     first = make_adapter("digits")
     adapters = [first, make_adapter("flags", parents=(first,), seed=1)]
     save_transformers(mini, [], tmp_path / "base")
@@ -77,11 +86,8 @@ def test_peft_adds_all_adapters_to_the_base_in_transformers(mini, make_adapter, 
     model = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
     assert {len(tensor) for name, tensor in model.state_dict().items() if "lora_A" in name} == {8}
     merged = with_weights(mini, merge(mini.model.state_dict(), adapters)).model
-    pixels = torch.stack([mini.preprocess(image.convert("RGB")) for image in images])
-    tokens = mini.tokenizer(prompts)
-    found = model(input_ids=tokens, pixel_values=pixels)
-    torch.testing.assert_close(found.image_embeds, merged.encode_image(pixels, normalize=True), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.text_embeds, merged.encode_text(tokens, normalize=True), atol=1e-5, rtol=1e-5)
+    pixels, tokens = as_tensors(mini, samples)
+    found = assert_same_features(model, merged, pixels, tokens)
     assert not torch.allclose(found.image_embeds, mini.model.encode_image(pixels, normalize=True), atol=1e-4)
 
 
