@@ -102,6 +102,8 @@ def bench(
                 f"{name} of the two steps differ by {difference:.1e} of their size, rounding explains {TOLERANCE:g}; "
                 "one of them is wrong, so their times say nothing"
             )
+    bare = load_backbone(model, pretrained)
+    floor_flops = frozen_flops(bare.model, random_batch(bare, batch_size))
     timed = (steps.pool, steps.naive, steps.product)
     for step in timed:
         step()
@@ -120,10 +122,10 @@ def bench(
         pool_seconds=statistics.median(pool),
         naive_seconds=statistics.median(naive),
         speedup=statistics.median(slow / fast for slow, fast in zip(naive, pool, strict=True)),
-        floor_flops=steps.frozen_flops,
+        floor_flops=floor_flops,
         flops_per_second=rate,
-        floor_seconds=steps.frozen_flops / rate,
-        times_floor=statistics.median(fast * its / steps.frozen_flops for fast, its in zip(pool, rates, strict=True)),
+        floor_seconds=floor_flops / rate,
+        times_floor=statistics.median(fast * its / floor_flops for fast, its in zip(pool, rates, strict=True)),
         pool_bytes=_peak(build, "pool"),
         naive_bytes=_peak(build, "naive"),
     )
@@ -135,7 +137,6 @@ class Steps:
     Experts are picked without a router: the votes of prompts that occur twice would count twice in the naive step.
 
     Attributes:
-        frozen_flops: see ``BenchResult.floor_flops``.
         product_flops: floating-point operations of ``product``.
     """
 
@@ -147,7 +148,6 @@ class Steps:
         backbone.model.to(self.device)
         self._model = backbone.model
         self._batch = random_batch(backbone, batch_size)
-        self.frozen_flops = frozen_flops(self._model, self._batch)
         config = replace(
             train_config(model), router="none", ago="off", drift_weight=0.0, anchor_weight=0.0, consolidate=0.0
         )
