@@ -25,7 +25,8 @@ from torch.export import Dim
 
 from exporter.config import IR_VERSION, OPSET, PRODUCER
 from exporter.errors import UnsupportedModel
-from trainer.backbone import Backbone, encode_text
+from trainer.backbone import Backbone
+from trainer.towers import encode_text
 
 PROTOBUF_LIMIT = 2**31 - 1
 

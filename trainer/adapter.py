@@ -23,7 +23,7 @@ from torch import Tensor
 from trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, WrongBase
 from trainer.files import write_tensors
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.backbone import Backbone, cut_to_longest, encode_text
+from trainer.backbone import Backbone
 from trainer.batches import Batch, Batches
+from trainer.towers import cut_to_longest, encode_text
 
 TEMPLATE = "a photo of a {}"
 WORDS_PER_STEP = 32

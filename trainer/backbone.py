@@ -22,6 +22,7 @@ from open_clip.transformer import Attention, CustomResidualAttentionBlock, Resid
 from torch import Tensor, nn
 
 from trainer.errors import UnknownModel, UnsupportedModel, WeightsError
+from trainer.towers import cut_to_longest, encode_text, read_at_cls
 
 MINI = Path(__file__).parent / "mini"
 open_clip.add_model_config(MINI / "mini.json")
@@ -37,7 +38,8 @@ class Backbone:
     """A CLIP as open_clip builds it, in float32 and eval mode, with all that belongs to it.
 
     Attributes:
-        model: open_clip's own module; its weights may be replaced by merged ones, its layers never.
+        model: open_clip's own module, but for the image tower's last block (``trainer.towers``); its weights may be
+            replaced by merged ones, its layers never.
         preprocess: open_clip's transform, PIL image -> float32 tensor (3, image_size, image_size).
         tokenizer: open_clip's tokenizer, list of str -> int64 tensor (batch, context_length).
         fingerprint: SHA-256 of the base weights, whatever file they came from.
@@ -83,6 +85,7 @@ def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
     label = pretrained or Path(DEFAULT_PRETRAINED.get(model_name, "openai")).stem
     model = _create(model_name, pretrained or DEFAULT_PRETRAINED.get(model_name, "openai"))
     check_supported(model, model_name)
+    read_at_cls(model)
     transform = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     return Backbone(
         model_name=model_name,
@@ -231,29 +234,6 @@ def fingerprint(state_dict: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.numpy().data)
     return digest.hexdigest()
-
-
-def cut_to_longest(tokens: Tensor) -> Tensor:
-    """Drop the columns after the last EOT of a batch of tokens (batch, seq_len).
-
-    The text tower is causal and read at EOT, so what follows it can't matter: exact, and several times cheaper.
-    """
-    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
-
-
-def encode_text(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
-    """Text features (batch, embed_dim), not normalised, of tokens (batch, seq_len) of any length up to the context.
-
-    open_clip's own ``encode_text`` takes the full context only; this one is equal to it on every length.
-    """
-    length = tokens.shape[1]
-    x = model.token_embedding(tokens) + model.positional_embedding[:length]
-    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
-    x = model.ln_final(x)
-    x = x[torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]
-    if isinstance(model.text_projection, nn.Linear):
-        return model.text_projection(x)
-    return x if model.text_projection is None else x @ model.text_projection
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """What a training step costs: beside a naive step, and beside the least that this machine could need.
 
 The naive step follows the formulas to the letter: each image has a prompt of its own, read over the whole context;
-experts are multiplied out into dense updates; attention is written out; float32. Both steps come to the same loss and
-the same gradients, which is checked before anything is timed, so all that differs is time and memory.
+every block computes every token; experts are multiplied out into dense updates; attention is written out; dropout is
+torch's; float32. Both steps come to the same loss and the same gradients, which is checked before anything is timed, so
+all that differs is time and memory.
 
 The floor is the arithmetic that no method of this kind can avoid: the frozen towers' forward pass and the backward pass
 that carries gradients through them, at the rate at which the machine multiplies matrices of their size.
@@ -30,13 +31,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.backbone import Backbone, cut_to_longest, encode_text, load_backbone
+from trainer.backbone import Backbone, load_backbone
 from trainer.batches import Batch
 from trainer.config import train_config
 from trainer.dry_run import peak_memory
 from trainer.errors import BenchError
 from trainer.fit import Objective, one_device
 from trainer.pool import ExpertPool, attach_pools, contrastive_loss
+from trainer.towers import ClsBlock, cut_to_longest, encode_text
 
 NUM_CLASSES = 100
 TEMPLATE = "a photo of a {}, a kind of thing."
@@ -206,7 +208,7 @@ class Steps:
 
     def _naive_loss(self) -> Tensor:
         model, batch = self._model, self._batch
-        with self._multiplied_out(), sdpa_kernel(SDPBackend.MATH):
+        with self._multiplied_out(), every_token(model), sdpa_kernel(SDPBackend.MATH):
             image_features = model.encode_image(batch.pixels, normalize=True)
             text_features = model.encode_text(batch.tokens[batch.text_of], normalize=True)
             return contrastive_loss(image_features, text_features, batch.labels, model.logit_scale.exp())
@@ -241,7 +243,19 @@ class DensePool(nn.Module):
         pool.router(x)
         active = pool.router.active
         update = pool.scaling * pool.lora_B[:, active] @ pool.lora_A[active]
-        return pool.base_layer(x) + F.linear(pool.dropout(x), update)
+        return pool.base_layer(x) + F.linear(F.dropout(x, pool.dropout.p), update)
+
+
+@contextmanager
+def every_token(model: open_clip.CLIP) -> Iterator[None]:
+    """The image tower's last block computes all of its tokens, as open_clip's own does."""
+    last = model.visual.transformer.resblocks[-1]
+    if isinstance(last, ClsBlock):
+        last.forward = super(ClsBlock, last).forward
+    try:
+        yield
+    finally:
+        vars(last).pop("forward", None)
 
 
 def random_batch(backbone: Backbone, batch_size: int) -> Batch:

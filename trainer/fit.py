@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.adapter import Adapter
 from trainer.anchors import WordAnchors
-from trainer.backbone import Backbone, cut_to_longest, encode_text, with_weights
+from trainer.backbone import Backbone, with_weights
 from trainer.batches import Batch, Batches
 from trainer.checkpoint import Checkpoint, Trainee
 from trainer.config import TrainConfig
@@ -26,6 +26,7 @@ from trainer.merge import merge
 from trainer.moments import drift_loss, past_inputs, principal_inputs
 from trainer.pool import attach_pools, contrastive_loss, detach_pools, orthogonality_loss
 from trainer.tasks import Task
+from trainer.towers import cut_to_longest, encode_text
 
 MIN_LR = 1e-6
 

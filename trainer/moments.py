@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.adapter import Adapter
-from trainer.backbone import Backbone, cut_to_longest, encode_text
+from trainer.backbone import Backbone
 from trainer.batches import Batches
 from trainer.pool import ExpertPool, PoolSet
 from trainer.tasks import Task
+from trainer.towers import cut_to_longest, encode_text
 
 CHUNK = 128
 MAX_IMAGES = 1024
@@ -29,7 +30,7 @@ def principal_inputs(
 ) -> dict[str, Tensor]:
     """Per layer, ``<module>.inputs (directions, d_in)``: rows whose outer products add up to nearly E[x x^T].
 
-    Layers that see the same input, as q, k and v do, have one entry, that of the first.
+    Layers that see the same input, as q, k and v do, have one entry: that of k, for in the last block q sees less.
 
     Args:
         backbone: the model that has just learned the task, its pools still attached.
@@ -105,7 +106,7 @@ def drift_loss(pools: Mapping[str, ExpertPool], past: Mapping[str, Tensor]) -> T
 def _input_of(module: str) -> str:
     """The layer under whose name a layer's inputs are kept."""
     parent, _, name = module.rpartition(".")
-    return f"{parent}.q_proj" if name in ("k_proj", "v_proj") else module
+    return f"{parent}.k_proj" if name in ("q_proj", "v_proj") else module
 
 
 def _factor(moment: Tensor, directions: int) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("trainer", "exporter", "client")
-SEAMS = {"trainer.adapter", "trainer.backbone", "trainer.errors", "trainer.merge", "trainer.tasks"}
+SEAMS = {"trainer.adapter", "trainer.backbone", "trainer.errors", "trainer.merge", "trainer.tasks", "trainer.towers"}
 
 
 def imports_of(room):

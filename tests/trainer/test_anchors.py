@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from trainer.anchors import WORDS_PER_STEP, WordAnchors
-from trainer.backbone import encode_text, with_weights
+from trainer.backbone import with_weights
 from trainer.batches import Batches
 from trainer.config import train_config
 from trainer.errors import ConfigError
 from trainer.evaluate import evaluate
 from trainer.fit import fit
 from trainer.tasks import load_task
+from trainer.towers import encode_text
 
 
 @pytest.fixture(scope="module")

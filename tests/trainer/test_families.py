@@ -9,11 +9,12 @@ import torch
 
 from exporter.release import release
 from exporter.repository import Repository
-from trainer.backbone import encode_text, load_backbone
+from trainer.backbone import load_backbone
 from trainer.config import train_config
 from trainer.fit import fit
 from trainer.pool import attach_pools
 from trainer.tasks import sample
+from trainer.towers import encode_text
 
 OWN_ATTENTION = {
     "qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True,
@@ -63,7 +64,9 @@ def learns(backbone, digits):
     """Fresh pools change nothing, two steps train every layer, and what they leave behind is merged."""
     pixels = torch.randn(2, 3, *[backbone.image_size] * 2, generator=torch.Generator().manual_seed(0))
     tokens = backbone.tokenizer(["a cat", "the letter q, drawn by hand"])
-    before = backbone.model.encode_image(pixels), backbone.model.encode_text(tokens)
+    plain = open_clip.create_model(backbone.model_name)
+    plain.load_state_dict(backbone.model.state_dict())
+    before = plain.eval().encode_image(pixels), plain.encode_text(tokens)
     attached = copy.deepcopy(backbone.model)
     attach_pools(attached, train_config("mini"))
     for found, expected in zip((attached.encode_image(pixels), encode_text(attached, tokens)), before, strict=True):

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from trainer.adapter import Adapter, load_adapter, save_adapter
-from trainer.backbone import encode_text, with_weights
+from trainer.backbone import with_weights
 from trainer.batches import Batches
 from trainer.config import train_config
 from trainer.fit import fit
 from trainer.moments import drift_loss, past_inputs, principal_inputs
 from trainer.pool import attach_pools, detach_pools
 from trainer.tasks import load_task
+from trainer.towers import encode_text
 
 QUICK = {"iterations": 3, "shots": 2, "batch_size": 8}
 
@@ -38,7 +39,7 @@ def test_inputs_are_the_principal_part_of_the_second_moment(mini):
     attached = attach_pools(model.model, config)
     rows = principal_inputs(task, model, attached, batches, directions=192)
     detach_pools(attached)
-    name = "visual.transformer.resblocks.0.attn.q_proj"
+    name = "visual.transformer.resblocks.0.attn.k_proj"
     seen = []
     hook = mini.model.visual.transformer.resblocks[0].ln_1.register_forward_hook(lambda *a: seen.append(a[2]))
     with torch.no_grad():
@@ -65,7 +66,7 @@ def test_texts_count_up_to_their_eot(mini):
     """A moment of prompts doesn't change when they stand in a batch with a longer one."""
     task, config = load_task("emoji"), train_config("mini", **QUICK)
     rows = principal_inputs_of(mini, task, Batches(task, mini, config), config, directions=128)
-    got = rows["transformer.resblocks.0.attn.q_proj.inputs"]
+    got = rows["transformer.resblocks.0.attn.k_proj.inputs"]
     seen = []
     hook = mini.model.transformer.resblocks[0].ln_1.register_forward_hook(lambda *a: seen.append(a[2][0]))
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_drift_is_the_relative_change_of_outputs_written_out(first, pools):
     changes = []
     for module, pool in pools.pools.items():
         pool.lora_B.data = torch.randn(pool.lora_B.shape, generator=generator)
-        source = module.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+        source = module.replace("q_proj", "k_proj").replace("v_proj", "k_proj")
         x = first.adapter.tensors[f"{source}.inputs"]
         delta = pool.scaling * (pool.lora_B @ pool.lora_A).detach()
         changes.append((x @ delta.T).square().sum() / (x @ pool.weight.T).square().sum())

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import PoolConfig
+from trainer.pool.dropout import ByteDropout
 from trainer.pool.router import Router
 
 
@@ -32,7 +33,7 @@ class ExpertPool(nn.Module):
         self.router = router
         self.leads = leads
         self.scaling = config.alpha / config.rank
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = ByteDropout(config.dropout)
         weight = base_layer.weight
         self.lora_A = nn.Parameter(torch.empty(config.rank, weight.shape[1], device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], config.rank, device=weight.device))
@@ -51,7 +52,7 @@ class ExpertPool(nn.Module):
             return out + F.linear(F.linear(x, lora_A), lora_B) * self.scaling
         if self.leads:
             self.router(x)
-        hidden = F.linear(self.dropout(x), self.lora_A[self.router.active]) * self.scaling
+        hidden = F.linear(self.dropout(x), self.lora_A[self.router.active]) * (self.scaling / self.dropout.kept)
         if self.router.gate is not None:
             hidden = hidden * self.router.gate[:, None, :]
         # Experts as rows: the backward products of columns take ten times as long on a CPU.

@@ -160,3 +160,13 @@ def test_pools_that_share_a_router_use_the_choice_of_the_one_that_leads(x):
     torch.testing.assert_close(out, added_by_hand(follower, other, active), atol=1e-5, rtol=1e-5)
     assert torch.equal(leader.router.activation_counts, before)
     assert torch.equal(follower.merged_experts()[0], follower.lora_A[leader.router.most_activated()])
+
+
+@torch.no_grad()
+def test_dropout_leaves_the_mean_of_what_experts_add(x):
+    torch.manual_seed(1)
+    pool = fresh_pool(dataclasses.replace(CONFIG, router="none", dropout=0.25)).train()
+    nn.init.normal_(pool.lora_B)
+    expected = added_by_hand(pool, x, range(CONFIG.k_active)) - pool.base_layer(x)
+    added = torch.stack([pool(x) - pool.base_layer(x) for _ in range(4000)])
+    torch.testing.assert_close(added.mean(0), expected, atol=0.1 * float(expected.std()), rtol=0)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from trainer.adapter import Adapter
-from trainer.backbone import encode_text, load_backbone, transformer_blocks
+from trainer.backbone import load_backbone, transformer_blocks
 from trainer.config import PoolConfig
 from trainer.merge import merge
 from trainer.pool import attach_pools, detach_pools
+from trainer.towers import encode_text
 
 CONFIG = PoolConfig(dropout=0.0)
 
