@@ -138,10 +138,22 @@ def _create(model_name: str, pretrained: str) -> nn.Module:
                 model_name, pretrained=pretrained, require_pretrained=True, force_quick_gelu=quick
             )
     except Exception as exc:  # open_clip raises RuntimeError, OSError, hub and pickle errors alike
+        step = (
+            "give a checkpoint file that fits with --pretrained FILE" if is_file else _by_hand(model_name, pretrained)
+        )
         raise WeightsError(
             f"weights {pretrained!r} for {model_name} could not be loaded: {type(exc).__name__}: "
-            f"{' '.join(str(exc).split())[:300]}; give a checkpoint file that fits with --pretrained FILE"
+            f"{' '.join(str(exc).split())[:300]}; {step}"
         ) from exc
+
+
+def _by_hand(model_name: str, tag: str) -> str:
+    """How to come by a tag's weights without the network that open_clip needs."""
+    known = open_clip.get_pretrained_cfg(model_name, tag)
+    address = known.get("url") or f"open_clip_model.safetensors of https://huggingface.co/{known['hf_hub'].rstrip('/')}"
+    quick = f"{model_name}-quickgelu"
+    fits = quick if known.get("quick_gelu") and quick in open_clip.list_models() else model_name
+    return f"fetch {address} where there is a network, then give --model {fits} --pretrained FILE"
 
 
 def _from_torchscript(model_name: str, file: str) -> nn.Module:

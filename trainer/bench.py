@@ -96,6 +96,7 @@ def bench(
         BenchError: the two steps differ by more than rounding.
     """
     build = partial(Steps, model, pretrained, batch_size, accelerator, precision)
+    pool_bytes, naive_bytes = _peak(build, "pool"), _peak(build, "naive")  # while this process holds little itself
     steps = build()
     loss_difference, gradient_difference = steps.differences()
     for name, difference in (("losses", loss_difference), ("gradients", gradient_difference)):
@@ -128,8 +129,8 @@ def bench(
         flops_per_second=rate,
         floor_seconds=floor_flops / rate,
         times_floor=statistics.median(fast * its / floor_flops for fast, its in zip(pool, rates, strict=True)),
-        pool_bytes=_peak(build, "pool"),
-        naive_bytes=_peak(build, "naive"),
+        pool_bytes=pool_bytes,
+        naive_bytes=naive_bytes,
     )
 
 

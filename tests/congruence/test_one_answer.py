@@ -1,9 +1,10 @@
-"""Merged weights in PyTorch, ONNX Runtime, Triton through the client: one answer on real images and prompts."""
+"""Merged weights in open_clip, ours, ONNX Runtime, Triton through the client: one answer on real images and prompts."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnxruntime
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,14 @@ def answers(mini, fitted, repository, server, images, prompts):
     """(image features, text features) of version 2 by every way there is."""
     pixels, tokens = torch.stack([mini.preprocess(image) for image in images]), mini.tokenizer(prompts)
     answers = {}
+    plain = open_clip.create_model("mini").eval()
+    plain.load_state_dict(fitted.backbone.model.state_dict())
     with torch.no_grad():
-        model = fitted.backbone.model
-        answers["PyTorch, merged"] = (
-            F.normalize(model.encode_image(pixels), dim=-1).numpy(),
-            F.normalize(model.encode_text(tokens), dim=-1).numpy(),
-        )
+        for name, model in (("open_clip, merged", plain), ("PyTorch, merged", fitted.backbone.model)):
+            answers[name] = (
+                F.normalize(model.encode_image(pixels), dim=-1).numpy(),
+                F.normalize(model.encode_text(tokens), dim=-1).numpy(),
+            )
     feeds = ("image", to_uint8(pixels, mini.mean, mini.std)), ("text", tokens.to(torch.int32).numpy())
     answers["ONNX Runtime"] = tuple(
         session.run(None, {session.get_inputs()[0].name: feed})[0]
@@ -54,7 +57,7 @@ def answers(mini, fitted, repository, server, images, prompts):
 
 
 def test_every_way_gives_the_same_features(answers):
-    reference = answers["PyTorch, merged"]
+    reference = answers["open_clip, merged"]
     for name, features in answers.items():
         for ours, theirs in zip(features, reference, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=ATOL, rtol=0, err_msg=name)

@@ -62,6 +62,30 @@ def test_what_can_not_be_loaded_is_named(arguments, error, says):
 
 
 @pytest.mark.parametrize(
+    ("name", "tag", "fetch", "give"),
+    [
+        ("ViT-B-16", "openai", "/ViT-B-16.pt where there is", "--model ViT-B-16-quickgelu --pretrained FILE"),
+        (
+            "ViT-B-16",
+            "laion2b_s34b_b88k",
+            "ViT-B-16-laion2B-s34B-b88K where",
+            "--model ViT-B-16 --pretrained FILE",
+        ),
+    ],
+)
+def test_without_a_network_it_says_what_to_fetch(monkeypatch, name, tag, fetch, give):
+    def offline(*_arguments, **_settings):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(WeightsError, match="Name or service not known") as caught:
+        load_backbone(name, tag)
+    assert fetch in str(caught.value)
+    assert give in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("attribute", "value", "says"), [("text_pool_type", "last", "EOT"), ("attn_mask", None, "not causal")]
 )
 def test_towers_that_are_read_otherwise_are_refused(mini, attribute, value, says):

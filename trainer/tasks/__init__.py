@@ -97,7 +97,7 @@ def _availability(name: str, data: Path) -> Availability:
     try:
         task = load_task(name, data)
     except TaskDataMissing:
-        step = "provide the folder, its download is dead" if mtil.SOURCES[name].by_hand else "--download fetches it"
+        step = "provide the folder, its download is dead" if mtil.SOURCES[name].dead else "--download fetches it"
         return Availability(name, 0, 0, 0, str(data / mtil.SOURCES[name].folder), step)
     return Availability(name, len(task.class_names), len(task.load("train")), len(task.load("test")), task.source, "")
 

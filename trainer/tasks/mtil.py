@@ -42,6 +42,15 @@ CALTECH = {
 }
 
 
+# Addresses that torchvision keeps inside its functions.
+CALTECH_URL = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip"
+EUROSAT_URL = (
+    "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip"
+)
+FLOWERS_URL = datasets.Flowers102._download_url_prefix
+DEAD = "its download is dead: copy the data set there, in torchvision's layout"
+
+
 @dataclass(frozen=True)
 class _Source:
     """How torchvision builds a data set, and what it calls things.
@@ -50,22 +59,24 @@ class _Source:
         build: (root, split, download) -> data set; a split of None means that it has none.
         folder: what to look for below the data root.
         needs: what has to be in that folder.
+        by_hand: how to provide it without torchvision's download; ``{root}`` is the data root.
         splits: torchvision's names of train and test; empty where the data set has none.
         labels: data set -> index of the class of every image.
         class_names: data set -> class names.
         files: data set -> the image files that its annotations name.
-        by_hand: the download is dead; the folder has to be provided.
+        dead: the download is; the folder has to be provided.
     """
 
     build: Callable
     folder: str
     needs: tuple[str, ...]
+    by_hand: str
     templates: tuple[str, ...]
     splits: tuple = ()
     labels: Callable[[object], Sequence[int]] = lambda d: d._labels
     class_names: Callable[[object], Sequence[str]] = lambda d: d.classes
     files: Callable[[object], Sequence[str | Path]] = lambda d: ()
-    by_hand: bool = False
+    dead: bool = False
 
 
 def _sun397(root: str, split: None, download: bool) -> datasets.SUN397:
@@ -81,6 +92,7 @@ SOURCES = {
         lambda root, split, download: datasets.FGVCAircraft(root, split=split, download=download),
         "fgvc-aircraft-2013b",
         ("data/variants.txt", "data/images_variant_trainval.txt", "data/images_variant_test.txt", "data/images"),
+        f"unpack {datasets.FGVCAircraft._URL} in {{root}}",
         ("a photo of a {}, a type of aircraft", "a photo of the {}, a type of aircraft"),
         ("trainval", "test"),
         files=lambda d: d._image_files,
@@ -89,6 +101,7 @@ SOURCES = {
         lambda root, split, download: datasets.Caltech101(root, download=download),
         "caltech101",
         ("101_ObjectCategories/BACKGROUND_Google", "101_ObjectCategories/Faces"),
+        f"unpack {CALTECH_URL}, and 101_ObjectCategories.tar.gz that is in it, in {{root}}/caltech101",
         ("a photo of a {}", "a picture of a {}", "a drawing of a {}"),
         labels=lambda d: d.y,
         class_names=lambda d: [CALTECH.get(name, name) for name in d.categories],
@@ -97,6 +110,7 @@ SOURCES = {
         lambda root, split, download: datasets.CIFAR100(root, train=split, download=download),
         "cifar-100-python",
         ("train", "test", "meta"),
+        f"unpack {datasets.CIFAR100.url} in {{root}}",
         ("a photo of a {}", "a blurry photo of a {}", "a low contrast photo of a {}"),
         (True, False),
         labels=lambda d: d.targets,
@@ -105,6 +119,7 @@ SOURCES = {
         lambda root, split, download: datasets.DTD(root, split=split, download=download),
         "dtd",
         ("dtd/labels/train1.txt", "dtd/labels/test1.txt", "dtd/images"),
+        f"unpack {datasets.DTD._URL} in {{root}}/dtd",
         ("a photo of a {} texture", "a photo of a {} pattern", "a photo of a {} thing"),
         ("train", "test"),
         files=lambda d: d._image_files,
@@ -113,6 +128,7 @@ SOURCES = {
         lambda root, split, download: datasets.EuroSAT(root, download=download),
         "eurosat",
         ("2750",),
+        f"unpack {EUROSAT_URL} in {{root}}/eurosat",
         ("a centered satellite photo of {}", "a satellite photo of {}"),
         labels=lambda d: d.targets,
         class_names=lambda d: EUROSAT,
@@ -121,6 +137,7 @@ SOURCES = {
         lambda root, split, download: datasets.Flowers102(root, split=split, download=download),
         "flowers-102",
         ("imagelabels.mat", "setid.mat", "jpg"),
+        f"unpack {FLOWERS_URL}102flowers.tgz in {{root}}/flowers-102, imagelabels.mat and setid.mat from there beside",
         ("a photo of a {}, a type of flower",),
         ("train", "test"),
         class_names=lambda d: FLOWERS,
@@ -130,6 +147,7 @@ SOURCES = {
         lambda root, split, download: datasets.Food101(root, split=split, download=download),
         "food-101",
         ("meta/train.json", "meta/test.json", "images"),
+        f"unpack {datasets.Food101._URL} in {{root}}",
         ("a photo of {}, a type of food", "a photo of a plate of {}"),
         ("train", "test"),
         files=lambda d: d._image_files,
@@ -143,6 +161,7 @@ SOURCES = {
             "raw/t10k-images-idx3-ubyte",
             "raw/t10k-labels-idx1-ubyte",
         ),
+        f"put the four files from {datasets.MNIST.mirrors[0]}, unpacked, in {{root}}/MNIST/raw",
         ('a photo of the number "{}"', 'a handwritten "{}"'),
         (True, False),
         labels=lambda d: d.targets.tolist(),
@@ -152,6 +171,7 @@ SOURCES = {
         lambda root, split, download: datasets.OxfordIIITPet(root, split=split, download=download),
         "oxford-iiit-pet",
         ("annotations/trainval.txt", "annotations/test.txt", "images"),
+        f"unpack {' and '.join(url for url, _ in datasets.OxfordIIITPet._RESOURCES)} in {{root}}/oxford-iiit-pet",
         ("a photo of a {}, a type of pet",),
         ("trainval", "test"),
         files=lambda d: d._images,
@@ -166,19 +186,21 @@ SOURCES = {
             "cars_train",
             "cars_test",
         ),
+        DEAD,
         ("a photo of a {}", "a photo of my {}", "a photo of my new {}"),
         ("train", "test"),
         labels=lambda d: [label for _, label in d._samples],
         files=lambda d: [path for path, _ in d._samples],
-        by_hand=True,
+        dead=True,
     ),
     "sun397": _Source(
         _sun397,
         "SUN397",
         ("ClassName.txt", "a/abbey"),
+        DEAD,
         ("a photo of a {}", "a photo of the {}"),
         files=lambda d: d._image_files,
-        by_hand=True,
+        dead=True,
     ),
 }
 
@@ -226,28 +248,29 @@ def missing(name: str, root: Path) -> str:
     lacking = [path for path in source.needs if not (folder / path).exists()]
     if not lacking:
         return ""
-    if source.by_hand:
-        step = "its download is dead: copy the data set there, in torchvision's layout"
-    elif folder.is_dir():
-        step = "remove that folder and fetch it with --download"
-    else:
-        step = "fetch it with --download, or name the folder it is in with --data"
+    step = source.by_hand.format(root=root)
+    if folder.is_dir() and not source.dead:
+        step = f"remove that folder and give --download, or {step}"
+    elif not source.dead:
+        step = f"give --download, or {step}; or name the folder that has {source.folder} with --data"
     return f"no {', '.join(lacking)} in {folder}; {step}"
 
 
 def _build(name: str, source: _Source, root: Path, split: object, download: bool) -> object:
     """torchvision's data set of one split, its failures sorted into ours."""
     folder = root / source.folder
-    fetch = download and not source.by_hand and not folder.is_dir()
+    fetch = download and not source.dead and not folder.is_dir()
     if not fetch and (lacking := missing(name, root)):
         raise TaskDataMissing(f"task {name!r}: {lacking}")
     try:
         dataset = source.build(str(root), split, fetch)
     except (ImportError, OSError, RuntimeError, ValueError, KeyError) as exc:  # torchvision's words for all that fails
-        raise TaskDataMissing(
-            f"task {name!r}: {folder} can't be read ({type(exc).__name__}: {' '.join(str(exc).split())[:200]}); "
-            f"{'copy it there again' if source.by_hand else 'remove it and fetch it with --download'}"
-        ) from exc
+        reason = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
+        by_hand = source.by_hand.format(root=root)
+        if fetch:
+            raise TaskDataMissing(f"task {name!r}: can't be downloaded ({reason}); {by_hand}") from exc
+        again = by_hand if source.dead else f"remove it and give --download, or {by_hand}"
+        raise TaskDataMissing(f"task {name!r}: {folder} can't be read ({reason}); {again}") from exc
     if absent := _absent(source.files(dataset)):
         raise TaskDataMissing(
             f"task {name!r}: {len(absent)} of its images are missing, such as {absent[0]}; provide them"

@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import re
 import shutil
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -170,7 +172,22 @@ def test_what_is_missing_is_named(name, data):
     with pytest.raises(TaskDataMissing) as caught:
         load_task(name, root)
     assert f"task {name!r}: no {source.needs[0]} in {root / source.folder}; " in str(caught.value)
-    assert ("copy the data set there" if source.by_hand else "--download") in str(caught.value)
+    assert ("copy the data set there" if source.dead else "--download") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name, source in mtil.SOURCES.items() if not source.dead])
+def test_without_a_network_it_says_what_to_fetch_and_where_to_put_it(name, tmp_path, monkeypatch):
+    def offline(*_arguments, **_settings):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    for download in (False, True):
+        with pytest.raises(TaskDataMissing) as caught:
+            load_task(name, tmp_path, download=download)
+        said = str(caught.value)
+        assert ("Name or service not known" in said) == download
+        assert re.search(rf"https?://\S+[^;]* in {tmp_path}", said), said
+        assert "\n" not in said
 
 
 @pytest.mark.parametrize("name", ["stanford-cars", "sun397"])
