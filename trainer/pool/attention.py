@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from open_clip.transformer import Attention
 from torch import Tensor, nn
 
+from trainer.pool.experts import ExpertPool
+
 
 class SplitAttention(nn.Module):
     """Self-attention with q, k, v and out as layers of their own; called as nn.MultiheadAttention is."""
@@ -31,12 +33,14 @@ class SplitAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 
     def _heads(self, *inputs: Tensor) -> list[Tensor]:
-        """q, k and v, each (batch, heads, seq_len, head_dim)."""
+        """q, k and v, each (batch, heads, seq_len, head_dim). Pools that see one input share its dropout."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        return [
-            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for layer, x in zip(layers, inputs, strict=True)
-        ]
+        if all(isinstance(layer, ExpertPool) for layer in layers):
+            dropped = {x: self.q_proj.dropout(x) for x in set(inputs)}
+            outputs = [layer(x, dropped[x]) for layer, x in zip(layers, inputs, strict=True)]
+        else:
+            outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+        return [out.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for out in outputs]
 
 
 class SplitOwnAttention(SplitAttention):

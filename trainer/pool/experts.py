@@ -44,15 +44,20 @@ class ExpertPool(nn.Module):
         """The base layer's weight: open_clip asks a block's ``c_fc`` for its dtype."""
         return self.base_layer.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (batch, seq_len, d_in) -> (batch, seq_len, d_out)."""
+    def forward(self, x: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """x (batch, seq_len, d_in) -> (batch, seq_len, d_out).
+
+        Args:
+            dropped: what dropout has left of x, where the caller has it already.
+        """
         out = self.base_layer(x)
         if not self.training:
             lora_A, lora_B = self.merged_experts()  # noqa: N806
             return out + F.linear(F.linear(x, lora_A), lora_B) * self.scaling
         if self.leads:
             self.router(x)
-        hidden = F.linear(self.dropout(x), self.lora_A[self.router.active]) * (self.scaling / self.dropout.kept)
+        dropped = self.dropout(x) if dropped is None else dropped
+        hidden = F.linear(dropped, self.lora_A[self.router.active]) * (self.scaling / self.dropout.kept)
         if self.router.gate is not None:
             hidden = hidden * self.router.gate[:, None, :]
         # Experts as rows: the backward products of columns take ten times as long on a CPU.

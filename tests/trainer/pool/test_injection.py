@@ -111,3 +111,18 @@ def test_merged_weights_equal_the_pool_restricted_to_the_merged_experts(mini, mo
     assert not torch.allclose(image, mini.model.encode_image(inputs[0]), atol=1e-3), "the pools must do something"
     torch.testing.assert_close(merged.encode_image(inputs[0]), image, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(merged.encode_text(inputs[1]), text, atol=1e-4, rtol=1e-4)
+
+
+def test_pools_that_see_one_input_share_its_dropout(model, inputs):
+    """q, k and v of one block; in the last one q sees [CLS] alone, and has a dropout of its own."""
+    pools = attach_pools(model, PoolConfig(dropout=0.5)).pools
+    drawn = []
+    for pool in pools.values():
+        pool.dropout.register_forward_hook(lambda _module, inputs, output: drawn.append((inputs[0], output)))
+    model.train().encode_image(inputs[0])
+    blocks = len(model.visual.transformer.resblocks)
+    assert len(drawn) == 4 * blocks + 1
+    assert len({id(x) for x, _ in drawn}) == len(drawn)
+    for x, dropped in drawn:
+        assert 0.3 < (dropped == 0).float().mean() < 0.7
+        assert torch.equal(dropped[dropped != 0], x[dropped != 0])
