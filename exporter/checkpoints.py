@@ -62,6 +62,11 @@ def save_open_clip(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, staged)
     # Proves that open_clip takes every tensor of it.
     open_clip.load_checkpoint(copy.deepcopy(backbone.model), str(out), strict=True)
+    return architecture(backbone)
+
+
+def architecture(backbone: Backbone) -> str:
+    """The name by which open_clip builds this very model: QuickGELU may need another than the one that was given."""
     named_for_it = configured_quick_gelu(backbone.model_name) or not has_quick_gelu(backbone)
     return backbone.model_name if named_for_it else f"{backbone.model_name}-quickgelu"
 

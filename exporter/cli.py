@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import sys
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from exporter.errors import ExporterError, RepositoryError
+from exporter.errors import ExporterError, RepositoryEmpty, RepositoryError
 from trainer.errors import TrainerError
+
+if TYPE_CHECKING:
+    from exporter.repository import Repository
+    from exporter.switch import Switched
 
 app = typer.Typer(
     name="exporter",
@@ -24,8 +31,15 @@ app = typer.Typer(
 )
 REPOSITORY = Path("model_repository")
 PARITY_IMAGES = 16
+DEFAULT_SERVER = "127.0.0.1:8001"
 
 RepositoryOption = Annotated[Path, typer.Option(help="The Triton model repository.")]
+NameOption = Annotated[str, typer.Option(help="Common name of the three models.")]
+UrlOption = Annotated[
+    list[str] | None,
+    typer.Option(help=f"A server to switch, by gRPC or http://; again for more. Left out: {DEFAULT_SERVER}, if there."),
+]
+TimeoutOption = Annotated[float, typer.Option(min=1, help="Seconds that loading may take.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -56,13 +70,14 @@ def merge(
     ] = None,
     adapters: Annotated[Path, typer.Option(help="Folder of adapter files.")] = Path("adapters"),
     repository: RepositoryOption = REPOSITORY,
-    name: Annotated[str, typer.Option(help="Common name of the three models.")] = "clip",
+    name: NameOption = "clip",
     out: Annotated[Path | None, typer.Option(help="Where to: a file for open_clip, else a folder.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge all adapters, in the order they were learned, and check the result before it counts.
 
-    Version 1 of a repository is the base; each merge adds the next number.
+    Version 1 of a repository is the base; each merge adds the next number. The first ones are served at once, later
+    ones once they are promoted.
 
     Example: exporter merge --to onnx --model mini
     """
@@ -105,7 +120,8 @@ def merge(
     line = (
         f"{repository}: {name} version {result.version}, {_learned(tasks)}; ONNX Runtime is within "
         f"{max(parity.image_max_abs, parity.text_max_abs):.1e} of PyTorch, the graph is the base's own; "
-        f"{result.seconds:.1f} s"
+        f"{result.seconds:.1f} s. "
+        + ("It is served" if result.served == result.version else f"Serve it: exporter promote {result.version}")
     )
     _print(result.to_dict(), as_json, line)
 
@@ -116,7 +132,7 @@ def serve(
     repository: RepositoryOption = REPOSITORY,
     port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0 takes free ports.")] = 8001,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")] = 8000,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that loading may take.")] = 120.0,
+    timeout: TimeoutOption = 120.0,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show Triton's log.")] = False,
 ) -> None:
     """Run a local Triton on loopback until Ctrl-C, or while COMMAND runs, and exit with its status.
@@ -130,7 +146,7 @@ def serve(
     from exporter.triton import serve as serve_triton
 
     console = Console(stderr=True)
-    versions = {r.name: r.versions() for r in repositories(repository)}
+    versions = {r.name: r.standing() for r in repositories(repository)}
     if command:
         find_command(command)
     signal.signal(signal.SIGTERM, _terminate)
@@ -155,7 +171,7 @@ def serve(
 
 @app.command()
 def versions(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
-    """Show the versions in a repository: what they have learned, on which base.
+    """Show every version: what it has learned, on which base, where it comes from, whether it is served.
 
     Example: exporter versions
     """
@@ -163,24 +179,151 @@ def versions(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = Fa
 
     from exporter.repository import repositories
 
-    cards = [r.card(version) for r in repositories(repository) for version in r.versions()]
+    rows = [_summary(r, version) for r in repositories(repository) for version in r.versions()]
     if as_json:
-        print(json.dumps([_summary(card) for card in cards], ensure_ascii=False))
+        print(json.dumps(rows, ensure_ascii=False))
         return
-    table = Table("model", "version", "tasks", "base")
-    for card in cards:
-        row = _summary(card)
+    table = Table("model", "version", "", "tasks", "precision", "made", "base")
+    for row in rows:
         base = f"{row['base']['model_name']} ({row['base']['pretrained']}) {row['base']['fingerprint'][:8]}"
-        table.add_row(row["model"], str(row["version"]), ", ".join(row["tasks"]) or "none: the base", base)
+        state = "served" if row["served"] else "standing" if row["standing"] else "resting"
+        tasks = ", ".join(row["tasks"]) or "none: the base"
+        table.add_row(row["model"], str(row["version"]), state, tasks, row["precision"], row["date"][:10], base)
     Console().print(table)
 
 
-def _summary(card: dict) -> dict:
+@app.command()
+def verify(
+    version: Annotated[int | None, typer.Argument(help="Which one; all of them if left out.")] = None,
+    repository: RepositoryOption = REPOSITORY,
+    name: NameOption = "clip",
+    as_json: JsonOption = False,
+) -> None:
+    """Prove versions again: files unaltered, graph the base's own, answers PyTorch's. Needs no adapters.
+
+    Example: exporter verify 2
+    """
+    from exporter.repository import Repository
+    from exporter.verify import verify as verify_version
+    from trainer.tasks import sample
+
+    found = Repository(repository, name)
+    numbers = [version] if version is not None else found.versions()
+    if not numbers:
+        raise RepositoryEmpty(
+            f"repository {repository}: no version of {name!r}; write one with: exporter merge --to onnx"
+        )
+    images, prompts = sample(PARITY_IMAGES)
+    with Console(stderr=True).status("verifying"):
+        results = [verify_version(found, number, images, prompts) for number in numbers]
+    lines = [
+        f"{name} version {result.version}: files unaltered, ONNX Runtime is within "
+        f"{max(result.parity.image_max_abs, result.parity.text_max_abs):.1e} of PyTorch"
+        for result in results
+    ]
+    print(json.dumps([result.to_dict() for result in results]) if as_json else "\n".join(lines))
+
+
+@app.command()
+def promote(
+    version: Annotated[int, typer.Argument(help="Which one; exporter versions shows them.")],
+    repository: RepositoryOption = REPOSITORY,
+    name: NameOption = "clip",
+    url: UrlOption = None,
+    timeout: TimeoutOption = 120.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve a version, on disk and in running Tritons, without losing a request.
+
+    The version served so far serves on until the new one is loaded and warm, and stays loaded for the way back.
+
+    Example: exporter promote 3
+    """
+    from exporter.repository import Repository
+    from exporter.switch import promote as promote_version
+
+    with Console(stderr=True).status("promoting") as status:
+        result = promote_version(
+            Repository(repository, name), version, _servers(url), timeout_s=timeout, report=status.update
+        )
+    _print(result.to_dict(), as_json, _switched(result))
+
+
+@app.command()
+def rollback(
+    repository: RepositoryOption = REPOSITORY,
+    name: NameOption = "clip",
+    url: UrlOption = None,
+    timeout: TimeoutOption = 120.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve what was served before; once more for the one before that.
+
+    Example: exporter rollback
+    """
+    from exporter.repository import Repository
+    from exporter.switch import rollback as roll_back
+
+    with Console(stderr=True).status("rolling back") as status:
+        result = roll_back(Repository(repository, name), _servers(url), timeout_s=timeout, report=status.update)
+    _print(result.to_dict(), as_json, _switched(result))
+
+
+@app.command()
+def prune(
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions to keep.")],
+    repository: RepositoryOption = REPOSITORY,
+    name: NameOption = "clip",
+    as_json: JsonOption = False,
+) -> None:
+    """Delete old versions for good; never one that stands, nor the base.
+
+    Example: exporter prune --keep 3
+    """
+    from exporter.repository import Repository
+    from exporter.switch import prune as prune_versions
+
+    result = prune_versions(Repository(repository, name), keep)
+    removed, kept = (", ".join(map(str, numbers)) or "none" for numbers in (result.removed, result.kept))
+    _print(result.to_dict(), as_json, f"{name}: removed {removed}; kept {kept}")
+
+
+def _summary(repository: Repository, version: int) -> dict:
+    manifest = repository.manifest(version)
     try:
-        tasks = [task["name"] for task in card["tasks"]]
-        return {"model": card["model"], "version": card["version"], "tasks": tasks, "base": card["base"]}
+        return {
+            "model": manifest["model"],
+            "version": version,
+            "tasks": [entry["task"] for entry in manifest["lineage"]],
+            "base": manifest["base"],
+            "served": version == repository.served,
+            "standing": version in repository.standing(),
+            "date": manifest["date"],
+            "precision": manifest["precision"],
+            "lineage": manifest["lineage"],
+            "parity": manifest["parity"],
+        }
     except KeyError as exc:
-        raise RepositoryError(f"a card lacks {exc}: {json.dumps(card)[:80]}; merge again") from exc
+        raise RepositoryError(f"manifest {repository.manifest_file(version)}: lacks {exc}; merge again") from exc
+
+
+def _servers(urls: list[str] | None) -> list[str]:
+    """The servers to switch: those that were named, else the one on this machine, if there is one."""
+    named = urls or [url for url in [os.environ.get("CLIPWELD_URL")] if url]
+    if named:
+        return named
+    host, _, port = DEFAULT_SERVER.rpartition(":")
+    with suppress(OSError), socket.create_connection((host, int(port)), timeout=2):
+        return [DEFAULT_SERVER]
+    return []
+
+
+def _switched(result: Switched) -> str:
+    before = f" (before: {result.previous})" if result.previous not in (None, result.version) else ""
+    where = f"on {', '.join(result.servers)}" if result.servers else "from the next start on: no server runs here"
+    standing = ", ".join(map(str, result.standing))
+    served = f"{result.model} version {result.version} is served{before} {where}"
+    return f"{served}; standing: {standing}; {result.seconds:.1f} s"
 
 
 def _learned(tasks: list[str]) -> str:

@@ -7,11 +7,16 @@ ExporterError
 │   └── GraphsDiffer        merged and base differ in more than weights
 ├── RepositoryError
 │   ├── RepositoryEmpty     nothing to serve
-│   ├── RepositoryBusy      another merge is writing
+│   ├── RepositoryBusy      another exporter is writing
 │   ├── OtherBase           versions of other base weights are there
-│   └── ConfigChanged       a new config.pbtxt would differ from the one there
+│   ├── ConfigChanged       a new config.pbtxt would differ from the one there
+│   ├── VersionMissing      the store has no such version
+│   ├── VersionDamaged      a file is not what the manifest says
+│   └── NothingToRollBackTo no version was served before
 ├── CheckpointError         nothing to write for another library, or no place to
 └── TritonError
+    ├── ServerUnreachable   no model control at an address
+    ├── PromotionFailed     a server could not load a version; it serves what it served
     ├── TritonMissing       no tritonserver here
     ├── PortTaken
     ├── TritonFailed        did not start, or died
@@ -50,7 +55,7 @@ class RepositoryEmpty(RepositoryError):
 
 
 class RepositoryBusy(RepositoryError):
-    """Another merge is writing to it."""
+    """Another exporter is writing to it."""
 
 
 class OtherBase(RepositoryError):
@@ -61,12 +66,32 @@ class ConfigChanged(RepositoryError):
     """The config.pbtxt of a new version would differ from the one there."""
 
 
+class VersionMissing(RepositoryError):
+    """The store has no such version."""
+
+
+class VersionDamaged(RepositoryError):
+    """A version's file is missing, or not what its manifest says."""
+
+
+class NothingToRollBackTo(RepositoryError):
+    """The version served now is the first that was."""
+
+
 class CheckpointError(ExporterError):
     """The open_clip checkpoint can't be written."""
 
 
 class TritonError(ExporterError):
     """No server."""
+
+
+class ServerUnreachable(TritonError):
+    """No model control answers at an address."""
+
+
+class PromotionFailed(TritonError):
+    """A server could not load a version; it serves what it served before."""
 
 
 class TritonMissing(TritonError):

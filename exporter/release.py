@@ -12,10 +12,12 @@ from onnx import ModelProto
 from PIL import Image
 
 from exporter.card import card_model, describe
+from exporter.checkpoints import architecture
 from exporter.errors import OtherBase, RepositoryError
 from exporter.graph import fill, to_bytes, trace_image_tower, trace_text_tower
+from exporter.manifest import manifest, to_text
 from exporter.parity import Parity, check_parity, check_same_graph, measure_parity
-from exporter.repository import BASE_VERSION, CONFIG_FILE, MODEL_FILE, Repository, config, stage
+from exporter.repository import BASE_VERSION, MANIFEST_FILE, MODEL_FILE, Repository, config, stage, write
 from trainer.adapter import Adapter
 from trainer.backbone import Backbone, with_weights
 from trainer.merge import merge
@@ -33,6 +35,7 @@ class Release:
         parity: ONNX Runtime against PyTorch.
         graph_identical_to_base: always true of a version that exists; false ones are refused.
         seconds: wall time of the whole merge.
+        served: the version that is served: the first ones at once, later ones when they are promoted.
     """
 
     model: str
@@ -40,6 +43,7 @@ class Release:
     parity: Parity
     graph_identical_to_base: bool
     seconds: float
+    served: int
 
     def to_dict(self) -> dict:
         """The fields as JSON has them."""
@@ -56,6 +60,8 @@ def release(
 ) -> Release:
     """Write the next version: base with all adapters merged; before it version 1, the base, where there is none.
 
+    A repository that serves nothing yet serves them at once; later versions rest in the store until they are promoted.
+
     Args:
         backbone: the base.
         adapters: one lineage, in order (``trainer.adapter.load_lineage``); empty writes the base alone.
@@ -69,25 +75,41 @@ def release(
     """
     began = time.perf_counter()
     with repository.writing() as staging:
+        if strays := set(repository.standing()) - set(repository.versions()):
+            raise RepositoryError(
+                f"repository {repository.path}: version {min(strays)} is not in {repository.store}; restore that, "
+                "or merge into a new repository"
+            )
         has_base = bool(repository.versions())
         if has_base:
             _check_base(repository, backbone, adapters)
         describe(repository.name, BASE_VERSION, backbone, adapters)  # refuses what clients can't follow, early
         report("tracing both towers")
         graphs = {"image": trace_image_tower(backbone), "text": trace_text_tower(backbone)}
+        staged = {}
         if not has_base:
             version = BASE_VERSION
-            parity = _stage_version(staging, repository, version, backbone, (), graphs, images, prompts, report)
+            staged[version] = staging / str(version)
+            parity = _stage_version(staged[version], repository, version, backbone, (), graphs, images, prompts, report)
         if adapters:
-            version = max(repository.next_version(), BASE_VERSION + 1)
+            version = max(BASE_VERSION, *repository.versions()) + 1 if has_base else BASE_VERSION + 1
+            staged[version] = staging / str(version)
             merged = with_weights(backbone, merge(backbone.model.state_dict(), adapters))
-            parity = _stage_version(staging, repository, version, merged, adapters, graphs, images, prompts, report)
-            base = repository if has_base else Repository(staging, repository.name)
+            parity = _stage_version(
+                staged[version], repository, version, merged, adapters, graphs, images, prompts, report
+            )
+            base = staged.get(BASE_VERSION, repository.store / str(BASE_VERSION))
             for kind in TOWERS:
-                file = Repository(staging, repository.name).file(kind, version)
-                check_same_graph(onnx.load(base.file(kind, BASE_VERSION)), onnx.load(file), f"{kind} tower")
-        repository.publish(staging)
-    return Release(repository.name, version, parity, True, time.perf_counter() - began)
+                files = (folder / kind / MODEL_FILE for folder in (base, staged[version]))
+                check_same_graph(*map(onnx.load, files), f"{kind} tower")
+        for number, folder in staged.items():
+            repository.add(folder, number)
+        if not repository.standing():
+            first = sorted({BASE_VERSION, version})
+            for number in first:
+                repository.put_in(number, staging)
+            repository.record(first)
+    return Release(repository.name, version, parity, True, time.perf_counter() - began, repository.served)
 
 
 def _check_base(repository: Repository, backbone: Backbone, adapters: Sequence[Adapter]) -> None:
@@ -111,7 +133,7 @@ def _check_base(repository: Repository, backbone: Backbone, adapters: Sequence[A
 
 
 def _stage_version(
-    staging: Path,
+    folder: Path,
     repository: Repository,
     version: int,
     backbone: Backbone,
@@ -121,18 +143,20 @@ def _stage_version(
     prompts: Sequence[str],
     report: Callable[[str], None],
 ) -> Parity:
-    """Write a version to the staging folder and compare it with PyTorch."""
+    """Write a version into a folder, manifest and all, and compare it with PyTorch."""
     label = f"{repository.name} version {version}"
     report(f"{label}: writing")
     weights = backbone.model.state_dict()
     models = {kind: fill(graph, weights) for kind, graph in graphs.items()}
-    models["card"] = card_model(describe(repository.name, version, backbone, adapters))
-    stage(staging, repository.name, version, {kind: to_bytes(model) for kind, model in models.items()})
-    for kind, model in models.items():
-        folder = staging / repository.model(kind).name
-        (folder / CONFIG_FILE).write_text(config(repository.name, kind, model))
+    card = describe(repository.name, version, backbone, adapters)
+    models["card"] = card_model(card)
+    configs = {kind: config(repository.name, kind, model) for kind, model in models.items()}
+    for kind, text in configs.items():
+        repository.check_config(kind, text)
+    files = {kind: to_bytes(model) for kind, model in models.items()}
+    stage(folder, files, configs)
     report(f"{label}: comparing ONNX Runtime with PyTorch")
-    files = (staging / repository.model(kind).name / str(version) / MODEL_FILE for kind in TOWERS)
-    parity = measure_parity(backbone, *files, images, prompts)
+    parity = measure_parity(backbone, *(folder / kind / MODEL_FILE for kind in TOWERS), images, prompts)
     check_parity(parity, label)
+    write(folder / MANIFEST_FILE, to_text(manifest(card, architecture(backbone), adapters, files, parity)).encode())
     return parity

@@ -1,27 +1,32 @@
-"""Versions on disk: three models, one number, written whole or not at all.
+"""Versions on disk: a store of everything that was ever released, and what of it stands where Triton looks.
 
-A version counts once its card is there. It is staged in a hidden folder beside the repository, so that Triton never
-sees half of it and no model's folder ever holds a foreign file (any change there makes Triton reload every version),
-then renamed in: towers first, card last. What a killed merge left behind, the next one removes.
+A version is three models of one number and a manifest. The store, a folder beside the repository, has each version
+whole from the moment it is there: one folder, renamed in once, never changed. A version *stands* while the three
+models have it among theirs too, as hard links to the store's files: nothing is copied, and what stands can be taken out
+and put back at will. A model's folder never holds a foreign file, not even for a moment: any change there makes Triton
+reload every version. The card goes in last and comes out first, so a version without one was caught half-way; whoever
+next holds the repository takes it out.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from exporter.card import read_card
-from exporter.errors import ConfigChanged, RepositoryBusy, RepositoryEmpty, RepositoryError
+from exporter.errors import ConfigChanged, RepositoryBusy, RepositoryEmpty, RepositoryError, VersionMissing
 
-MODEL_FILE, CONFIG_FILE = "model.onnx", "config.pbtxt"
-KINDS = ("image", "text", "card")  # the order in which they are renamed in
+MODEL_FILE, CONFIG_FILE, MANIFEST_FILE = "model.onnx", "config.pbtxt", "manifest.json"
+HISTORY_FILE = "history.json"
+KINDS = ("image", "text", "card")  # the order in which they are put in
 BASE_VERSION = 1
 MAX_BATCH_SIZE = {"image": 64, "text": 64, "card": 8}
 # The datatypes of CLIP's inputs and outputs, in Triton's words.
@@ -34,30 +39,85 @@ TYPES = {
 
 
 class Repository:
-    """One CLIP's three models in a Triton model repository."""
+    """One CLIP's three models in a Triton model repository, and the store of its versions.
+
+    Attributes:
+        path: what Triton is given.
+        name: common to the three models.
+        store: ``<path>.store/<name>``, a folder a version.
+    """
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
+        resolved = path.resolve()
+        self.store = resolved.with_name(f"{resolved.name}.store") / name
 
     def model(self, kind: str) -> Path:
         """The folder of the image tower, text tower or card."""
         return self.path / f"{self.name}_{kind}"
 
     def file(self, kind: str, version: int) -> Path:
-        """Where a version's ONNX lies."""
-        return self.model(kind) / str(version) / MODEL_FILE
+        """A version's ONNX in the store."""
+        return self.store / str(version) / kind / MODEL_FILE
+
+    def manifest_file(self, version: int) -> Path:
+        """A version's manifest in the store."""
+        return self.store / str(version) / MANIFEST_FILE
 
     def versions(self) -> list[int]:
-        """The versions that count: card and both towers are there. Oldest first."""
-        return sorted(set.intersection(*(self._numbers(kind) for kind in KINDS)))
+        """All versions in the store, oldest first."""
+        return sorted(_numbers(self.store))
 
-    def next_version(self) -> int:
-        """A number that no model has used."""
-        return max((0, *(n for kind in KINDS for n in self._numbers(kind)))) + 1
+    def standing(self) -> list[int]:
+        """The versions that Triton serves when it looks, oldest first: all three models have them."""
+        return sorted(set.intersection(*(_numbers(self.model(kind)) for kind in KINDS)))
+
+    @property
+    def served(self) -> int | None:
+        """The newest standing version: what requests get that name none."""
+        return max(self.standing(), default=None)
+
+    def check(self, version: int) -> None:
+        """Raises:
+        VersionMissing: the store has no such version.
+        """
+        if version not in (there := self.versions()):
+            listed = ", ".join(map(str, there)) or "none"
+            raise VersionMissing(f"{self.name} version {version}: not in {self.store}; versions there: {listed}")
 
     def card(self, version: int) -> dict:
-        """What a version says of itself."""
+        """What a version says of itself to clients."""
         return read_card(self.file("card", version))
+
+    def manifest(self, version: int) -> dict:
+        """What was recorded when a version was made.
+
+        Raises:
+            RepositoryError: it can't be read.
+        """
+        file = self.manifest_file(version)
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as exc:
+            raise RepositoryError(f"manifest {file}: can't be read ({exc}); restore it, or remove the version") from exc
+
+    def history(self) -> list[int]:
+        """Versions in the order in which they were served; each came after the one before it, the last is served now.
+
+        A switch that was cut off between its last rename and this record is made up for.
+        """
+        try:
+            history = json.loads((self.store / HISTORY_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            history = []
+        except (OSError, ValueError) as exc:
+            raise RepositoryError(f"{self.store / HISTORY_FILE}: can't be read ({exc}); remove it") from exc
+        served = self.served
+        if served is None:
+            return []
+        if served in history:
+            return history[: len(history) - history[::-1].index(served)]
+        return [*history, served]
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
@@ -83,36 +143,72 @@ class Repository:
         finally:
             os.close(lock)
 
-    def publish(self, staging: Path) -> None:
-        """Rename everything staged into place: ``<staging>/<model>/<version>``, configs of new models with it.
-
-        Raises:
-            ConfigChanged: a model's config would change; nothing has been renamed.
+    def check_config(self, kind: str, config: str) -> None:
+        """Raises:
+        ConfigChanged: a model stands here with another config.
         """
-        for kind in KINDS:
-            self._check_config(kind, (staging / self.model(kind).name / CONFIG_FILE).read_text())
-        for kind in KINDS:
-            staged, model = staging / self.model(kind).name, self.model(kind)
-            if not model.exists():
-                os.rename(staged, model)
-                continue
-            for version in sorted(_numbers(staged)):
-                os.rename(staged / str(version), model / str(version))
-
-    def _check_config(self, kind: str, config: str) -> None:
         there = self.model(kind) / CONFIG_FILE
-        if self.model(kind).exists() and (not there.is_file() or there.read_text() != config):
+        if self.model(kind).exists() and (not there.is_file() or there.read_text(encoding="utf-8") != config):
             raise ConfigChanged(
                 f"{there}: the new version needs another config (other architecture, or the file was edited), and a "
                 "changed config makes Triton reload every version; give another --name or --repository"
             )
+
+    def add(self, staged: Path, version: int) -> None:
+        """Rename a staged version, as ``stage`` wrote it, into the store."""
+        self.store.mkdir(parents=True, exist_ok=True)
+        os.rename(staged, self.store / str(version))
+        _flush(self.store)
+
+    def put_in(self, version: int, staging: Path, kinds: Sequence[str] = KINDS) -> None:
+        """Have a version stand, or some of its models; what stands already stays.
+
+        Raises:
+            ConfigChanged: a model's config would change; nothing has been put in.
+        """
+        for kind in kinds:
+            self.check_config(kind, (self.store / str(version) / kind / CONFIG_FILE).read_text(encoding="utf-8"))
+        for kind in kinds:
+            model, parts = self.model(kind), self.store / str(version) / kind
+            if (model / str(version)).exists():
+                continue
+            staged = Path(tempfile.mkdtemp(dir=staging)) / model.name
+            folder = staged / str(version)
+            folder.mkdir(parents=True)
+            os.link(parts / MODEL_FILE, folder / MODEL_FILE)
+            os.link(self.manifest_file(version), folder / MANIFEST_FILE)
+            if model.exists():
+                os.rename(folder, model / str(version))
+            else:
+                shutil.copy(parts / CONFIG_FILE, staged)
+                os.rename(staged, model)
+            _flush(model)
+
+    def take_out(self, version: int, staging: Path, kinds: Sequence[str] = KINDS) -> None:
+        """Have a version stand no more, or some of its models; the card comes out first."""
+        for kind in reversed(KINDS):
+            folder = self.model(kind) / str(version)
+            if kind in kinds and folder.exists():
+                os.rename(folder, Path(tempfile.mkdtemp(dir=staging)) / str(version))
+                _flush(self.model(kind))
+
+    def record(self, history: Sequence[int]) -> None:
+        """Write down which versions were served, one after the other."""
+        temporary = self.store / f".{HISTORY_FILE}"
+        temporary.write_text(json.dumps(list(history)), encoding="utf-8")
+        os.replace(temporary, self.store / HISTORY_FILE)
+
+    def remove(self, version: int, staging: Path) -> None:
+        """Take a version out and delete it for good."""
+        self.take_out(version, staging)
+        os.rename(self.store / str(version), Path(tempfile.mkdtemp(dir=staging)) / str(version))
 
     def _hold(self, lock: int) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
             raise RepositoryBusy(
-                f"repository {self.path}: another merge is writing to it; wait until it has finished"
+                f"repository {self.path}: another exporter is writing to it; wait until it has finished"
             ) from exc
 
     def _new_staging(self) -> Path:
@@ -130,44 +226,46 @@ class Repository:
         return f".{self.path.resolve().name}.staging-"
 
     def _clean(self) -> None:
-        """Remove what killed merges left: staging folders, and towers without a card."""
+        """Remove what a killed exporter left: staging folders, and models that were put in or taken out half-way."""
         for stale in self.path.resolve().parent.glob(f"{self._staging_prefix()}*"):
             shutil.rmtree(stale, ignore_errors=True)
-        counted = self._numbers("card")
-        for kind in ("image", "text"):
-            for version in self._numbers(kind) - counted:
+        standing = set(self.standing())
+        for kind in KINDS:
+            for version in _numbers(self.model(kind)) - standing:
                 shutil.rmtree(self.model(kind) / str(version))
-            if not counted and self.model(kind).is_dir():
+            if not standing and self.model(kind).is_dir():
                 (self.model(kind) / CONFIG_FILE).unlink(missing_ok=True)
                 self.model(kind).rmdir()
 
-    def _numbers(self, kind: str) -> set[int]:
-        return _numbers(self.model(kind))
-
 
 def repositories(path: Path) -> list[Repository]:
-    """Every CLIP in a model repository that has a version.
+    """Every CLIP in a model repository of which a version stands.
 
     Raises:
         RepositoryEmpty: there is none.
     """
     cards = sorted(path.glob("*_card")) if path.is_dir() else []
     found = [Repository(path, card.name.removesuffix("_card")) for card in cards]
-    found = [repository for repository in found if repository.versions()]
+    found = [repository for repository in found if repository.standing()]
     if not found:
         raise RepositoryEmpty(f"repository {path}: no model in it; write one with: exporter merge --to onnx")
     return found
 
 
-def stage(staging: Path, name: str, version: int, models: Mapping[str, bytes]) -> None:
-    """Write one version's three files under a staging folder, flushed to disk."""
+def stage(folder: Path, models: Mapping[str, bytes], configs: Mapping[str, str]) -> None:
+    """Write one version's models and configs under a folder, flushed to disk."""
     for kind, content in models.items():
-        folder = staging / f"{name}_{kind}" / str(version)
-        folder.mkdir(parents=True)
-        with open(folder / MODEL_FILE, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        (folder / kind).mkdir(parents=True)
+        write(folder / kind / MODEL_FILE, content)
+        write(folder / kind / CONFIG_FILE, configs[kind].encode())
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a file and flush it to disk."""
+    with open(file, "wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def config(name: str, kind: str, model: ModelProto) -> str:
@@ -199,5 +297,15 @@ def _tensors(field: str, values: list[ValueInfoProto]) -> str:
     return "\n".join(lines)
 
 
-def _numbers(model: Path) -> set[int]:
-    return {int(p.name) for p in model.glob("*") if p.name.isdecimal() and p.is_dir()}
+def _numbers(folder: Path) -> set[int]:
+    return {int(p.name) for p in folder.glob("*") if p.name.isdecimal() and p.is_dir()}
+
+
+def _flush(folder: Path) -> None:
+    """Have renames in a folder survive a power cut, where the file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

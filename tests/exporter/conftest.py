@@ -97,7 +97,7 @@ def released(mini, make_adapter, samples, graphs, tmp_path_factory):
 @pytest.fixture
 def repository(released, tmp_path):
     """A copy of the released repository that a test may change."""
-    shutil.copytree(released[0].path, tmp_path / "model_repository")
+    shutil.copytree(released[0].path.parent, tmp_path, dirs_exist_ok=True)
     return Repository(tmp_path / "model_repository", "clip")
 
 
@@ -125,7 +125,7 @@ class Served:
 def served(released, tmp_path_factory):
     """The released repository, served by a real Triton; models may be added to it and loaded."""
     path = tmp_path_factory.mktemp("served") / "model_repository"
-    shutil.copytree(released[0].path, path)
+    shutil.copytree(released[0].path.parent, path.parent, dirs_exist_ok=True)
     with serve(path) as server:
         client = tritonclient.grpc.InferenceServerClient(server.url.removeprefix("grpc://"))
         yield Served(server, Repository(path, "clip"), client)

@@ -19,7 +19,7 @@ def run(*arguments, monkeypatch):
     return ended.value.code
 
 
-@pytest.mark.parametrize("command", ["merge", "serve", "versions"])
+@pytest.mark.parametrize("command", ["merge", "serve", "versions", "verify", "promote", "rollback", "prune"])
 def test_help_has_a_runnable_example(command, monkeypatch, capsys):
     assert run(command, "--help", monkeypatch=monkeypatch) == 0
     assert f"Example: exporter {command}" in capsys.readouterr().out
@@ -51,7 +51,7 @@ def test_merge_writes_the_lineage_in_order(make_adapter, tmp_path, monkeypatch, 
     merge = ["merge", "--to", "onnx", "--model", "mini", "--adapters", tmp_path / "adapters", *where, "--json"]
     assert run(*merge, monkeypatch=monkeypatch) == 0
     result = json.loads(capsys.readouterr().out)
-    assert list(result) == ["model", "version", "parity", "graph_identical_to_base", "seconds"]
+    assert list(result) == ["model", "version", "parity", "graph_identical_to_base", "seconds", "served"]
     assert (result["version"], result["graph_identical_to_base"]) == (2, True)
     assert run("versions", *where, "--json", monkeypatch=monkeypatch) == 0
     versions = json.loads(capsys.readouterr().out)

@@ -22,6 +22,9 @@ from exporter.release import release
 from exporter.repository import KINDS, Repository, repositories
 
 
+FOLDERS = ["model_repository", "model_repository.store"]
+
+
 def tree(path):
     return sorted(str(p.relative_to(path)) for p in path.rglob("*"))
 
@@ -32,11 +35,14 @@ def contents(repository):
 
 def test_first_merge_writes_base_and_merged(released):
     repository, result = released
-    assert repository.versions() == [1, 2]
+    assert repository.versions() == repository.standing() == repository.history() == [1, 2]
     want = [f"clip_{kind}{rest}" for kind in KINDS for rest in ("", "/config.pbtxt")]
-    want += [f"clip_{kind}/{v}{rest}" for kind in KINDS for v in (1, 2) for rest in ("", "/model.onnx")]
+    files = ("", "/model.onnx", "/manifest.json")
+    want += [f"clip_{kind}/{v}{rest}" for kind in KINDS for v in (1, 2) for rest in files]
     assert tree(repository.path) == sorted(want)
-    assert os.listdir(repository.path.parent) == [repository.path.name]
+    assert sorted(os.listdir(repository.path.parent)) == FOLDERS
+    for kind in KINDS:
+        assert repository.file(kind, 2).samefile(repository.model(kind) / "2/model.onnx")
     assert (result.model, result.version, result.graph_identical_to_base) == ("clip", 2, True)
     assert [t["name"] for t in repository.card(1)["tasks"]] == []
     assert [t["name"] for t in repository.card(2)["tasks"]] == ["digits", "pets"]
@@ -44,7 +50,7 @@ def test_first_merge_writes_base_and_merged(released):
 
 def test_report_has_the_promised_keys(released):
     result = released[1].to_dict()
-    assert list(result) == ["model", "version", "parity", "graph_identical_to_base", "seconds"]
+    assert list(result) == ["model", "version", "parity", "graph_identical_to_base", "seconds", "served"]
     assert list(result["parity"]) == ["image_max_abs", "text_max_abs", "cosine_min", "top1_agreement"]
 
 
@@ -62,15 +68,15 @@ def test_config_is_generated_from_the_graph(released):
 
 
 @pytest.mark.usefixtures("traced")
-def test_next_merge_adds_the_next_version_and_touches_nothing_else(mini, make_adapter, samples, repository):
+def test_next_merge_adds_the_next_version_to_the_store_and_touches_nothing_else(mini, make_adapter, samples, repository):
     before = contents(repository)
     first = make_adapter("digits")
     adapters = [first, make_adapter("pets", (first,), seed=1)]
     result = release(mini, adapters, repository, *samples)
     after = contents(repository)
-    assert result.version == 3
-    assert {path: after[path] for path in before} == before
-    assert len(after) == len(before) + 3
+    assert (result.version, result.served) == (3, 2)
+    assert repository.versions() == [1, 2, 3]
+    assert after == before
     # The same adapters give the same towers, byte for byte.
     for kind in ("image", "text"):
         assert repository.file(kind, 3).read_bytes() == repository.file(kind, 2).read_bytes()
@@ -88,7 +94,7 @@ def test_without_adapters_the_base_alone_is_written_once(mini, samples, tmp_path
 @pytest.mark.usefixtures("traced")
 def test_two_names_live_in_one_repository(mini, samples, repository):
     release(mini, [], Repository(repository.path, "base"), *samples)
-    assert [(r.name, r.versions()) for r in repositories(repository.path)] == [("base", [1]), ("clip", [1, 2])]
+    assert [(r.name, r.standing()) for r in repositories(repository.path)] == [("base", [1]), ("clip", [1, 2])]
 
 
 @pytest.mark.usefixtures("traced")
@@ -103,7 +109,8 @@ def test_a_failing_merge_leaves_nothing(mini, make_adapter, samples, repository,
     with pytest.raises(type(error)):
         release(mini, [make_adapter("digits")], repository, *samples)
     assert contents(repository) == before
-    assert os.listdir(repository.path.parent) == ["model_repository"]
+    assert repository.versions() == [1, 2]
+    assert sorted(os.listdir(repository.path.parent)) == FOLDERS
 
 
 @pytest.mark.usefixtures("traced")
@@ -138,14 +145,13 @@ def test_a_changed_config_is_refused(mini, make_adapter, samples, repository):
     with pytest.raises(ConfigChanged, match=r"clip_text/config\.pbtxt"):
         release(mini, [make_adapter("digits")], repository, *samples)
     assert repository.versions() == [1, 2]
-    assert tree(repository.model("image")) == ["1", "1/model.onnx", "2", "2/model.onnx", "config.pbtxt"]
 
 
 def test_only_one_merge_writes_at_a_time(mini, samples, repository):
     lock = os.open(repository.path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(RepositoryBusy, match="another merge is writing"):
+        with pytest.raises(RepositoryBusy, match="another exporter is writing"):
             release(mini, [], repository, *samples)
     finally:
         os.close(lock)
@@ -160,11 +166,10 @@ def test_leftovers_of_a_killed_merge_are_removed(repository):
     stale.mkdir()
     assert repository.versions() == [1, 2]
     with repository.writing() as staging:
-        assert repository.next_version() == 3
         assert not stale.exists()
         assert not (repository.model("image") / "3").exists()
         assert staging.parent == repository.path.parent
-    assert os.listdir(repository.path.parent) == ["model_repository"]
+    assert sorted(os.listdir(repository.path.parent)) == FOLDERS
 
 
 def test_leftovers_of_a_killed_first_merge_are_removed(repository):

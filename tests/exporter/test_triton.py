@@ -144,7 +144,7 @@ def test_one_process_a_version_and_a_clean_end(repository):
 
 
 def test_a_broken_model_is_refused_at_the_start_in_one_line(repository):
-    repository.file("text", 2).write_bytes(b"not a graph")
+    (repository.model("text") / "2/model.onnx").write_bytes(b"not a graph")
     with pytest.raises(TritonFailed) as caught, serve(repository.path):
         pytest.fail("must not start")
     message = str(caught.value)

@@ -1,0 +1,280 @@
+"""Which version is served: promotion, rollback and pruning, on disk and in running Tritons.
+
+What stands in the models' folders is what is served. A new version goes in tower by tower and is loaded and asked
+before its card follows; only then do clients see it. The version before it stands on, loaded, for the way back. Clients
+pin one version for both towers and move to another between calls, so no answer ever mixes two.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import tritonclient.grpc
+import tritonclient.http
+
+from exporter.errors import NothingToRollBackTo, PromotionFailed, ServerUnreachable
+from exporter.manifest import check_files
+from exporter.repository import BASE_VERSION, Repository
+
+TOWERS = ("image", "text")
+WARM_BATCHES = (1, 8)
+POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Switched:
+    """What is served now.
+
+    Attributes:
+        version: what requests get that name none.
+        previous: what was served before; None where nothing was.
+        standing: all versions that are served to those who name them, oldest first.
+        servers: addresses that were switched; empty where only the files were.
+        seconds: wall time.
+    """
+
+    model: str
+    version: int
+    previous: int | None
+    standing: list[int]
+    servers: list[str]
+    seconds: float
+
+    def to_dict(self) -> dict:
+        """The fields as JSON has them."""
+        return asdict(self) | {"seconds": round(self.seconds, 3)}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What is left of a store.
+
+    Attributes:
+        removed, kept: versions, oldest first.
+    """
+
+    model: str
+    removed: list[int]
+    kept: list[int]
+
+    def to_dict(self) -> dict:
+        """The fields as JSON has them."""
+        return asdict(self)
+
+
+class Server:
+    """A running Triton, through its model control.
+
+    Args:
+        url: ``http://host:port``, or ``host:port`` or ``grpc://host:port`` for gRPC.
+        timeout_s: how long a model may take to load, and a request to be answered.
+
+    Raises:
+        ServerUnreachable: nobody answers there.
+    """
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url, self._timeout_s = url, timeout_s
+        scheme, _, address = url.rpartition("://")
+        self._triton: ModuleType = tritonclient.http if scheme == "http" else tritonclient.grpc
+        limits = {"network_timeout": timeout_s} if scheme == "http" else {}
+        self._client = self._triton.InferenceServerClient(address, **limits)
+        with self._errors(ServerUnreachable, "is there an exporter serve, or another --url?"):
+            self._client.is_server_live()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def load(self, model: Path) -> None:
+        """Have Triton look at a model's folder again: new versions are loaded, those that are gone are dropped."""
+        with self._errors(PromotionFailed, "see the server's log"):
+            self._client.load_model(model.name)
+
+    def wait(self, model: Path, version: int) -> None:
+        """Return once a version is ready."""
+        deadline = time.monotonic() + self._timeout_s
+        with self._errors(PromotionFailed, "see the server's log"):
+            while not self._client.is_model_ready(model.name, str(version)):
+                if time.monotonic() > deadline:
+                    raise PromotionFailed(
+                        f"{model.name} version {version} was not ready at {self.url} within {self._timeout_s:g} s; is "
+                        f"{model.parent} what it serves? or give it longer with --timeout"
+                    )
+                time.sleep(POLL_S)
+
+    def warm(self, repository: Repository, version: int) -> None:
+        """Ask both towers, so that no client meets their first, slow answers."""
+        size = repository.card(version)["image"]["size"]
+        for batch in WARM_BATCHES:
+            self._infer(repository.model("image"), version, "image", np.zeros((batch, size, size, 3), np.uint8))
+            self._infer(repository.model("text"), version, "tokens", np.zeros((batch, 8), np.int32))
+
+    def check_card(self, repository: Repository, version: int) -> None:
+        """Hold the card that is served against the one in the store.
+
+        Raises:
+            PromotionFailed: this server serves another repository.
+        """
+        model = repository.model("card")
+        answer = self._infer(model, version, "index", np.zeros((1, 1), np.int32)).as_numpy("card")
+        if json.loads(answer[0, 0]) != repository.card(version):
+            raise PromotionFailed(
+                f"{model.name} version {version} at {self.url} has another card than {repository.store}; does it serve "
+                "another repository?"
+            )
+
+    def _infer(self, model: Path, version: int, name: str, array: np.ndarray):
+        value = self._triton.InferInput(name, array.shape, {"uint8": "UINT8", "int32": "INT32"}[array.dtype.name])
+        value.set_data_from_numpy(array)
+        with self._errors(PromotionFailed, "see the server's log"):
+            return self._client.infer(model.name, [value], model_version=str(version))
+
+    @contextmanager
+    def _errors(self, kind: type[Exception], step: str) -> Iterator[None]:
+        """tritonclient's errors, and those of the libraries below it, in one line of ours."""
+        try:
+            yield
+        except (tritonclient.grpc.InferenceServerException, OSError) as exc:
+            reason = " ".join(str(exc).split())[:300]
+            raise kind(f"server {self.url}: {reason}; {step}") from exc
+
+
+def promote(
+    repository: Repository,
+    version: int,
+    urls: Sequence[str],
+    *,
+    timeout_s: float = 120.0,
+    report: Callable[[str], None] = lambda step: None,
+) -> Switched:
+    """Serve a version: after it is loaded and warm on every server, and never with a request lost.
+
+    Standing afterwards: it, and the version before it unless that is a newer one, which would be served in its place.
+
+    Args:
+        urls: of the servers' model control; where there are none, files are moved and the next start serves them.
+        timeout_s: of each load.
+        report: called with a line when a step begins.
+
+    Raises:
+        VersionMissing, VersionDamaged: nothing was touched.
+        ServerUnreachable: nothing was touched.
+        PromotionFailed: a server could not load it; what was served before is.
+    """
+    with repository.writing() as staging, _connected(urls, timeout_s) as servers:
+        history = repository.history()
+        return _switch(repository, version, [*history, version], servers, staging, report)
+
+
+def rollback(
+    repository: Repository,
+    urls: Sequence[str],
+    *,
+    timeout_s: float = 120.0,
+    report: Callable[[str], None] = lambda step: None,
+) -> Switched:
+    """Serve what was served before the version that is served now; again for the one before that.
+
+    Args, errors: as ``promote``, and
+        NothingToRollBackTo: the version served now was the first.
+    """
+    with repository.writing() as staging, _connected(urls, timeout_s) as servers:
+        history = [version for version in repository.history() if version in repository.versions()]
+        if len(history) < 2:
+            raise NothingToRollBackTo(
+                f"{repository.name}: nothing was served before version {repository.served}; exporter promote N serves "
+                "any version of: exporter versions"
+            )
+        return _switch(repository, history[-2], history[:-1], servers, staging, report)
+
+
+def prune(repository: Repository, keep: int) -> Pruned:
+    """Delete old versions for good: all but the newest, those that stand, and the base, which merges are compared with.
+
+    Args:
+        keep: how many of the newest are kept.
+    """
+    with repository.writing() as staging:
+        versions = repository.versions()
+        kept = {*versions[-keep:], *repository.standing(), BASE_VERSION} & set(versions)
+        removed = [version for version in versions if version not in kept]
+        for version in removed:
+            repository.remove(version, staging)
+        return Pruned(repository.name, removed, sorted(kept))
+
+
+def _switch(
+    repository: Repository,
+    version: int,
+    history: Sequence[int],
+    servers: Sequence[Server],
+    staging: Path,
+    report: Callable[[str], None],
+) -> Switched:
+    began = time.perf_counter()
+    repository.check(version)
+    report(f"version {version}: reading its files")
+    check_files(repository, version)
+    previous, stood = repository.served, repository.standing()
+    try:
+        report(f"version {version}: loading")
+        repository.put_in(version, staging, TOWERS)
+        _reload(repository, servers, TOWERS)
+        for server in servers:
+            for kind in TOWERS:
+                server.wait(repository.model(kind), version)
+            server.warm(repository, version)
+        repository.put_in(version, staging, ("card",))
+        _reload(repository, servers, ("card",))
+        for server in servers:
+            server.wait(repository.model("card"), version)
+            server.check_card(repository, version)
+    except BaseException:
+        if version not in stood:
+            repository.take_out(version, staging)
+            for server in servers:
+                for kind in (*TOWERS, "card"):
+                    with suppress(PromotionFailed):
+                        server.load(repository.model(kind))
+        raise
+    report(f"version {version}: taking out what it replaces")
+    keep = {version} if previous is None else {version, min(version, previous)}
+    gone = [] if version == previous else [old for old in stood if old not in keep]
+    for kinds in (("card",), TOWERS):
+        for old in gone:
+            repository.take_out(old, staging, kinds)
+        if gone:
+            _reload(repository, servers, kinds)
+    repository.record(_without_repeats(history))
+    urls = [server.url for server in servers]
+    took = time.perf_counter() - began
+    return Switched(repository.name, version, previous, repository.standing(), urls, took)
+
+
+def _reload(repository: Repository, servers: Sequence[Server], kinds: Sequence[str]) -> None:
+    for server in servers:
+        for kind in kinds:
+            server.load(repository.model(kind))
+
+
+def _without_repeats(history: Sequence[int]) -> list[int]:
+    """A version that was promoted while it was served has not been served twice."""
+    return [version for place, version in enumerate(history) if place == 0 or history[place - 1] != version]
+
+
+@contextmanager
+def _connected(urls: Sequence[str], timeout_s: float) -> Iterator[list[Server]]:
+    with ExitStack() as stack:
+        servers = []
+        for url in urls:
+            servers.append(Server(url, timeout_s))
+            stack.callback(servers[-1].close)
+        yield servers
