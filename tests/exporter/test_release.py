@@ -21,7 +21,6 @@ from exporter.errors import (
 from exporter.release import release
 from exporter.repository import KINDS, Repository, repositories
 
-
 FOLDERS = ["model_repository", "model_repository.store"]
 
 
@@ -68,7 +67,7 @@ def test_config_is_generated_from_the_graph(released):
 
 
 @pytest.mark.usefixtures("traced")
-def test_next_merge_adds_the_next_version_to_the_store_and_touches_nothing_else(mini, make_adapter, samples, repository):
+def test_next_merge_adds_a_version_to_the_store_and_touches_nothing_else(mini, make_adapter, samples, repository):
     before = contents(repository)
     first = make_adapter("digits")
     adapters = [first, make_adapter("pets", (first,), seed=1)]

@@ -1,0 +1,268 @@
+"""Promotion, rollback and pruning: on disk, and in a real Triton under load."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from client import ZeroShotClassifier
+from client.errors import VersionGone
+from exporter import cli, switch
+from exporter.errors import (
+    ConfigChanged,
+    NothingToRollBackTo,
+    PromotionFailed,
+    ServerUnreachable,
+    VersionDamaged,
+    VersionMissing,
+)
+from exporter.release import release
+from exporter.repository import KINDS, Repository
+from exporter.switch import promote, prune, rollback
+from exporter.triton import serve
+
+CLIENTS = 4
+
+
+@pytest.fixture(scope="session")
+def four(released, mini, make_adapter, samples, graphs, tmp_path_factory):
+    """A repository that serves version 2, with two more in the store."""
+    folder = tmp_path_factory.mktemp("four")
+    shutil.copytree(released[0].path.parent, folder, dirs_exist_ok=True)
+    repository = Repository(folder / "model_repository", "clip")
+    lineage = [make_adapter("digits")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("exporter.release.trace_image_tower", lambda backbone: graphs.image)
+        patch.setattr("exporter.release.trace_text_tower", lambda backbone: graphs.text)
+        for seed, task in enumerate(("letters", "flags"), start=3):
+            lineage.append(make_adapter(task, tuple(lineage), seed=seed))
+            release(mini, lineage, repository, *samples)
+    return repository
+
+
+@pytest.fixture
+def repository(four, tmp_path):
+    """A copy of it that a test may change."""
+    shutil.copytree(four.path.parent, tmp_path, dirs_exist_ok=True)
+    return Repository(tmp_path / "model_repository", "clip")
+
+
+def folders(repository):
+    return sorted(os.listdir(repository.path.parent))
+
+
+def test_promotion_keeps_the_version_before_it_and_rollback_goes_back_step_by_step(repository):
+    assert (repository.versions(), repository.standing(), repository.served) == ([1, 2, 3, 4], [1, 2], 2)
+    promoted = promote(repository, 4, [])
+    assert (promoted.version, promoted.previous, promoted.standing, promoted.servers) == (4, 2, [2, 4], [])
+    assert promote(repository, 3, []).standing == [3]  # a newer one would be served in its place
+    assert repository.history() == [1, 2, 4, 3]
+    for version, standing in ((4, [3, 4]), (2, [2]), (1, [1])):
+        assert rollback(repository, []).version == version
+        assert repository.standing() == standing
+    with pytest.raises(NothingToRollBackTo, match="before version 1"):
+        rollback(repository, [])
+    assert repository.versions() == [1, 2, 3, 4]
+    assert folders(repository) == ["model_repository", "model_repository.store"]
+
+
+def test_promoting_what_is_served_changes_nothing(repository):
+    promote(repository, 3, [])
+    assert promote(repository, 3, []).standing == [2, 3]
+    assert repository.history() == [1, 2, 3]
+
+
+def test_what_stands_are_the_store_s_own_files(repository):
+    promote(repository, 3, [])
+    for kind in KINDS:
+        model = repository.model(kind)
+        assert sorted(os.listdir(model)) == ["2", "3", "config.pbtxt"]
+        assert sorted(os.listdir(model / "3")) == ["manifest.json", "model.onnx"]
+        assert (model / "3/model.onnx").samefile(repository.file(kind, 3))
+
+
+def test_a_version_that_is_not_there_is_named(repository):
+    with pytest.raises(VersionMissing, match=r"clip version 9: .*versions there: 1, 2, 3, 4"):
+        promote(repository, 9, [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_off_file_never_replaces_a_good_one(repository, kind):
+    file = repository.file(kind, 3)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(VersionDamaged, match=f"3/{kind}/model.onnx: its SHA-256 is .* the manifest says"):
+        promote(repository, 3, [])
+    assert repository.standing() == [1, 2]
+
+
+def test_an_edited_config_is_refused_before_anything_moves(repository):
+    (repository.model("card") / "config.pbtxt").write_text("edited")
+    with pytest.raises(ConfigChanged):
+        promote(repository, 3, [])
+    assert (repository.standing(), repository.model("image") / "3" in repository.model("image").iterdir()) == (
+        [1, 2],
+        False,
+    )
+
+
+def test_nobody_at_the_address_is_said_before_anything_moves(repository):
+    for url in ("127.0.0.1:1", "http://127.0.0.1:1"):
+        with pytest.raises(ServerUnreachable, match=f"server {url}: .*another --url"):
+            promote(repository, 3, [url])
+    assert repository.standing() == [1, 2]
+
+
+def test_a_record_that_was_cut_off_is_made_up_for(repository):
+    """Killed between the last rename and the record: what stands is what counts."""
+    with repository.writing() as staging:
+        repository.put_in(3, staging)
+    assert repository.history() == [1, 2, 3]
+    assert rollback(repository, []).version == 2
+    repository.record([1, 2, 3])
+    assert repository.history() == [1, 2]
+
+
+def test_prune_keeps_the_newest_the_standing_and_the_base(repository):
+    promote(repository, 3, [])
+    pruned = prune(repository, 1)
+    assert (pruned.removed, pruned.kept) == ([], [1, 2, 3, 4])
+    promote(repository, 4, [])
+    pruned = prune(repository, 1)
+    assert (pruned.removed, pruned.kept) == ([2], [1, 3, 4])
+    assert repository.versions() == [1, 3, 4]
+    assert rollback(repository, []).version == 3
+    assert rollback(repository, []).version == 1
+
+
+def test_the_commands(repository, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "DEFAULT_SERVER", "127.0.0.1:1")
+    monkeypatch.delenv("CLIPWELD_URL", raising=False)
+    where = ["--repository", str(repository.path)]
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["exporter", *arguments, *where])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    assert "version 3 is served (before: 2) from the next start on" in run("promote", "3")
+    versions = json.loads(run("versions", "--json"))
+    assert [(v["version"], v["served"], v["standing"]) for v in versions] == [
+        (1, False, False), (2, False, True), (3, True, True), (4, False, False),
+    ]  # fmt: skip
+    assert [entry["task"] for entry in versions[3]["lineage"]] == ["digits", "letters", "flags"]
+    assert "served" in run("versions")
+    assert json.loads(run("rollback", "--json"))["version"] == 2
+    assert json.loads(run("prune", "--keep", "1", "--json")) == {"model": "clip", "removed": [1 + 2], "kept": [1, 2, 4]}
+
+
+@pytest.fixture(scope="module")
+def live(four, tmp_path_factory):
+    """A real Triton on a copy of the four versions."""
+    folder = tmp_path_factory.mktemp("live")
+    shutil.copytree(four.path.parent, folder, dirs_exist_ok=True)
+    repository = Repository(folder / "model_repository", "clip")
+    with serve(repository.path) as server:
+        yield repository, server
+
+
+@pytest.fixture(scope="module")
+def probe(live, samples):
+    """(image, label, features by version) as each version answers when it is alone."""
+    repository, server = live
+    images, label = samples[0][:1], "a cat"
+    features = {}
+    for version in repository.versions():
+        promote(repository, version, [server.url])
+        with ZeroShotClassifier(server.url, version=version) as classifier:
+            features[version] = classifier.image_features(images), classifier.text_features([label])
+    for one, other in itertools.combinations(features.values(), 2):
+        assert np.abs(one[0] - other[0]).max() > 1e-3
+    return images, label, features
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("protocol", "switches"), [("url", 20), ("http_url", 4)])
+def test_switches_under_load_lose_no_request_and_mix_no_towers(live, probe, protocol, switches):
+    """Clients come and stay; each answer is one version's, score and all, whatever is switched meanwhile."""
+    repository, server = live
+    images, label, features = probe
+    scores = {version: float((image @ text.T)[0, 0]) for version, (image, text) in features.items()}
+    done, switching, seconds = threading.Event(), threading.Event(), {True: [], False: []}
+
+    def steady(fresh):
+        seen, classifier = set(), ZeroShotClassifier(server.url)
+        while not done.is_set():
+            if fresh:
+                classifier.close()
+            began, during = time.perf_counter(), switching.is_set()
+            (answer,) = classifier.classify(images, labels=[label], templates=["{}"])
+            seconds[during or switching.is_set()].append(time.perf_counter() - began)
+            assert answer.best.score == pytest.approx(scores[answer.version], abs=1e-5)
+            seen.add(answer.version)
+        classifier.close()
+        return seen
+
+    order = itertools.cycle((3, 4, "back", 2, 3, "back", 1, 4))
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        clients = [pool.submit(steady, place % 2) for place in range(CLIENTS)]
+        try:
+            for version in itertools.islice(order, switches):
+                time.sleep(0.5)
+                url = getattr(server, protocol)
+                switching.set()
+                switched = rollback(repository, [url]) if version == "back" else promote(repository, version, [url])
+                switching.clear()
+                assert switched.servers == [url]
+                with ZeroShotClassifier(server.url) as classifier:
+                    assert classifier.classify(images, labels=[label])[0].version == switched.version
+                    assert classifier.versions() == switched.standing
+        finally:
+            time.sleep(0.2)
+            done.set()
+        seen = set.union(*(client.result() for client in clients))
+    assert len(seen) >= 3
+    assert min(map(len, seconds.values())) > 10
+    for name, during in (("during switches", True), ("between them", False)):
+        p50, p99 = 1000 * np.quantile(seconds[during], [0.5, 0.99])
+        print(f"{len(seconds[during])} requests {name}: p50 {p50:.0f} ms, p99 {p99:.0f} ms")
+
+
+@pytest.mark.slow
+def test_a_version_that_triton_can_not_load_never_replaces_a_good_one(live, probe, monkeypatch):
+    """A file that is what its manifest says and no model all the same."""
+    repository, server = live
+    images, label, _ = probe
+    promote(repository, 2, [server.url])
+    file = repository.file("text", 3)
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(b"not a graph")
+        monkeypatch.setattr(switch, "check_files", lambda *_: None)
+        with pytest.raises(PromotionFailed, match="see the server's log"):
+            promote(repository, 3, [server.url])
+        assert repository.served == 2
+        with ZeroShotClassifier(server.url) as classifier:
+            assert classifier.classify(images, labels=[label])[0].version == 2
+        with ZeroShotClassifier(server.url, version=3) as classifier, pytest.raises(VersionGone):
+            classifier.classify(images, labels=[label])
+    finally:
+        file.write_bytes(whole)
+
+
+@pytest.mark.slow
+def test_a_server_of_another_repository_is_found_out(live, repository):
+    _, server = live
+    with pytest.raises(PromotionFailed, match=r"is .* what it serves|see the server's log"):
+        promote(Repository(repository.path, "clip"), 4, [server.url], timeout_s=2)
+    assert repository.served == 2
