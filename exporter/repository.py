@@ -104,20 +104,17 @@ class Repository:
     def history(self) -> list[int]:
         """Versions in the order in which they were served; each came after the one before it, the last is served now.
 
-        A switch that was cut off between its last rename and this record is made up for.
+        What stands has the last word: a switch that was cut off has happened or not.
         """
+        file, served = self.store / HISTORY_FILE, self.served
         try:
-            history = json.loads((self.store / HISTORY_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            history = []
-        except (OSError, ValueError) as exc:
-            raise RepositoryError(f"{self.store / HISTORY_FILE}: can't be read ({exc}); remove it") from exc
-        served = self.served
-        if served is None:
-            return []
-        if served in history:
-            return history[: len(history) - history[::-1].index(served)]
-        return [*history, served]
+            recorded = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"now": [], "next": []}
+            for history in (recorded["next"], recorded["now"]):
+                if history[-1:] == [served]:
+                    return history
+            return [*recorded["now"], *([] if served is None else [served])]
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise RepositoryError(f"{file}: can't be read ({type(exc).__name__}: {exc}); remove it") from exc
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
@@ -192,10 +189,10 @@ class Repository:
                 os.rename(folder, Path(tempfile.mkdtemp(dir=staging)) / str(version))
                 _flush(self.model(kind))
 
-    def record(self, history: Sequence[int]) -> None:
-        """Write down which versions were served, one after the other."""
+    def record(self, history: Sequence[int], following: Sequence[int] = ()) -> None:
+        """Write down which versions were served, one after the other, and what that will be after a switch."""
         temporary = self.store / f".{HISTORY_FILE}"
-        temporary.write_text(json.dumps(list(history)), encoding="utf-8")
+        write(temporary, json.dumps({"now": list(history), "next": list(following)}).encode())
         os.replace(temporary, self.store / HISTORY_FILE)
 
     def remove(self, version: int, staging: Path) -> None:

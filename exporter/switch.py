@@ -214,7 +214,7 @@ def prune(repository: Repository, keep: int) -> Pruned:
 def _switch(
     repository: Repository,
     version: int,
-    history: Sequence[int],
+    following: Sequence[int],
     servers: Sequence[Server],
     staging: Path,
     report: Callable[[str], None],
@@ -224,6 +224,8 @@ def _switch(
     report(f"version {version}: reading its files")
     check_files(repository, version)
     previous, stood = repository.served, repository.standing()
+    following = [number for place, number in enumerate(following) if place == 0 or following[place - 1] != number]
+    repository.record(repository.history(), following)
     try:
         report(f"version {version}: loading")
         repository.put_in(version, staging, TOWERS)
@@ -246,14 +248,14 @@ def _switch(
                         server.load(repository.model(kind))
         raise
     report(f"version {version}: taking out what it replaces")
-    keep = {version} if previous is None else {version, min(version, previous)}
-    gone = [] if version == previous else [old for old in stood if old not in keep]
+    keep = {version, min(following[-2:])}
+    gone = [old for old in stood if old not in keep]  # the newest last: until then it is the one that is served
     for kinds in (("card",), TOWERS):
         for old in gone:
             repository.take_out(old, staging, kinds)
         if gone:
             _reload(repository, servers, kinds)
-    repository.record(_without_repeats(history))
+    repository.record(following)
     urls = [server.url for server in servers]
     took = time.perf_counter() - began
     return Switched(repository.name, version, previous, repository.standing(), urls, took)
@@ -263,11 +265,6 @@ def _reload(repository: Repository, servers: Sequence[Server], kinds: Sequence[s
     for server in servers:
         for kind in kinds:
             server.load(repository.model(kind))
-
-
-def _without_repeats(history: Sequence[int]) -> list[int]:
-    """A version that was promoted while it was served has not been served twice."""
-    return [version for place, version in enumerate(history) if place == 0 or history[place - 1] != version]
 
 
 @contextmanager

@@ -94,7 +94,13 @@ def test_setup_commands_are_the_makefile_s():
 
 def test_no_section_with_commands_is_forgotten():
     sections = [s for s in re.findall(r"^## (.+)$", README, re.M) if commands(s)]
-    assert sections == ["First steps, offline", "The real CLIP", "Your own images", "Does it work? Measure it"]
+    assert sections == [
+        "First steps, offline",
+        "The real CLIP",
+        "Your own images",
+        "Releases, and the way back",
+        "Does it work? Measure it",
+    ]
 
 
 @pytest.mark.slow
@@ -128,6 +134,16 @@ def test_the_real_clip_and_your_own_images(folder):
         for line in lines:
             if line.startswith(step):
                 run(offline(line), folder)
+
+
+@pytest.mark.slow
+def test_releases(folder):
+    run(offline("trainer fit --model mini --task digits"), folder)
+    run("exporter merge --to onnx --model mini", folder)
+    said = {line: run(offline(line), folder) for line in commands("Releases, and the way back")}
+    assert "version 3 is served (before: 2)" in said["exporter promote 3"]
+    assert "version 2 is served (before: 3)" in said["exporter rollback"]
+    assert said["exporter prune --keep 3"] == "clip: removed none; kept 1, 2, 3\n"
 
 
 @pytest.mark.slow

@@ -57,7 +57,8 @@ class BenchResult:
         loss_difference, gradient_difference: of the two steps in float32, relative.
         pool_seconds, naive_seconds: median over the pairs.
         speedup: median over the pairs of naive / pool; the steps of a pair follow each other at once.
-        floor_flops: floating-point operations of the frozen towers, forward and backward.
+        naive_flops: floating-point operations of the naive step.
+        floor_flops: of the frozen towers, forward and backward.
         flops_per_second: at which the machine multiplies matrices in this precision, median over the pairs.
         floor_seconds: ``floor_flops / flops_per_second``.
         times_floor: median over the pairs of pool seconds / floor seconds, each at its own rate.
@@ -75,6 +76,7 @@ class BenchResult:
     pool_seconds: float
     naive_seconds: float
     speedup: float
+    naive_flops: int
     floor_flops: int
     flops_per_second: float
     floor_seconds: float
@@ -108,8 +110,9 @@ def bench(
     bare = load_backbone(model, pretrained)
     floor_flops = frozen_flops(bare.model, random_batch(bare, batch_size))
     timed = (steps.pool, steps.naive, steps.product)
-    for step in timed:
-        step()
+    steps.pool(), steps.product()
+    with FlopCounterMode(display=False) as counter:
+        steps.naive()
     pool, naive, product = zip(*([steps.seconds(step) for step in timed] for _ in range(pairs)), strict=True)
     rates = [steps.product_flops / seconds for seconds in product]
     rate = statistics.median(rates)
@@ -125,6 +128,7 @@ def bench(
         pool_seconds=statistics.median(pool),
         naive_seconds=statistics.median(naive),
         speedup=statistics.median(slow / fast for slow, fast in zip(naive, pool, strict=True)),
+        naive_flops=counter.get_total_flops(),
         floor_flops=floor_flops,
         flops_per_second=rate,
         floor_seconds=floor_flops / rate,

@@ -64,4 +64,5 @@ def test_bench_prints_what_it_measured(capsys):
     assert found["floor_seconds"] == pytest.approx(found["floor_flops"] / found["flops_per_second"])
     assert min(found[f"{kind}_{what}"] for kind in ("pool", "naive") for what in ("seconds", "bytes")) > 0
     assert found["speedup"] > 0
+    assert 2 < found["naive_flops"] / found["floor_flops"] < 6
     assert found["times_floor"] > 0
