@@ -105,10 +105,9 @@ def release(
         for number, folder in staged.items():
             repository.add(folder, number)
         if not repository.standing():
-            first = sorted({BASE_VERSION, version})
-            for number in first:
+            for number in (version, BASE_VERSION):  # the newest first: cut off in between, it is served all the same
                 repository.put_in(number, staging)
-            repository.record(first)
+            repository.record(repository.standing())
     return Release(repository.name, version, parity, True, time.perf_counter() - began, repository.served)
 
 

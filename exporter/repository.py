@@ -226,6 +226,7 @@ class Repository:
         """Remove what a killed exporter left: staging folders, and models that were put in or taken out half-way."""
         for stale in self.path.resolve().parent.glob(f"{self._staging_prefix()}*"):
             shutil.rmtree(stale, ignore_errors=True)
+        (self.store / f".{HISTORY_FILE}").unlink(missing_ok=True)
         standing = set(self.standing())
         for kind in KINDS:
             for version in _numbers(self.model(kind)) - standing:

@@ -116,4 +116,4 @@ def test_the_command(released, tmp_path, monkeypatch, capsys):
     assert (code, printed.out.startswith("clip version 2: files unaltered, ONNX Runtime is within ")) == (0, True)
     code, printed = run("--repository", str(tmp_path / "nowhere"))
     assert (code, printed.err.count("\n")) == (1, 1)
-    assert "write one: exporter merge" in printed.err
+    assert "write one with: exporter merge" in printed.err
