@@ -13,6 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from exporter import card
 from exporter import release as release_module
 from exporter.manifest import check_files
 from exporter.parity import Parity
@@ -108,6 +109,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(release_module, "trace_image_tower", lambda backbone: image)
     monkeypatch.setattr(release_module, "trace_text_tower", lambda backbone: text)
     monkeypatch.setattr(release_module, "measure_parity", lambda *_: Parity(0.0, 0.0, 1.0, 1.0))
+    monkeypatch.setattr(card, "tokenizer_sha256", lambda _: "0" * 64)  # takes longer than all the rest
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked child would wait for threads that it doesn't have
     yield
@@ -154,7 +156,7 @@ def test_killed_at_any_change_nothing_is_lost_and_the_next_run_ends_the_same(
         check_whole(repository)
         assert set(before) <= set(repository.versions()) or what == "prune"
         assert repository.standing() or not template.standing()
-        states.setdefault(str(state(repository)), change)
+        states.setdefault(tuple(state(repository).values()), change)
         before_run, stood = repository.versions(), repository.standing()
         done = {"merge": repository.versions() != before, "rollback": repository.served == undisturbed.served}
         if done.get(what):
@@ -170,13 +172,14 @@ def test_killed_at_any_change_nothing_is_lost_and_the_next_run_ends_the_same(
             assert everything(repository) == everything(undisturbed), f"killed at change {change}"
         change += 1
     assert change > 5
-    print(f"{what}: killed at {change} points, {len(states)} states for Triton")
-    for text, at in states.items():
+    uneven = [at for text, at in states.items() if len(set(text)) > 1]  # where models have other versions than others
+    print(f"{what}: killed at {change} points, {len(uneven)} uneven states for Triton")
+    for at in uneven:
         repository = prepared("disturbed")
         killed_at(at, lambda: actions[what](repository))  # noqa: B023
         if repository.standing():
             with serve(repository.path) as server:
-                assert server.process.poll() is None, text
+                assert server.process.poll() is None
 
 
 def test_the_kill_is_real(tmp_path):
