@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from textwrap import shorten
 
 import onnx
 import onnx_ir
@@ -140,7 +141,7 @@ def _trace(tower: nn.Module, example: Tensor, shapes: dict, input_name: str, out
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as exc:
-        reason = " ".join(str(exc.__cause__ or exc).split())[:200]
+        reason = shorten(str(exc.__cause__ or exc), 200, placeholder=" ...")
         raise UnsupportedModel(
             f"{type(tower).__name__} of this model can't be traced to ONNX: {reason}; try a plain ViT such as ViT-B-16"
         ) from exc

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 
 import numpy as np
@@ -143,7 +144,7 @@ class Server:
         try:
             yield
         except (tritonclient.grpc.InferenceServerException, OSError) as exc:
-            reason = " ".join(str(exc).split())[:300]
+            reason = shorten(str(exc), 300, placeholder=" ...")
             raise kind(f"server {self.url}: {reason}; {step}") from exc
 
 

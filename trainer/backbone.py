@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 
 import open_clip
 import torch
@@ -143,7 +144,7 @@ def _create(model_name: str, pretrained: str) -> nn.Module:
         )
         raise WeightsError(
             f"weights {pretrained!r} for {model_name} could not be loaded: {type(exc).__name__}: "
-            f"{' '.join(str(exc).split())[:300]}; {step}"
+            f"{shorten(str(exc), 300, placeholder=' ...')}; {step}"
         ) from exc
 
 

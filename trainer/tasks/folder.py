@@ -9,6 +9,7 @@ others, one a line, in the folders' sorted order. Prompt templates come from ``t
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 
 from PIL import Image
 from torchvision.datasets import ImageFolder
@@ -61,7 +62,7 @@ def _tree(folder: Path) -> ImageFolder:
     try:
         return ImageFolder(str(folder))
     except FileNotFoundError as exc:  # torchvision's word for no class folders and for a class without images
-        raise TaskInvalid(f"task folder {folder}: {' '.join(str(exc).split())[:200]}") from exc
+        raise TaskInvalid(f"task folder {folder}: {shorten(str(exc), 200, placeholder=' ...')}") from exc
 
 
 def _images(tree: ImageFolder) -> Images:

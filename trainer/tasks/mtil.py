@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from torchvision import datasets
 
@@ -265,7 +266,7 @@ def _build(name: str, source: _Source, root: Path, split: object, download: bool
     try:
         dataset = source.build(str(root), split, fetch)
     except (ImportError, OSError, RuntimeError, ValueError, KeyError) as exc:  # torchvision's words for all that fails
-        reason = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
+        reason = f"{type(exc).__name__}: {shorten(str(exc), 200, placeholder=' ...')}"
         by_hand = source.by_hand.format(root=root)
         if fetch:
             raise TaskDataMissing(f"task {name!r}: can't be downloaded ({reason}); {by_hand}") from exc
