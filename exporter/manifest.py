@@ -10,7 +10,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from exporter.config import OPSET
 from exporter.errors import VersionDamaged
@@ -78,22 +78,21 @@ def check_files(repository: Repository, number: int) -> None:
 def _check_file(file: Path, expected: str | None) -> None:
     try:
         with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256") if hasattr(hashlib, "file_digest") else _digest(opened)
+            digest = _sha256(opened)
     except OSError as exc:
         raise VersionDamaged(f"{file}: can't be read ({exc.strerror}); merge again, or restore it") from exc
-    if digest.hexdigest() != expected:
+    if digest != expected:
         raise VersionDamaged(
-            f"{file}: its SHA-256 is {digest.hexdigest()[:8]}, the manifest says {str(expected)[:8]}: it was altered "
+            f"{file}: its SHA-256 is {digest[:8]}, the manifest says {str(expected)[:8]}: it was altered "
             "or cut off; merge again, or restore it"
         )
 
 
-def _digest(opened) -> hashlib._Hash:
-    """What ``hashlib.file_digest`` does, for Python 3.10."""
+def _sha256(opened: BinaryIO) -> str:
     digest = hashlib.sha256()
     while block := opened.read(1 << 20):
         digest.update(block)
-    return digest
+    return digest.hexdigest()
 
 
 def _version(tool: str) -> str | None:

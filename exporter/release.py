@@ -17,12 +17,10 @@ from exporter.errors import OtherBase, RepositoryError
 from exporter.graph import fill, to_bytes, trace_image_tower, trace_text_tower
 from exporter.manifest import manifest, to_text
 from exporter.parity import Parity, check_parity, check_same_graph, measure_parity
-from exporter.repository import BASE_VERSION, MANIFEST_FILE, MODEL_FILE, Repository, config, stage, write
+from exporter.repository import BASE_VERSION, MANIFEST_FILE, MODEL_FILE, TOWERS, Repository, config, stage, write
 from trainer.adapter import Adapter
 from trainer.backbone import Backbone, with_weights
 from trainer.merge import merge
-
-TOWERS = ("image", "text")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from exporter.errors import ConfigChanged, RepositoryBusy, RepositoryEmpty, Repo
 
 MODEL_FILE, CONFIG_FILE, MANIFEST_FILE = "model.onnx", "config.pbtxt", "manifest.json"
 HISTORY_FILE = "history.json"
-KINDS = ("image", "text", "card")  # the order in which they are put in
+TOWERS = ("image", "text")
+KINDS = (*TOWERS, "card")  # the order in which they are put in
 BASE_VERSION = 1
 MAX_BATCH_SIZE = {"image": 64, "text": 64, "card": 8}
 # The datatypes of CLIP's inputs and outputs, in Triton's words.

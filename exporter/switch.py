@@ -22,9 +22,8 @@ import tritonclient.http
 
 from exporter.errors import NothingToRollBackTo, PromotionFailed, ServerUnreachable
 from exporter.manifest import check_files
-from exporter.repository import BASE_VERSION, Repository
+from exporter.repository import BASE_VERSION, KINDS, TOWERS, Repository
 
-TOWERS = ("image", "text")
 WARM_BATCHES = (1, 8)
 POLL_S = 0.02
 
@@ -244,7 +243,7 @@ def _switch(
         if version not in stood:
             repository.take_out(version, staging)
             for server in servers:
-                for kind in (*TOWERS, "card"):
+                for kind in KINDS:
                     with suppress(PromotionFailed):
                         server.load(repository.model(kind))
         raise

@@ -13,10 +13,8 @@ from PIL import Image
 from exporter.errors import RepositoryError
 from exporter.manifest import check_files
 from exporter.parity import Parity, check_parity, check_same_graph, measure_parity
-from exporter.repository import BASE_VERSION, Repository
+from exporter.repository import BASE_VERSION, TOWERS, Repository
 from trainer.backbone import Backbone, load_backbone, with_weights
-
-TOWERS = ("image", "text")
 
 
 @dataclass(frozen=True)
