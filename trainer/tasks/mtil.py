@@ -65,7 +65,6 @@ class _Source:
         labels: data set -> index of the class of every image.
         class_names: data set -> class names.
         files: data set -> the image files that its annotations name.
-        dead: the download is; the folder has to be provided.
     """
 
     build: Callable
@@ -77,7 +76,11 @@ class _Source:
     labels: Callable[[object], Sequence[int]] = lambda d: d._labels
     class_names: Callable[[object], Sequence[str]] = lambda d: d.classes
     files: Callable[[object], Sequence[str | Path]] = lambda d: ()
-    dead: bool = False
+
+    @property
+    def dead(self) -> bool:
+        """Whether the download is: the folder has to be provided."""
+        return self.by_hand == DEAD
 
 
 def _sun397(root: str, split: None, download: bool) -> datasets.SUN397:
@@ -192,7 +195,6 @@ SOURCES = {
         ("train", "test"),
         labels=lambda d: [label for _, label in d._samples],
         files=lambda d: [path for path, _ in d._samples],
-        dead=True,
     ),
     "sun397": _Source(
         _sun397,
@@ -201,7 +203,6 @@ SOURCES = {
         DEAD,
         ("a photo of a {}", "a photo of the {}"),
         files=lambda d: d._image_files,
-        dead=True,
     ),
 }
 
