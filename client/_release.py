@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 
 import numpy as np
@@ -20,15 +21,15 @@ def ready_versions(transport: Transport, model: str) -> list[int]:
     Raises:
         ModelNotFound: a part is missing, or the parts have no ready version in common.
     """
-    served = transport.ready_versions()
-    missing = [f"{model}_{part}" for part in _PARTS if f"{model}_{part}" not in served]
-    if missing:
-        names = sorted(name.removesuffix("_card") for name in served if name.endswith("_card"))
-        near = difflib.get_close_matches(model, names)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        listed = f"it serves: {', '.join(names)}" if names else "it serves none; add one with: exporter merge"
-        raise ModelNotFound(f"no model {model!r} at {transport.address} (missing {', '.join(missing)}); {hint}{listed}")
-    versions = set.intersection(*(served[f"{model}_{part}"] for part in _PARTS))
+    served: dict[str, set[int]] = {}
+    for name in (names := [f"{model}_{part}" for part in _PARTS]):
+        with contextlib.suppress(ModelNotFound):
+            served[name] = transport.ready_versions(name)
+    if len(served) < len(names):
+        there = transport.models()
+        if missing := [name for name in names if name not in (served if there is None else there)]:
+            raise _no_model(transport, model, missing, there)
+    versions = set.intersection(*(served.get(name, set()) for name in names))
     if not versions:
         raise ModelNotFound(
             f"model {model!r} at {transport.address} has no version with {', '.join(_PARTS)} all ready; "
@@ -122,6 +123,16 @@ class Release:
         available = ready_versions(self._transport, self.model)
         if self.version not in available:
             raise _version_gone(self._transport, self.model, self.version, available) from exc.__cause__
+
+
+def _no_model(transport: Transport, model: str, missing: list[str], there: set[str] | None) -> ModelNotFound:
+    hint, listed = "", "wait until it is loaded, or ask its administrator what it serves"
+    if there is not None:
+        names = sorted(name.removesuffix("_card") for name in there if name.endswith("_card"))
+        near = difflib.get_close_matches(model, names)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        listed = f"it serves: {', '.join(names)}" if names else "it serves none; add one with: exporter merge"
+    return ModelNotFound(f"no model {model!r} at {transport.address} (missing {', '.join(missing)}); {hint}{listed}")
 
 
 def _version_gone(transport: Transport, model: str, version: int, available: list[int]) -> VersionGone:

@@ -106,17 +106,24 @@ class Transport:
         """Close the connection."""
         self._client.close()
 
-    def ready_versions(self) -> dict[str, set[int]]:
-        """Every model in the server's repository, with those of its versions that are ready."""
-        with self._our_errors("list of models"):
-            index = self._client.get_model_repository_index(**self._options)
-        rows = index if isinstance(index, list) else _rows(index)
-        versions: dict[str, set[int]] = {}
-        for row in rows:
-            ready = versions.setdefault(row["name"], set())
-            if row.get("state") == "READY":
-                ready.add(int(row["version"]))
-        return versions
+    def ready_versions(self, model: str) -> set[int]:
+        """Those versions of a model that are ready, at least one.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        with self._our_errors(f"metadata of {model}"):
+            metadata = self._client.get_model_metadata(model, **self._options)
+        return {int(version) for version in (metadata["versions"] if isinstance(metadata, dict) else metadata.versions)}
+
+    def models(self) -> set[str] | None:
+        """Every model in the server's repository; None where only an administrator is told."""
+        try:
+            with self._our_errors("list of models"):
+                index = self._client.get_model_repository_index(**self._options)
+        except ClientError:
+            return None
+        return {row["name"] for row in index} if isinstance(index, list) else {row.name for row in index.models}
 
     def max_batch_size(self, model: str, version: int) -> int:
         """The largest batch that a model takes in one request; 0 where it takes no batches."""
@@ -174,10 +181,6 @@ class Transport:
             f"what listens at {self.address} is no Triton that is ready and speaks {spoken}; "
             f"wait until it is ready, or see whether this is its port for {other}"
         )
-
-
-def _rows(index: Any) -> list[dict[str, str]]:
-    return [{"name": row.name, "version": row.version, "state": row.state} for row in index.models]
 
 
 def _http_protocol_errors(address: Address) -> tuple[type[Exception], ...]:

@@ -29,6 +29,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     Attributes:
         cards: what is served, a card by version number; change it and the server changes.
         before_infer: called with (model, version, gRPC context) before each answer; may abort, sleep, change ``cards``.
+        guarded: model control is refused, as by a server that wants its administrator's key for it.
         requests: (model, version, shape) of every inference answered.
         url: where it listens.
     """
@@ -36,6 +37,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self) -> None:
         self.cards = {1: self.card(1), 2: self.card(2)}
         self.before_infer: Callable[[str, int, grpc.ServicerContext], None] = lambda *_: None
+        self.guarded = False
         self.requests: list[tuple[str, int, tuple[int, ...]]] = []
         self._server = grpc.server(futures.ThreadPoolExecutor(4))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
@@ -76,12 +78,19 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
 
     def RepositoryIndex(self, request, context):  # noqa: N802
+        if self.guarded:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "This protocol is restricted")
         answer = service_pb2.RepositoryIndexResponse()
         for part in ("image", "text", "card"):
             answer.models.add(name=f"clip_{part}")
             for version in self.cards:
                 answer.models.add(name=f"clip_{part}", version=str(version), state="READY")
         return answer
+
+    def ModelMetadata(self, request, context):  # noqa: N802
+        if not self.cards or request.name not in {"clip_image", "clip_text", "clip_card"}:
+            context.abort(grpc.StatusCode.NOT_FOUND, "not found")
+        return service_pb2.ModelMetadataResponse(name=request.name, versions=map(str, sorted(self.cards)))
 
     def ModelConfig(self, request, context):  # noqa: N802
         self._abort_if_gone(request.version, context)

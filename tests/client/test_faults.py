@@ -77,6 +77,18 @@ def test_model_whose_versions_are_all_gone(fake, clip, picture):
         clip.classify(picture, LABELS)
 
 
+def test_server_that_guards_its_model_control_is_no_hindrance(fake, clip, picture):
+    fake.guarded = True
+    assert clip.classify(picture, LABELS)[0].version == 2
+    del fake.cards[2]
+    assert clip.classify(picture, LABELS)[0].version == 1
+    with (
+        ZeroShotClassifier(fake.url, model="clop") as other,
+        pytest.raises(ModelNotFound, match=r"no model 'clop' .*, clop_card\); wait until it is loaded"),
+    ):
+        other.versions()
+
+
 def test_requests_never_exceed_the_servers_batch(fake, clip, picture):
     answers = clip.classify([picture] * 9, [f"label {i}" for i in range(6)], templates=["a {}", "the photo of a {}"])
     assert len(answers) == 9
