@@ -48,6 +48,23 @@ LAYERS = {
 TOWERS = {"visual.transformer": "vision_model", "transformer": "text_model"}
 
 
+def save(target: str, backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> tuple[str, str]:
+    """Write for another library: ``open_clip``, ``transformers`` or ``peft``.
+
+    Returns:
+        the model's name there, and the Python that loads it.
+    """
+    if target == "open_clip":
+        name = save_open_clip(backbone, adapters, out)
+        return name, f"open_clip.create_model({name!r}, pretrained={str(out)!r})"
+    if target == "transformers":
+        save_transformers(backbone, adapters, out)
+        return backbone.model_name, f"transformers.CLIPModel.from_pretrained({str(out)!r})"
+    save_peft(backbone, adapters, out)
+    step = f"peft.PeftModel.from_pretrained(clip, {str(out)!r}), clip being the base in transformers"
+    return backbone.model_name, step
+
+
 def save_open_clip(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> str:
     """Write merged weights as safetensors that ``open_clip.create_model(name, pretrained=out)`` loads.
 

@@ -15,10 +15,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from exporter.errors import ExporterError, RepositoryEmpty, RepositoryError
+from exporter.config import Precision
+from exporter.errors import ExporterError, GateClosed, RepositoryError
 from trainer.errors import TrainerError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from exporter.accuracy import Accuracy, Agreement
     from exporter.repository import Repository
     from exporter.switch import Switched
 
@@ -72,6 +78,24 @@ def merge(
     repository: RepositoryOption = REPOSITORY,
     name: NameOption = "clip",
     out: Annotated[Path | None, typer.Option(help="Where to: a file for open_clip, else a folder.")] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="What it computes in: fp16 is for GPUs, int8 for CPUs.")
+    ] = Precision.fp32,
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of images on which a lower precision must answer as fp32 does.")
+    ] = 0.99,
+    min_accuracy: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Percent that every task must reach.")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(min=0, help="Points that a task may lose against the version served now.")
+    ] = None,
+    validate: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure both versions on a task's or folder's test images; again for more."),
+    ] = None,
+    data: Annotated[Path, typer.Option(help="Where the MTIL data sets lie.")] = Path("data"),
+    force: Annotated[bool, typer.Option("--force", help="Write it though it fails these, and record that.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Merge all adapters, in the order they were learned, and check the result before it counts.
@@ -79,7 +103,7 @@ def merge(
     Version 1 of a repository is the base; each merge adds the next number. The first ones are served at once, later
     ones once they are promoted.
 
-    Example: exporter merge --to onnx --model mini
+    Example: exporter merge --to onnx --model mini --max-drop 2
     """
     if (to is Target.onnx) != (out is None):
         raise typer.BadParameter("--out belongs to all that is not --to onnx, and must be given there")
@@ -88,41 +112,57 @@ def merge(
     from trainer.adapter import load_lineage
     from trainer.backbone import load_backbone
 
-    console = Console(stderr=True)
-    with console.status("loading weights") as status:
+    with Console(stderr=True).status("loading weights") as status:
         backbone = load_backbone(model, pretrained)
         lineage = load_lineage(adapters, backbone.fingerprint)
         tasks = [adapter.task for adapter in lineage]
         if out is not None:
-            from exporter.checkpoints import save_open_clip, save_peft, save_transformers
+            from exporter.checkpoints import save
 
             status.update("merging")
-            loads = model
-            if to is Target.open_clip:
-                loads = save_open_clip(backbone, lineage, out)
-                step = f"open_clip.create_model({loads!r}, pretrained={str(out)!r})"
-            elif to is Target.transformers:
-                save_transformers(backbone, lineage, out)
-                step = f"transformers.CLIPModel.from_pretrained({str(out)!r})"
-            else:
-                save_peft(backbone, lineage, out)
-                step = f"peft.PeftModel.from_pretrained(clip, {str(out)!r}), clip being the base in transformers"
+            loads, step = save(to.value, backbone, lineage, out)
             result = {"out": str(out), "model": loads, "tasks": tasks, "load": step}
             _print(result, as_json, f"{out}: {_learned(tasks)}. Load it with {step}")
             return
-        from exporter.release import release
+        from exporter.gate import Gate
+        from exporter.release import Checks, release
         from exporter.repository import Repository
-        from trainer.tasks import sample
+        from trainer.tasks import find_learned, load_task, sample, shipped_tasks
 
+        validation = [load_task(given, data) for given in validate or ()]
+        learned = [task for adapter in lineage if (task := find_learned(adapter, data))]
+        checks = Checks(
+            Gate(min_accuracy, max_drop, min_agreement, force),
+            validation,
+            compared_on=[*validation, *learned] or shipped_tasks(),
+        )
         images, prompts = sample(PARITY_IMAGES)
-        result = release(backbone, lineage, Repository(repository, name), images, prompts, status.update)
-    parity = result.parity
+        try:
+            result = release(
+                backbone,
+                lineage,
+                Repository(repository, name),
+                images,
+                prompts,
+                status.update,
+                precision=precision,
+                checks=checks,
+            )
+        except GateClosed as exc:
+            status.stop()
+            Console(stderr=True).print(_accuracy_table(exc.accuracies, exc.agreements))
+            raise
     line = (
         f"{repository}: {name} version {result.version}, {_learned(tasks)}; ONNX Runtime is within "
-        f"{max(parity.image_max_abs, parity.text_max_abs):.1e} of PyTorch, the graph is the base's own; "
-        f"{result.seconds:.1f} s. "
+        f"{result.parity.max_abs:.1e} of PyTorch, the graph is the base's own"
+        + (f", then cast to {precision.value}" if result.cast else "")
+        + f"; {result.seconds:.1f} s. "
         + ("It is served" if result.served == result.version else f"Serve it: exporter promote {result.version}")
+        + (f". FORCED though {'; '.join(result.forced)}" if result.forced else "")
     )
+    agreements = result.cast.agreement if result.cast else ()
+    if not as_json and (result.accuracy or agreements):
+        Console().print(_accuracy_table(result.accuracy, agreements))
     _print(result.to_dict(), as_json, line)
 
 
@@ -137,7 +177,8 @@ def serve(
 ) -> None:
     """Run a local Triton on loopback until Ctrl-C, or while COMMAND runs, and exit with its status.
 
-    COMMAND finds the server in CLIPWELD_URL (gRPC) and CLIPWELD_HTTP_URL.
+    COMMAND finds the server in CLIPWELD_URL (gRPC) and CLIPWELD_HTTP_URL. With CLIPWELD_ADMIN_KEY set, only who sends
+    that key may switch versions; exporter promote and rollback do, where it is set.
 
     Example: exporter serve --port 0 -- client classify cat.jpg --labels "cat, dog"
     """
@@ -183,11 +224,12 @@ def versions(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = Fa
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
-    table = Table("model", "version", "", "tasks", "precision", "made", "base")
+    table = Table("model", "version", "", "tasks, accuracy %", "precision", "made", "base")
     for row in rows:
         base = f"{row['base']['model_name']} ({row['base']['pretrained']}) {row['base']['fingerprint'][:8]}"
         state = "served" if row["served"] else "standing" if row["standing"] else "resting"
-        tasks = ", ".join(row["tasks"]) or "none: the base"
+        accuracy = {entry["task"]: f" {entry['after']:.1f}" for entry in row["accuracy"] if entry["after"] is not None}
+        tasks = ", ".join(f"{task}{accuracy.get(task, '')}" for task in row["tasks"]) or "none: the base"
         table.add_row(row["model"], str(row["version"]), state, tasks, row["precision"], row["date"][:10], base)
     Console().print(table)
 
@@ -208,17 +250,14 @@ def verify(
     from trainer.tasks import sample
 
     found = Repository(repository, name)
+    found.check_released()
     numbers = [version] if version is not None else found.versions()
-    if not numbers:
-        raise RepositoryEmpty(
-            f"repository {repository}: no version of {name!r}; write one with: exporter merge --to onnx"
-        )
     images, prompts = sample(PARITY_IMAGES)
     with Console(stderr=True).status("verifying"):
         results = [verify_version(found, number, images, prompts) for number in numbers]
     lines = [
         f"{name} version {result.version}: files unaltered, ONNX Runtime is within "
-        f"{max(result.parity.image_max_abs, result.parity.text_max_abs):.1e} of PyTorch"
+        f"{result.parity.max_abs:.1e} of PyTorch" + (f", as served {result.cast.max_abs:.1e}" if result.cast else "")
         for result in results
     ]
     print(json.dumps([result.to_dict() for result in results]) if as_json else "\n".join(lines))
@@ -302,9 +341,33 @@ def _summary(repository: Repository, version: int) -> dict:
             "precision": manifest["precision"],
             "lineage": manifest["lineage"],
             "parity": manifest["parity"],
+            "accuracy": manifest["accuracy"],
+            "cast": manifest["cast"],
+            "forced": manifest["forced"],
         }
     except KeyError as exc:
         raise RepositoryError(f"manifest {repository.manifest_file(version)}: lacks {exc}; merge again") from exc
+
+
+def _accuracy_table(accuracies: Sequence[Accuracy], agreements: Sequence[Agreement]) -> Table:
+    """What was measured, a task a row."""
+    from rich.table import Table
+
+    table = Table("task", title="Test images, %")
+    if accuracies:
+        for column in ("right before", "right after", "change"):
+            table.add_column(column, justify="right")
+    if agreements:
+        table.add_column("answered as in float32", justify="right")
+    known = {accuracy.task: accuracy for accuracy in accuracies}
+    agreeing = {agreement.task: agreement for agreement in agreements}
+    for task in dict.fromkeys([*known, *agreeing]):
+        before, after = (known[task].before, known[task].after) if task in known else (None, None)
+        row = ["" if value is None else f"{value:.1f}" for value in (before, after)]
+        row.append("" if before is None or after is None else f"{after - before:+.1f}")
+        same = f"{100 * agreeing[task].top1:.1f} of {agreeing[task].images}" if task in agreeing else ""
+        table.add_row(task, *(row if accuracies else ()), *([same] if agreements else ()))
+    return table
 
 
 def _servers(urls: list[str] | None) -> list[str]:

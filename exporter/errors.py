@@ -5,6 +5,7 @@ ExporterError
 ├── ParityError
 │   ├── AnswersDiffer       ONNX Runtime and PyTorch disagree
 │   └── GraphsDiffer        merged and base differ in more than weights
+├── GateClosed              a version is worse than was allowed
 ├── RepositoryError
 │   ├── RepositoryEmpty     nothing to serve
 │   ├── RepositoryBusy      another exporter is writing
@@ -25,6 +26,14 @@ ExporterError
 Every message says what, which object, expected, got, and the next step, in one line.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from exporter.accuracy import Accuracy, Agreement
+
 
 class ExporterError(Exception):
     """Base of every error that a user of the exporter can meet."""
@@ -44,6 +53,18 @@ class AnswersDiffer(ParityError):
 
 class GraphsDiffer(ParityError):
     """Merged and base differ in more than the values of their weights."""
+
+
+class GateClosed(ExporterError):
+    """A version is worse than was allowed.
+
+    Attributes:
+        accuracies, agreements: what was measured, for a table.
+    """
+
+    def __init__(self, message: str, accuracies: Sequence[Accuracy], agreements: Sequence[Agreement]) -> None:
+        super().__init__(message)
+        self.accuracies, self.agreements = accuracies, agreements
 
 
 class RepositoryError(ExporterError):

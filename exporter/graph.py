@@ -10,24 +10,23 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from textwrap import shorten
 
 import onnx
 import onnx_ir
-import open_clip
 import torch
-import torch.nn.functional as F
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, helper
 from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.export import Dim
 
 from exporter.config import IR_VERSION, OPSET, PRODUCER
 from exporter.errors import UnsupportedModel
+from exporter.towers import ImageTower, TextTower, plain
 from trainer.backbone import Backbone
-from trainer.towers import encode_text
 
 PROTOBUF_LIMIT = 2**31 - 1
 
@@ -35,71 +34,48 @@ IMAGE_INPUT, IMAGE_OUTPUT = "image", "image_features"
 TEXT_INPUT, TEXT_OUTPUT = "tokens", "text_features"
 
 
-class ImageTower(nn.Module):
-    """Pixels -> image features; scaling, mean and std inside."""
-
-    def __init__(self, model: open_clip.CLIP, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.visual = model.visual
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """uint8 (batch, image_size, image_size, 3), RGB -> float32 (batch, embed_dim), L2-normalised."""
-        pixels = image.permute(0, 3, 1, 2).to(torch.float32) / 255.0
-        return F.normalize(self.visual((pixels - self.mean) / self.std), dim=-1)
-
-
-class TextTower(nn.Module):
-    """Tokens of any length -> text features: the text half of a CLIP, its parts under open_clip's own names."""
-
-    def __init__(self, model: open_clip.CLIP) -> None:
-        super().__init__()
-        self.context_length, self.vocab_size = model.context_length, model.vocab_size
-        self.token_embedding = model.token_embedding
-        self.positional_embedding = model.positional_embedding
-        self.transformer = model.transformer
-        self.ln_final = model.ln_final
-        self.text_projection = model.text_projection
-        self.register_buffer("attn_mask", model.attn_mask, persistent=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """int32 (batch, seq_len) -> float32 (batch, embed_dim), L2-normalised.
-
-        Longer requests are cut to the context, ids clamped to the vocabulary: neither may be an internal error, nor
-        disturb the requests that Triton batches with it.
-        """
-        length = torch.sym_min(tokens.shape[1], self.context_length)
-        tokens = tokens.narrow(1, 0, length).clamp(0, self.vocab_size - 1)
-        return F.normalize(encode_text(self, tokens), dim=-1)
-
-
-def trace_image_tower(backbone: Backbone) -> ModelProto:
+def trace_image_tower(backbone: Backbone, dtype: torch.dtype = torch.float32) -> ModelProto:
     """The image tower's graph, without weights: they are inputs, to be given by ``fill``.
+
+    Args:
+        dtype: what the transformer computes in: float32, or float16 for GPUs.
 
     Raises:
         UnsupportedModel: torch can't trace it.
     """
     size = backbone.image_size
-    tower = ImageTower(backbone.model, backbone.mean, backbone.std)
+    tower = ImageTower(plain(backbone.model, dtype), backbone.mean, backbone.std)
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     return _trace(tower, example, {0: Dim("batch")}, IMAGE_INPUT, IMAGE_OUTPUT)
 
 
-def trace_text_tower(backbone: Backbone) -> ModelProto:
+def trace_text_tower(backbone: Backbone, dtype: torch.dtype = torch.float32) -> ModelProto:
     """The text tower's graph, without weights: they are inputs, to be given by ``fill``.
 
-    Raises:
-        UnsupportedModel: torch can't trace it.
+    Args, errors: as of ``trace_image_tower``.
     """
     example = torch.zeros(2, min(7, backbone.context_length), dtype=torch.int32)
     # No maximum: the graph itself cuts to the context. The bound only tells the tracer that lengths are small.
     shapes = {0: Dim("batch"), 1: Dim("length", min=1, max=1 << 20)}
-    return _trace(TextTower(backbone.model), example, shapes, TEXT_INPUT, TEXT_OUTPUT)
+    return _trace(TextTower(plain(backbone.model, dtype)), example, shapes, TEXT_INPUT, TEXT_OUTPUT)
+
+
+def hollow(file: Path, names: Container[str]) -> ModelProto:
+    """The traced tower that ``fill`` made a file of, whatever weights are in it.
+
+    Args:
+        names: of the weights.
+    """
+    model = onnx.load(file)
+    weights = [tensor for tensor in model.graph.initializer if tensor.name in names]
+    for tensor in weights:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        model.graph.initializer.remove(tensor)
+    return ModelProto.FromString(model.SerializeToString())  # protobuf keeps the memory of what is removed
 
 
 def fill(graph: ModelProto, state_dict: Mapping[str, Tensor]) -> ModelProto:
-    """A traced tower with weights: float32, inside the file, in the order of the graph.
+    """A traced tower with weights: of its precision, inside the file, in the order of the graph.
 
     Args:
         graph: what ``trace_image_tower`` or ``trace_text_tower`` gave; not changed.
@@ -109,14 +85,24 @@ def fill(graph: ModelProto, state_dict: Mapping[str, Tensor]) -> ModelProto:
         UnsupportedModel: the tower is too large for one ONNX file.
     """
     filled = copy.deepcopy(graph)
-    for value in graph.graph.input[1:]:
-        array = state_dict[value.name].detach().to("cpu", torch.float32).contiguous().numpy()
-        filled.graph.initializer.append(numpy_helper.from_array(array, value.name))
+    values = list(graph.graph.input[1:])
     del filled.graph.input[1:]
-    if (size := filled.ByteSize()) > PROTOBUF_LIMIT:
-        raise UnsupportedModel(
-            f"tower {graph.graph.input[0].name!r}: {size / 2**30:.1f} GiB as one ONNX file, protobuf allows 2 GiB; "
-            "take a smaller model"
+    size = graph.ByteSize()
+    for value in values:
+        dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        array = state_dict[value.name].detach().to("cpu", torch.float32).numpy().astype(dtype, copy=False)
+        size += array.nbytes
+        if size > PROTOBUF_LIMIT:
+            raise UnsupportedModel(
+                f"tower {graph.graph.input[0].name!r}: more than {PROTOBUF_LIMIT / 2**30:.0f} GiB as one ONNX file, "
+                "which protobuf doesn't allow; take a smaller model"
+            )
+        # In place: appending a finished tensor would have protobuf hold it twice.
+        filled.graph.initializer.add(
+            name=value.name,
+            data_type=value.type.tensor_type.elem_type,
+            dims=array.shape,
+            raw_data=array.tobytes(),
         )
     return filled
 

@@ -5,48 +5,49 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from exporter.config import OPSET
 from exporter.errors import VersionDamaged
-from exporter.repository import KINDS, Repository
+from exporter.repository import KINDS, MODEL_FILE, Repository
 
 if TYPE_CHECKING:  # reading a manifest needs neither torch nor open_clip
-    from exporter.parity import Parity
-    from trainer.adapter import Adapter
+    from exporter.build import Build
 
 FORMAT = 1
 TOOLS = ("clipweld", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 
-def manifest(
-    card: dict, architecture: str, adapters: Sequence[Adapter], models: Mapping[str, bytes], parity: Parity
-) -> dict:
-    """Everything about a version that its files don't say themselves.
+def manifest(build: Build, architecture: str) -> dict:
+    """Everything about a version that its files don't say themselves, and their hashes.
 
     Args:
-        card: what the version says of itself to clients.
+        build: complete in its folder.
         architecture: the name by which open_clip builds its model.
-        models: by kind, the bytes of each ``model.onnx``.
     """
+    card = build.card
+    models = sorted(build.folder.rglob(MODEL_FILE))
     return {
         "format": FORMAT,
         "model": card["model"],
-        "version": card["version"],
+        "version": build.number,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "base": {**card["base"], "architecture": architecture},
-        "lineage": [{"task": adapter.task, "sha256": adapter.sha256} for adapter in adapters],
-        "precision": "fp32",
+        "lineage": [{"task": adapter.task, "sha256": adapter.sha256} for adapter in build.adapters],
+        "accuracy": [asdict(accuracy) for accuracy in build.accuracies],
+        "forced": build.forced,
+        "precision": build.precision.value,
         "opset": OPSET,
-        "parity": asdict(parity),
+        "parity": asdict(build.parity),
+        "cast": asdict(build.cast) if build.cast else None,
         "files": {
-            kind: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-            for kind, content in models.items()
+            file.parent.relative_to(build.folder).as_posix(): {"sha256": hash_of(file), "bytes": file.stat().st_size}
+            for file in models
         },
         "tools": {"python": platform.python_version(), **{tool: found for tool in TOOLS if (found := _version(tool))}},
     }
@@ -65,20 +66,28 @@ def check_files(repository: Repository, number: int) -> None:
         RepositoryError: the manifest can't be read.
     """
     expected = repository.manifest(number).get("files", {})
-    for kind in KINDS:
-        stored = repository.file(kind, number)
-        standing = repository.model(kind) / str(number) / stored.name
+    for part in dict.fromkeys((*KINDS, *expected)):
+        stored = repository.store / str(number) / part / MODEL_FILE
+        standing = repository.model(part) / str(number) / MODEL_FILE
         files = [stored]
-        if standing.exists() and not (stored.exists() and standing.samefile(stored)):
+        if part in KINDS and standing.exists() and not (stored.exists() and standing.samefile(stored)):
             files.append(standing)
         for file in files:
-            _check_file(file, expected.get(kind, {}).get("sha256"))
+            _check_file(file, expected.get(part, {}).get("sha256"))
+
+
+def hash_of(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _check_file(file: Path, expected: str | None) -> None:
     try:
-        with file.open("rb") as opened:
-            digest = _sha256(opened)
+        digest = hash_of(file)
     except OSError as exc:
         raise VersionDamaged(f"{file}: can't be read ({exc.strerror}); merge again, or restore it") from exc
     if digest != expected:
@@ -86,13 +95,6 @@ def _check_file(file: Path, expected: str | None) -> None:
             f"{file}: its SHA-256 is {digest[:8]}, the manifest says {str(expected)[:8]}: it was altered "
             "or cut off; merge again, or restore it"
         )
-
-
-def _sha256(opened: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := opened.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _version(tool: str) -> str | None:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 
-import onnx
-from onnx import ModelProto
 from PIL import Image
 
-from exporter.card import card_model, describe
-from exporter.checkpoints import architecture
+from exporter.accuracy import Accuracy, in_onnx_runtime, measure_accuracy, recorded_accuracies
+from exporter.build import Build, Builder, Cast
+from exporter.card import describe
+from exporter.config import Precision
 from exporter.errors import OtherBase, RepositoryError
-from exporter.graph import fill, to_bytes, trace_image_tower, trace_text_tower
-from exporter.manifest import manifest, to_text
-from exporter.parity import Parity, check_parity, check_same_graph, measure_parity
-from exporter.repository import BASE_VERSION, MANIFEST_FILE, MODEL_FILE, TOWERS, Repository, config, stage, write
+from exporter.gate import Gate
+from exporter.parity import Parity
+from exporter.repository import BASE_VERSION, Repository, towers
 from trainer.adapter import Adapter
 from trainer.backbone import Backbone, with_weights
 from trainer.merge import merge
+from trainer.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,14 @@ class Release:
     Attributes:
         model: the common name of the three models.
         version: the newest version written.
-        parity: ONNX Runtime against PyTorch.
+        parity: ONNX Runtime against PyTorch, both in float32.
         graph_identical_to_base: always true of a version that exists; false ones are refused.
         seconds: wall time of the whole merge.
         served: the version that is served: the first ones at once, later ones when they are promoted.
+        precision: what the version computes in.
+        accuracy: of every task, before and after.
+        cast: how far a lower precision is from float32; None where there is none.
+        forced: what it failed at and was written in spite of.
     """
 
     model: str
@@ -42,10 +45,29 @@ class Release:
     graph_identical_to_base: bool
     seconds: float
     served: int
+    precision: Precision
+    accuracy: list[Accuracy]
+    cast: Cast | None
+    forced: list[str]
 
     def to_dict(self) -> dict:
         """The fields as JSON has them."""
         return asdict(self) | {"seconds": round(self.seconds, 2)}
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What a version must pass beside parity.
+
+    Attributes:
+        gate: how good it must be.
+        validation: tasks to measure the version served now and the new one on.
+        compared_on: tasks with the images on which a lower precision is compared with float32.
+    """
+
+    gate: Gate = field(default_factory=Gate)
+    validation: Sequence[Task] = ()
+    compared_on: Sequence[Task] = ()
 
 
 def release(
@@ -55,6 +77,9 @@ def release(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
     report: Callable[[str], None] = lambda step: None,
+    *,
+    precision: Precision = Precision.fp32,
+    checks: Checks | None = None,
 ) -> Release:
     """Write the next version: base with all adapters merged; before it version 1, the base, where there is none.
 
@@ -65,51 +90,76 @@ def release(
         adapters: one lineage, in order (``trainer.adapter.load_lineage``); empty writes the base alone.
         images, prompts: what ONNX Runtime and PyTorch must agree on.
         report: called with a line when a step begins.
+        precision: of the version; the base, version 1, is always float32.
 
     Raises:
-        ParityError: answers or graphs differ; nothing was written.
+        ParityError: answers or graphs differ; nothing was written, as with all of these.
+        GateClosed: it is worse than was allowed.
         RepositoryError: held by another merge, of another base or architecture, or nothing to add.
         UnsupportedModel: the backbone can't be exported or served faithfully.
     """
     began = time.perf_counter()
+    checks = checks or Checks()
+    gate, validated = checks.gate, {task.name for task in checks.validation}
     with repository.writing() as staging:
-        if strays := set(repository.standing()) - set(repository.versions()):
-            raise RepositoryError(
-                f"repository {repository.path}: version {min(strays)} is not in {repository.store}; restore that, "
-                "or merge into a new repository"
-            )
-        has_base = bool(repository.versions())
-        if has_base:
-            _check_base(repository, backbone, adapters)
+        adds = bool(adapters) or precision is not Precision.fp32
+        _check_repository(repository, backbone, adds)
         describe(repository.name, BASE_VERSION, backbone, adapters)  # refuses what clients can't follow, early
-        report("tracing both towers")
-        graphs = {"image": trace_image_tower(backbone), "text": trace_text_tower(backbone)}
-        staged = {}
-        if not has_base:
-            version = BASE_VERSION
-            staged[version] = staging / str(version)
-            parity = _stage_version(staged[version], repository, version, backbone, (), graphs, images, prompts, report)
-        if adapters:
-            version = max(BASE_VERSION, *repository.versions()) + 1 if has_base else BASE_VERSION + 1
-            staged[version] = staging / str(version)
+        served, there = repository.served, repository.versions()
+        known = repository.manifest(served).get("accuracy", []) if served else []
+        earlier = {entry["task"] for entry in known} | validated
+        recorded = [a for a in recorded_accuracies(adapters, known) if a.task not in validated]
+        gate.check(recorded, earlier)  # again below: here it is minutes sooner
+
+        builder = Builder(repository, backbone, precision, images, prompts, report)
+        builds: list[Build] = []
+        if not there:
+            builds.append(builder.build(staging / str(BASE_VERSION), BASE_VERSION, backbone, ()))
+        base = builds[0].folder if builds else repository.store / str(BASE_VERSION)
+        if adds:
+            number = max([BASE_VERSION, *there]) + 1
             merged = with_weights(backbone, merge(backbone.model.state_dict(), adapters))
-            parity = _stage_version(
-                staged[version], repository, version, merged, adapters, graphs, images, prompts, report
-            )
-            base = staged.get(BASE_VERSION, repository.store / str(BASE_VERSION))
-            for kind in TOWERS:
-                files = (folder / kind / MODEL_FILE for folder in (base, staged[version]))
-                check_same_graph(*map(onnx.load, files), f"{kind} tower")
-        for number, folder in staged.items():
-            repository.add(folder, number)
-        if not repository.standing():
-            for number in (version, BASE_VERSION):  # the newest first: cut off in between, it is served all the same
+            build = builder.build(staging / str(number), number, merged, adapters)
+            builder.compare_graphs(build, base)
+            if precision is not Precision.fp32:
+                builder.cast(build, base, checks.compared_on)
+            build.accuracies = recorded
+            if validated:
+                before = repository.store / str(served) if served else base
+                encoders = [in_onnx_runtime(merged, *towers(folder)) for folder in (before, build.folder)]
+                build.accuracies = recorded + measure_accuracy(merged, *encoders, checks.validation, report)
+            build.forced = gate.check(build.accuracies, earlier, build.cast and build.cast.agreement)
+            builds.append(build)
+        for build in builds:
+            builder.finish(build)
+        if served is None:
+            for number in (builds[-1].number, BASE_VERSION):  # cut off in between, the newest is served all the same
                 repository.put_in(number, staging)
             repository.record(repository.standing())
-    return Release(repository.name, version, parity, True, time.perf_counter() - began, repository.served)
+    newest = builds[-1]
+    return Release(
+        model=repository.name,
+        version=newest.number,
+        parity=newest.parity,
+        graph_identical_to_base=True,
+        seconds=time.perf_counter() - began,
+        served=repository.served,
+        precision=newest.precision,
+        accuracy=newest.accuracies,
+        cast=newest.cast,
+        forced=newest.forced,
+    )
 
 
-def _check_base(repository: Repository, backbone: Backbone, adapters: Sequence[Adapter]) -> None:
+def _check_repository(repository: Repository, backbone: Backbone, adds: bool) -> None:
+    """Refuse a repository that a version of this base can't go into."""
+    if strays := set(repository.standing()) - set(repository.versions()):
+        raise RepositoryError(
+            f"repository {repository.path}: version {min(strays)} is not in {repository.store}; restore that, "
+            "or merge into a new repository"
+        )
+    if not repository.versions():
+        return
     base = repository.card(repository.versions()[0])["base"]
     if base["fingerprint"] != backbone.fingerprint:
         raise OtherBase(
@@ -122,38 +172,8 @@ def _check_base(repository: Repository, backbone: Backbone, adapters: Sequence[A
             f"repository {repository.path}: version {BASE_VERSION}, the base that a merge is compared with, is gone; "
             "merge into a new repository"
         )
-    if not adapters:
+    if not adds:
         raise RepositoryError(
             f"repository {repository.path}: the base is there already and there is no adapter to merge; learn a task "
             "first: trainer fit"
         )
-
-
-def _stage_version(
-    folder: Path,
-    repository: Repository,
-    version: int,
-    backbone: Backbone,
-    adapters: Sequence[Adapter],
-    graphs: dict[str, ModelProto],
-    images: Sequence[Image.Image],
-    prompts: Sequence[str],
-    report: Callable[[str], None],
-) -> Parity:
-    """Write a version into a folder, manifest and all, and compare it with PyTorch."""
-    label = f"{repository.name} version {version}"
-    report(f"{label}: writing")
-    weights = backbone.model.state_dict()
-    models = {kind: fill(graph, weights) for kind, graph in graphs.items()}
-    card = describe(repository.name, version, backbone, adapters)
-    models["card"] = card_model(card)
-    configs = {kind: config(repository.name, kind, model) for kind, model in models.items()}
-    for kind, text in configs.items():
-        repository.check_config(kind, text)
-    files = {kind: to_bytes(model) for kind, model in models.items()}
-    stage(folder, files, configs)
-    report(f"{label}: comparing ONNX Runtime with PyTorch")
-    parity = measure_parity(backbone, *(folder / kind / MODEL_FILE for kind in TOWERS), images, prompts)
-    check_parity(parity, label)
-    write(folder / MANIFEST_FILE, to_text(manifest(card, architecture(backbone), adapters, files, parity)).encode())
-    return parity

@@ -15,28 +15,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from exporter.card import read_card
 from exporter.errors import ConfigChanged, RepositoryBusy, RepositoryEmpty, RepositoryError, VersionMissing
 
 MODEL_FILE, CONFIG_FILE, MANIFEST_FILE = "model.onnx", "config.pbtxt", "manifest.json"
 HISTORY_FILE = "history.json"
+EXACT = "fp32"  # the folder in a version with those float32 towers that another precision was made of
 TOWERS = ("image", "text")
 KINDS = (*TOWERS, "card")  # the order in which they are put in
 BASE_VERSION = 1
-MAX_BATCH_SIZE = {"image": 64, "text": 64, "card": 8}
-# The datatypes of CLIP's inputs and outputs, in Triton's words.
-TYPES = {
-    TensorProto.UINT8: "TYPE_UINT8",
-    TensorProto.INT32: "TYPE_INT32",
-    TensorProto.FLOAT: "TYPE_FP32",
-    TensorProto.STRING: "TYPE_STRING",
-}
 
 
 class Repository:
@@ -61,6 +52,11 @@ class Repository:
         """A version's ONNX in the store."""
         return self.store / str(version) / kind / MODEL_FILE
 
+    def exact_file(self, kind: str, version: int) -> Path:
+        """A version's tower in float32: what it serves, or what that was made of."""
+        kept = self.store / str(version) / EXACT / kind / MODEL_FILE
+        return kept if kept.exists() else self.file(kind, version)
+
     def manifest_file(self, version: int) -> Path:
         """A version's manifest in the store."""
         return self.store / str(version) / MANIFEST_FILE
@@ -77,6 +73,15 @@ class Repository:
     def served(self) -> int | None:
         """The newest standing version: what requests get that name none."""
         return max(self.standing(), default=None)
+
+    def check_released(self) -> None:
+        """Raises:
+        RepositoryEmpty: there is no version at all.
+        """
+        if not self.versions():
+            raise RepositoryEmpty(
+                f"repository {self.path}: no version of {self.name!r}; write one with: exporter merge --to onnx"
+            )
 
     def check(self, version: int) -> None:
         """Raises:
@@ -153,7 +158,7 @@ class Repository:
             )
 
     def add(self, staged: Path, version: int) -> None:
-        """Rename a staged version, as ``stage`` wrote it, into the store."""
+        """Rename a version, complete in a staging folder, into the store."""
         self.store.mkdir(parents=True, exist_ok=True)
         os.rename(staged, self.store / str(version))
         _flush(self.store)
@@ -251,12 +256,10 @@ def repositories(path: Path) -> list[Repository]:
     return found
 
 
-def stage(folder: Path, models: Mapping[str, bytes], configs: Mapping[str, str]) -> None:
-    """Write one version's models and configs under a folder, flushed to disk."""
-    for kind, content in models.items():
-        (folder / kind).mkdir(parents=True)
-        write(folder / kind / MODEL_FILE, content)
-        write(folder / kind / CONFIG_FILE, configs[kind].encode())
+def towers(version: Path) -> tuple[Path, Path]:
+    """The files of the image and the text tower in a version's folder."""
+    image, text = (version / kind / MODEL_FILE for kind in TOWERS)
+    return image, text
 
 
 def write(file: Path, content: bytes) -> None:
@@ -265,35 +268,6 @@ def write(file: Path, content: bytes) -> None:
         opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
-
-
-def config(name: str, kind: str, model: ModelProto) -> str:
-    """The text of ``config.pbtxt``, from the graph alone: equal for every version of one architecture.
-
-    One instance, as Triton's default for this backend is two a version on a CPU: twice the memory, and sessions that
-    fight over the same cores. Its kind is left open: a GPU where there is one.
-    """
-    ends = (("input", model.graph.input), ("output", model.graph.output))
-    tensors = "\n".join(_tensors(field, values) for field, values in ends)
-    return f"""\
-name: "{name}_{kind}"
-backend: "onnxruntime"
-max_batch_size: {MAX_BATCH_SIZE[kind]}
-{tensors}
-instance_group [ {{ count: 1 }} ]
-dynamic_batching {{ }}
-version_policy {{ all {{ }} }}
-"""
-
-
-def _tensors(field: str, values: list[ValueInfoProto]) -> str:
-    lines = []
-    for value in values:
-        tensor = value.type.tensor_type
-        # A dimension without a fixed value is dynamic; the first is the batch, which Triton leaves out.
-        dims = ", ".join(str(d.dim_value or -1) for d in tensor.shape.dim[1:])
-        lines.append(f'{field} [ {{ name: "{value.name}" data_type: {TYPES[tensor.elem_type]} dims: [ {dims} ] }} ]')
-    return "\n".join(lines)
 
 
 def _numbers(folder: Path) -> set[int]:

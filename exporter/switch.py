@@ -8,6 +8,7 @@ pin one version for both towers and move to another between calls, so no answer 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,11 +21,11 @@ import numpy as np
 import tritonclient.grpc
 import tritonclient.http
 
+from exporter.config import ADMIN_HEADER, ADMIN_KEY_VARIABLE
 from exporter.errors import NothingToRollBackTo, PromotionFailed, ServerUnreachable
 from exporter.manifest import check_files
 from exporter.repository import BASE_VERSION, KINDS, TOWERS, Repository
 
-WARM_BATCHES = (1, 8)
 POLL_S = 0.02
 
 
@@ -70,14 +71,14 @@ class Pruned:
 
 
 class Server:
-    """A running Triton, through its model control.
+    """A running Triton, through its model control, with the administrator's key if the environment has one.
 
     Args:
         url: ``http://host:port``, or ``host:port`` or ``grpc://host:port`` for gRPC.
         timeout_s: how long a model may take to load, and a request to be answered.
 
     Raises:
-        ServerUnreachable: nobody answers there.
+        ServerUnreachable: nobody answers there, or its model control is not for us.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -86,8 +87,10 @@ class Server:
         self._triton: ModuleType = tritonclient.http if scheme == "http" else tritonclient.grpc
         limits = {"network_timeout": timeout_s} if scheme == "http" else {}
         self._client = self._triton.InferenceServerClient(address, **limits)
-        with self._errors(ServerUnreachable, "is there an exporter serve, or another --url?"):
-            self._client.is_server_live()
+        key, prefix = os.environ.get(ADMIN_KEY_VARIABLE), "" if scheme == "http" else "triton-grpc-protocol-"
+        self._headers = {f"{prefix}{ADMIN_HEADER}": key} if key else {}
+        with self._errors(ServerUnreachable, f"is there an exporter serve, another --url, or a {ADMIN_KEY_VARIABLE}?"):
+            self._client.get_model_repository_index(headers=self._headers)
 
     def close(self) -> None:
         """Close the connection."""
@@ -96,10 +99,10 @@ class Server:
     def load(self, model: Path) -> None:
         """Have Triton look at a model's folder again: new versions are loaded, those that are gone are dropped."""
         with self._errors(PromotionFailed, "see the server's log"):
-            self._client.load_model(model.name)
+            self._client.load_model(model.name, headers=self._headers)
 
     def wait(self, model: Path, version: int) -> None:
-        """Return once a version is ready."""
+        """Return once a version is ready: loaded, and warm, as its config.pbtxt wants it."""
         deadline = time.monotonic() + self._timeout_s
         with self._errors(PromotionFailed, "see the server's log"):
             while not self._client.is_model_ready(model.name, str(version)):
@@ -109,13 +112,6 @@ class Server:
                         f"{model.parent} what it serves? or give it longer with --timeout"
                     )
                 time.sleep(POLL_S)
-
-    def warm(self, repository: Repository, version: int) -> None:
-        """Ask both towers, so that no client meets their first, slow answers."""
-        size = repository.card(version)["image"]["size"]
-        for batch in WARM_BATCHES:
-            self._infer(repository.model("image"), version, "image", np.zeros((batch, size, size, 3), np.uint8))
-            self._infer(repository.model("text"), version, "tokens", np.zeros((batch, 8), np.int32))
 
     def check_card(self, repository: Repository, version: int) -> None:
         """Hold the card that is served against the one in the store.
@@ -165,10 +161,11 @@ def promote(
         report: called with a line when a step begins.
 
     Raises:
-        VersionMissing, VersionDamaged: nothing was touched.
+        RepositoryEmpty, VersionMissing, VersionDamaged: nothing was touched.
         ServerUnreachable: nothing was touched.
         PromotionFailed: a server could not load it; what was served before is.
     """
+    repository.check_released()
     with repository.writing() as staging, _connected(urls, timeout_s) as servers:
         history = repository.history()
         return _switch(repository, version, [*history, version], servers, staging, report)
@@ -186,6 +183,7 @@ def rollback(
     Args, errors: as ``promote``, and
         NothingToRollBackTo: the version served now was the first.
     """
+    repository.check_released()
     with repository.writing() as staging, _connected(urls, timeout_s) as servers:
         history = [version for version in repository.history() if version in repository.versions()]
         if len(history) < 2:
@@ -202,6 +200,7 @@ def prune(repository: Repository, keep: int) -> Pruned:
     Args:
         keep: how many of the newest are kept.
     """
+    repository.check_released()
     with repository.writing() as staging:
         versions = repository.versions()
         kept = {*versions[-keep:], *repository.standing(), BASE_VERSION} & set(versions)
@@ -233,7 +232,6 @@ def _switch(
         for server in servers:
             for kind in TOWERS:
                 server.wait(repository.model(kind), version)
-            server.warm(repository, version)
         repository.put_in(version, staging, ("card",))
         _reload(repository, servers, ("card",))
         for server in servers:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from exporter.config import ADMIN_HEADER, ADMIN_KEY_VARIABLE, RESTRICTED
 from exporter.errors import CommandMissing, PortTaken, TritonFailed
 from exporter.installation import Installation, installation
 
@@ -140,7 +141,9 @@ def _arguments(triton: Installation, repository: Path, port: int, http_port: int
         "--model-control-mode=explicit",
         "--load-model=*",
         "--disable-auto-complete-config",
-        "--strict-readiness=true",
+        # Strict would mean "not ready" while any version loads, and for good after one that failed to. Nothing is lost:
+        # ports open once everything is loaded, and what can't be loaded at the start ends the server.
+        "--strict-readiness=false",
         "--allow-metrics=false",
         # Triton's own default is every interface.
         f"--http-address={HOST}",
@@ -149,7 +152,15 @@ def _arguments(triton: Installation, repository: Path, port: int, http_port: int
         f"--grpc-port={port}",
         "--exit-timeout-secs=10",
         f"--backend-config=python,shm-region-prefix-name={prefix}",
+        *_restrictions(),
     ]
+
+
+def _restrictions() -> list[str]:
+    """What wants the administrator's key, where there is one."""
+    key = os.environ.get(ADMIN_KEY_VARIABLE)
+    flags = ("--grpc-restricted-protocol", "--http-restricted-api") if key else ()
+    return [f"{flag}={RESTRICTED}:{ADMIN_HEADER}={key}" for flag in flags]
 
 
 def _start(triton: Installation, arguments: list[str]) -> subprocess.Popen:

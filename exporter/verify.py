@@ -11,8 +11,9 @@ from onnx import numpy_helper
 from PIL import Image
 
 from exporter.errors import RepositoryError
+from exporter.graph import hollow
 from exporter.manifest import check_files
-from exporter.parity import Parity, check_parity, check_same_graph, measure_parity
+from exporter.parity import Parity, check_cast, check_parity, check_same_graph, measure_parity
 from exporter.repository import BASE_VERSION, TOWERS, Repository
 from trainer.backbone import Backbone, load_backbone, with_weights
 
@@ -22,8 +23,9 @@ class Verified:
     """A version whose files are those that were written, and that still answers as PyTorch does.
 
     Attributes:
-        parity: measured now, PyTorch with the weights that are in the files.
+        parity: measured now in float32, PyTorch with the weights that are in the files.
         recorded: measured when the version was made.
+        cast: the same of the towers that are served, where their precision is lower; else None.
         graph_identical_to_base: whether it was compared with version 1; None where that is gone.
     """
 
@@ -31,6 +33,7 @@ class Verified:
     version: int
     parity: Parity
     recorded: dict
+    cast: Parity | None
     graph_identical_to_base: bool | None
 
     def to_dict(self) -> dict:
@@ -48,20 +51,26 @@ def verify(repository: Repository, version: int, images: Sequence[Image.Image], 
         VersionMissing: no such version.
         VersionDamaged: a file is not what was written.
         ParityError: answers or graphs differ.
+        AnswersDiffer: a lower precision is further from PyTorch than it was when the version was made.
     """
     repository.check(version)
     check_files(repository, version)
-    files = {kind: repository.file(kind, version) for kind in TOWERS}
-    same_graph = None
+    files = {kind: repository.exact_file(kind, version) for kind in TOWERS}
+    label, manifest = f"{repository.name} version {version}", repository.manifest(version)
+    backbone = _read_backbone(repository, version)
+    names, same_graph = backbone.model.state_dict(), None
     if BASE_VERSION in repository.versions():
         for kind in TOWERS:
-            base = repository.file(kind, BASE_VERSION)
-            check_same_graph(onnx.load(base), onnx.load(files[kind]), f"{kind} tower of version {version}")
+            base = hollow(repository.file(kind, BASE_VERSION), names)
+            check_same_graph(base, hollow(files[kind], names), f"{kind} tower of version {version}")
         same_graph = True
-    parity = measure_parity(_read_backbone(repository, version), *files.values(), images, prompts)
-    check_parity(parity, f"{repository.name} version {version}")
-    recorded = repository.manifest(version)["parity"]
-    return Verified(repository.name, version, parity, recorded, same_graph)
+    parity = measure_parity(backbone, *files.values(), images, prompts)
+    check_parity(parity, label)
+    cast = None
+    if manifest["cast"]:
+        cast = measure_parity(backbone, *(repository.file(kind, version) for kind in TOWERS), images, prompts)
+        check_cast(cast, Parity(**manifest["cast"]["parity"]), label)
+    return Verified(repository.name, version, parity, manifest["parity"], cast, same_graph)
 
 
 def _read_backbone(repository: Repository, version: int) -> Backbone:
@@ -72,7 +81,7 @@ def _read_backbone(repository: Repository, version: int) -> Backbone:
     stored = {
         tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
         for kind in TOWERS
-        for tensor in onnx.load(repository.file(kind, version)).graph.initializer
+        for tensor in onnx.load(repository.exact_file(kind, version)).graph.initializer
         if tensor.name in own
     }
     if missing := set(own) - set(stored) - {"logit_scale", "logit_bias"}:

@@ -10,7 +10,6 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from trainer import commands
 from trainer.config import MEASURES
-from trainer.errors import TaskError, TrainerError
+from trainer.errors import TrainerError
 
 if TYPE_CHECKING:  # heavy: imported where a command needs them, so that --help is instant
     from lightning_fabric import Fabric
@@ -85,7 +84,7 @@ def fit(command: commands.Fit) -> None:
     """Learn one task."""
     from trainer.adapter import load_lineage, save_adapter
     from trainer.fit import fit as fit_task
-    from trainer.tasks import load_task
+    from trainer.tasks import find_learned, load_task
 
     task = load_task(
         command.task, command.data, download=command.download, rename=command.name, templates=command.template
@@ -94,7 +93,7 @@ def fit(command: commands.Fit) -> None:
     fabric = _fabric(command)
     base = _load(command, fabric)
     lineage = load_lineage(command.adapters, base.fingerprint)
-    earlier = _readable([found for adapter in lineage if (found := _learned(adapter, command.data))], command)
+    earlier = _readable([found for adapter in lineage if (found := find_learned(adapter, command.data))], command)
     if command.dry_run:
         _show_dry_run(task, base, lineage, command, fabric)
         return
@@ -322,20 +321,6 @@ def _readable(tasks: list[Task], command: commands.WithModel) -> list[Task]:
         skip_unreadable(task, lambda fault: stderr.print(f"skipped: {fault}", soft_wrap=True, markup=False))
         for task in tasks
     ]
-
-
-def _learned(adapter: Adapter, data: Path) -> Task | None:
-    """The task of an adapter, if its images are still to be found; a folder's task remembers its folder."""
-    from trainer.tasks import load_task
-
-    for reference in (adapter.config["source"], adapter.task):
-        try:
-            task = load_task(reference, data, rename=adapter.task, templates=adapter.templates)
-        except TaskError:
-            continue
-        if task.class_names == adapter.class_names:
-            return task
-    return None
 
 
 def _show_matrix(result: SequenceResult) -> None:

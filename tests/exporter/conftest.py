@@ -74,23 +74,38 @@ def graphs(mini):
     return Graphs(graph.trace_image_tower(mini), graph.trace_text_tower(mini))
 
 
+@pytest.fixture(scope="session")
+def take_traced(graphs):
+    """A function that has merges take these towers instead of tracing them, in float32, while a patch lasts."""
+
+    def take(patch: pytest.MonkeyPatch) -> None:
+        for kind in ("image", "text"):
+            ready, trace = getattr(graphs, kind), getattr(graph, f"trace_{kind}_tower")
+            patch.setattr(
+                f"exporter.precision.trace_{kind}_tower",
+                lambda backbone, dtype=torch.float32, ready=ready, trace=trace: (
+                    ready if dtype is torch.float32 else trace(backbone, dtype)
+                ),
+            )
+
+    return take
+
+
 @pytest.fixture
-def traced(graphs, monkeypatch):
+def traced(take_traced, monkeypatch):
     """Merges in this test take the towers traced before."""
-    monkeypatch.setattr(release, "trace_image_tower", lambda backbone: graphs.image)
-    monkeypatch.setattr(release, "trace_text_tower", lambda backbone: graphs.text)
+    take_traced(monkeypatch)
 
 
 @pytest.fixture(scope="session")
-def released(mini, make_adapter, samples, graphs, tmp_path_factory):
+def released(mini, make_adapter, samples, take_traced, tmp_path_factory):
     """A repository with version 1 (base) and 2 (two tasks merged), and what the merge reported."""
     path = tmp_path_factory.mktemp("released") / "model_repository"
     repository = Repository(path, "clip")
     first = make_adapter("digits")
     second = make_adapter("pets", (first,), seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(release, "trace_image_tower", lambda backbone: graphs.image)
-        patch.setattr(release, "trace_text_tower", lambda backbone: graphs.text)
+        take_traced(patch)
         return repository, release.release(mini, [first, second], repository, *samples)
 
 

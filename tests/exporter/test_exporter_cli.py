@@ -51,7 +51,10 @@ def test_merge_writes_the_lineage_in_order(make_adapter, tmp_path, monkeypatch, 
     merge = ["merge", "--to", "onnx", "--model", "mini", "--adapters", tmp_path / "adapters", *where, "--json"]
     assert run(*merge, monkeypatch=monkeypatch) == 0
     result = json.loads(capsys.readouterr().out)
-    assert list(result) == ["model", "version", "parity", "graph_identical_to_base", "seconds", "served"]
+    assert list(result) == [
+        "model", "version", "parity", "graph_identical_to_base", "seconds", "served", "precision", "accuracy", "cast",
+        "forced",
+    ]  # fmt: skip
     assert (result["version"], result["graph_identical_to_base"]) == (2, True)
     assert run("versions", *where, "--json", monkeypatch=monkeypatch) == 0
     versions = json.loads(capsys.readouterr().out)

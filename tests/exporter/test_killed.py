@@ -13,8 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter import card
-from exporter import release as release_module
+from exporter import build, card, precision
 from exporter.manifest import check_files
 from exporter.parity import Parity
 from exporter.release import release
@@ -106,9 +105,9 @@ def quick(monkeypatch):
     """Merges of tiny towers that nobody compares; a forked child could not use the threads that this takes."""
     image = tower("image", (64, 64, 3), "visual.ln_post.weight", "image_features")
     text = tower("tokens", ("length",), "ln_final.weight", "text_features")
-    monkeypatch.setattr(release_module, "trace_image_tower", lambda backbone: image)
-    monkeypatch.setattr(release_module, "trace_text_tower", lambda backbone: text)
-    monkeypatch.setattr(release_module, "measure_parity", lambda *_: Parity(0.0, 0.0, 1.0, 1.0))
+    monkeypatch.setattr(precision, "trace_image_tower", lambda backbone: image)
+    monkeypatch.setattr(precision, "trace_text_tower", lambda backbone: text)
+    monkeypatch.setattr(build, "measure_parity", lambda *_: Parity(0.0, 0.0, 1.0, 1.0))
     monkeypatch.setattr(card, "tokenizer_sha256", lambda _: "0" * 64)  # takes longer than all the rest
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked child would wait for threads that it doesn't have

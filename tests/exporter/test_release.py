@@ -6,9 +6,10 @@ import fcntl
 import os
 from dataclasses import replace
 
+import onnx
 import pytest
 
-from exporter import release as release_module
+from exporter import build, precision
 from exporter.errors import (
     AnswersDiffer,
     ConfigChanged,
@@ -49,21 +50,11 @@ def test_first_merge_writes_base_and_merged(released):
 
 def test_report_has_the_promised_keys(released):
     result = released[1].to_dict()
-    assert list(result) == ["model", "version", "parity", "graph_identical_to_base", "seconds", "served"]
+    assert list(result) == [
+        "model", "version", "parity", "graph_identical_to_base", "seconds", "served", "precision", "accuracy", "cast",
+        "forced",
+    ]  # fmt: skip
     assert list(result["parity"]) == ["image_max_abs", "text_max_abs", "cosine_min", "top1_agreement"]
-
-
-def test_config_is_generated_from_the_graph(released):
-    assert (released[0].model("text") / "config.pbtxt").read_text() == (
-        'name: "clip_text"\nbackend: "onnxruntime"\nmax_batch_size: 64\n'
-        'input [ { name: "tokens" data_type: TYPE_INT32 dims: [ -1 ] } ]\n'
-        'output [ { name: "text_features" data_type: TYPE_FP32 dims: [ 192 ] } ]\n'
-        "instance_group [ { count: 1 } ]\ndynamic_batching { }\nversion_policy { all { } }\n"
-    )
-    image = (released[0].model("image") / "config.pbtxt").read_text()
-    assert 'input [ { name: "image" data_type: TYPE_UINT8 dims: [ 64, 64, 3 ] } ]' in image
-    card = (released[0].model("card") / "config.pbtxt").read_text()
-    assert 'output [ { name: "card" data_type: TYPE_STRING dims: [ 1 ] } ]' in card
 
 
 @pytest.mark.usefixtures("traced")
@@ -104,7 +95,7 @@ def test_a_failing_merge_leaves_nothing(mini, make_adapter, samples, repository,
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(release_module, "check_parity", fail)
+    monkeypatch.setattr(build, "check_parity", fail)
     with pytest.raises(type(error)):
         release(mini, [make_adapter("digits")], repository, *samples)
     assert contents(repository) == before
@@ -115,21 +106,38 @@ def test_a_failing_merge_leaves_nothing(mini, make_adapter, samples, repository,
 @pytest.mark.usefixtures("traced")
 def test_wrong_weights_in_the_file_are_refused(mini, make_adapter, samples, repository, monkeypatch):
     """The check runs on the file itself: here it holds the base's weights instead of the merged ones."""
-    fill, base = release_module.fill, mini.model.state_dict()
-    monkeypatch.setattr(release_module, "fill", lambda graph, weights: fill(graph, base))
+    fill, base = precision.fill, mini.model.state_dict()
+    monkeypatch.setattr(precision, "fill", lambda graph, weights: fill(graph, base))
     with pytest.raises(AnswersDiffer, match="clip version 3"):
         release(mini, [make_adapter("digits")], repository, *samples)
     assert repository.versions() == [1, 2]
 
 
-def test_a_graph_other_than_the_bases_is_refused(mini, make_adapter, samples, repository, graphs, monkeypatch):
-    changed = type(graphs.text).FromString(graphs.text.SerializeToString())
-    changed.graph.node[0].name += "_renamed"
-    monkeypatch.setattr(release_module, "trace_image_tower", lambda backbone: graphs.image)
-    monkeypatch.setattr(release_module, "trace_text_tower", lambda backbone: changed)
+def test_a_graph_other_than_the_bases_is_refused(mini, make_adapter, samples, repository, monkeypatch):
+    fill = precision.fill
+
+    def renaming(graph, weights):
+        model = fill(graph, weights)
+        model.graph.node[0].name += "_renamed" if model.graph.output[0].name == "text_features" else ""
+        return model
+
+    monkeypatch.setattr(precision, "fill", renaming)
     with pytest.raises(GraphsDiffer, match="text tower"):
         release(mini, [make_adapter("digits")], repository, *samples)
     assert repository.versions() == [1, 2]
+
+
+def test_later_merges_have_the_first_ones_graph_whatever_torch_would_trace(
+    mini, make_adapter, samples, repository, monkeypatch
+):
+    monkeypatch.delattr(precision, "trace_image_tower")
+    monkeypatch.delattr(precision, "trace_text_tower")
+    made = release(mini, [make_adapter("flags", seed=2)], repository, *samples)
+    assert made.graph_identical_to_base
+    for kind in ("image", "text"):
+        ours, base = (onnx.load(repository.file(kind, version)).graph for version in (made.version, 1))
+        assert list(ours.node) == list(base.node)
+        assert [t.name for t in ours.initializer] == [t.name for t in base.initializer]
 
 
 def test_another_base_is_refused(mini, make_adapter, samples, repository):

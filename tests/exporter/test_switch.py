@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tritonclient.grpc
 
 from client import ZeroShotClassifier
 from client.errors import VersionGone
@@ -34,15 +35,14 @@ CLIENTS = 4
 
 
 @pytest.fixture(scope="session")
-def four(released, mini, make_adapter, samples, graphs, tmp_path_factory):
+def four(released, mini, make_adapter, samples, take_traced, tmp_path_factory):
     """A repository that serves version 2, with two more in the store."""
     folder = tmp_path_factory.mktemp("four")
     shutil.copytree(released[0].path.parent, folder, dirs_exist_ok=True)
     repository = Repository(folder / "model_repository", "clip")
     lineage = [make_adapter("digits")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("exporter.release.trace_image_tower", lambda backbone: graphs.image)
-        patch.setattr("exporter.release.trace_text_tower", lambda backbone: graphs.text)
+        take_traced(patch)
         for seed, task in enumerate(("letters", "flags"), start=3):
             lineage.append(make_adapter(task, tuple(lineage), seed=seed))
             release(mini, lineage, repository, *samples)
@@ -269,3 +269,34 @@ def test_a_server_of_another_repository_is_found_out(live, repository):
     with pytest.raises(PromotionFailed, match=r"is .* what it serves|see the server's log"):
         promote(Repository(repository.path, "clip"), 4, [server.url], timeout_s=2)
     assert repository.served == 2
+
+
+def test_model_control_wants_the_administrators_key(repository, monkeypatch):
+    monkeypatch.setenv("CLIPWELD_ADMIN_KEY", "open sesame")
+    with serve(repository.path) as server:
+        with tritonclient.grpc.InferenceServerClient(server.url.removeprefix("grpc://")) as anyone:
+            before = {m.name: m for m in anyone.get_inference_statistics().model_stats}
+            assert before["clip_image"].execution_count == 2, "one batch of 1 and one of 8 warmed it up"
+        for wrong in (None, "open barley"):
+            monkeypatch.delenv("CLIPWELD_ADMIN_KEY") if wrong is None else monkeypatch.setenv(
+                "CLIPWELD_ADMIN_KEY", wrong
+            )
+            for url in (server.url, server.http_url):
+                with pytest.raises(ServerUnreachable, match="CLIPWELD_ADMIN_KEY"):
+                    promote(repository, 3, [url])
+        assert repository.served == 2
+        with ZeroShotClassifier(server.url) as clip:
+            assert clip.versions()
+        monkeypatch.setenv("CLIPWELD_ADMIN_KEY", "open sesame")
+        assert promote(repository, 3, [server.url]).version == 3
+        assert rollback(repository, [server.http_url]).version == 2
+
+
+@pytest.mark.parametrize("command", [["promote", "2"], ["rollback"], ["prune", "--keep", "3"], ["verify"]])
+def test_a_repository_that_is_not_there_is_named_and_not_made(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["exporter", *command, "--repository", str(tmp_path / "typo")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "typo: no version of 'clip'; write one with: exporter merge" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []

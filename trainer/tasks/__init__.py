@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from trainer.errors import TaskDataMissing, UnknownTask
+from trainer.adapter import Adapter
+from trainer.errors import TaskDataMissing, TaskError, UnknownTask
 from trainer.tasks import folder, mtil, shipped
 from trainer.tasks.split import validation
 from trainer.tasks.task import Images, Task, skip_unreadable
@@ -20,9 +21,11 @@ __all__ = [
     "Images",
     "Task",
     "catalogue",
+    "find_learned",
     "load_task",
     "load_tasks",
     "sample",
+    "shipped_tasks",
     "skip_unreadable",
     "task_lists",
     "validation",
@@ -65,10 +68,27 @@ def load_task(
     )
 
 
+def find_learned(adapter: Adapter, data: Path = DATA) -> Task | None:
+    """The task of an adapter, if its images are still to be found; a folder's task remembers its folder."""
+    for reference in filter(None, (adapter.config.get("source"), adapter.task)):
+        try:
+            task = load_task(reference, data, rename=adapter.task, templates=adapter.templates)
+        except TaskError:
+            continue
+        if task.class_names == adapter.class_names:
+            return task
+    return None
+
+
 def load_tasks(names: Sequence[str], data: Path = DATA, *, download: bool = False) -> list[Task]:
     """The tasks of several names; the name of a list of tasks stands for all of its tasks, in their order."""
     single = [name for given in names for name in task_lists().get(given, (given,))]
     return [load_task(name, data, download=download) for name in single]
+
+
+def shipped_tasks() -> list[Task]:
+    """The small ones that need no download."""
+    return [shipped.load(name) for name in shipped.names()]
 
 
 def task_lists() -> dict[str, tuple[str, ...]]:
@@ -104,7 +124,7 @@ def _availability(name: str, data: Path) -> Availability:
 
 def sample(count: int) -> tuple[list[Image.Image], list[str]]:
     """Real images of the shipped tasks, in turn, and prompts of all their classes: what a check can run on."""
-    tasks = [shipped.load(name) for name in shipped.names()]
+    tasks = shipped_tasks()
     tests = [task.load("test") for task in tasks]
     images = [tests[i % len(tests)][(i // len(tests)) * 7 % len(tests[i % len(tests)])][0] for i in range(count)]
     prompts = [prompt for task in tasks for prompt in task.prompts()]

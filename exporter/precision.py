@@ -1,0 +1,98 @@
+"""Precisions of a version: merged in float32 first, cast last."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import ModelProto
+from torch import Tensor
+
+from exporter.config import IR_VERSION, OPSET, PRODUCER, Precision
+from exporter.graph import fill, hollow, trace_image_tower, trace_text_tower
+from trainer.backbone import Backbone
+
+
+class Towers:
+    """Both towers of a CLIP as graphs, to be filled with any weights it may have.
+
+    Args:
+        backbone: the base.
+        traced: files of the image and the text tower in float32 that were traced before; their graphs are taken.
+
+    Raises:
+        UnsupportedModel: torch can't trace it.
+    """
+
+    def __init__(self, backbone: Backbone, precision: Precision, traced: tuple[Path, Path] | None = None) -> None:
+        self._precision = precision
+        if traced:
+            weights = backbone.model.state_dict()
+            image, text = (hollow(file, weights) for file in traced)
+        else:
+            image, text = trace_image_tower(backbone), trace_text_tower(backbone)
+        self._graphs = {"image": image, "text": text}
+        if precision is Precision.fp16:
+            half = torch.float16
+            self._half = {"image": trace_image_tower(backbone, half), "text": trace_text_tower(backbone, half)}
+
+    def exact(self, kind: str, weights: Mapping[str, Tensor]) -> ModelProto:
+        """A tower in float32."""
+        return fill(self._graphs[kind], weights)
+
+    def cast(self, kind: str, weights: Mapping[str, Tensor], exact: Path) -> ModelProto | None:
+        """A tower in this precision; None where that is float32 too.
+
+        Args:
+            exact: the file of what ``exact`` gave for the same weights.
+        """
+        if self._precision is Precision.fp16:
+            return fill(self._half[kind], weights)
+        if self._precision is Precision.int8 and kind == "image":
+            return quantize(exact)
+        return None
+
+
+def quantize(file: Path) -> ModelProto:
+    """A tower of a float32 file with its products by weights in int8: the weights now, the activations when it runs.
+
+    Seven bits of weights a channel: CPUs without VNNI add two products in 16 bits, which eight would overflow. The
+    scale of activations is that of a whole batch, so an answer depends a little on what it is batched with.
+    """
+    # Imported here: it takes a second.
+    from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
+
+    with tempfile.TemporaryDirectory(prefix="clipweld-int8-") as folder, _quiet():
+        folded, quantized = Path(folder) / "folded.onnx", Path(folder) / "quantized.onnx"
+        quant_pre_process(file, folded, skip_symbolic_shape=True)
+        quantize_dynamic(
+            folded,
+            quantized,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        model = onnx.load(quantized)
+    del model.opset_import[:], model.graph.value_info[:]
+    model.opset_import.append(onnx.helper.make_opsetid("", OPSET))  # all it needs; onnxruntime lists all it knows
+    model.ir_version, model.producer_name, model.producer_version = IR_VERSION, PRODUCER, ""
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what onnxruntime has to say of every tensor that is not float."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

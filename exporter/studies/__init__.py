@@ -1,0 +1,1 @@
+"""Measurements of the exporter itself, each a command: what RESULTS.md reports."""

@@ -1,0 +1,161 @@
+"""What a merge is refused for, and what it is measured by."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+from exporter import cli
+from exporter.accuracy import (
+    Accuracy,
+    Agreement,
+    in_onnx_runtime,
+    in_pytorch,
+    measure_accuracy,
+    measure_agreement,
+    recorded_accuracies,
+)
+from exporter.errors import GateClosed
+from exporter.gate import Gate
+from exporter.release import Checks, release
+from exporter.repository import Repository, towers
+from trainer.adapter import save_adapter
+from trainer.evaluate import evaluate
+from trainer.tasks import load_task
+
+
+def quiet(step):
+    pass
+
+
+def judged(gate, *accuracies, earlier=("digits",), agreements=None):
+    """What it is refused for, or an empty string."""
+    try:
+        assert gate.check(accuracies, earlier, agreements) == []
+    except GateClosed as exc:
+        return str(exc)
+    return ""
+
+
+@pytest.mark.parametrize(("after", "allowed"), [(88.0, 0.0), (87.1, 0.9), (90.0, 0.0)])
+def test_a_drop_up_to_what_is_allowed_passes(after, allowed):
+    assert judged(Gate(max_drop=allowed), Accuracy("digits", 88.0, after, "training")) == ""
+
+
+def test_a_larger_drop_is_refused_and_named():
+    said = judged(Gate(max_drop=1), Accuracy("digits", 88.0, 86.9, "training"))
+    assert "digits falls by 1.1 points (1 allowed)" in said
+    assert "--force" in said
+
+
+def test_a_new_task_may_be_worse_than_before_but_must_reach_the_minimum():
+    new = Accuracy("flags", 50.0, 40.0, "training")
+    assert judged(Gate(max_drop=0), new) == ""
+    assert "flags is at 40.0% (60% wanted)" in judged(Gate(min_accuracy=60), new)
+    assert judged(Gate(min_accuracy=40), new) == ""
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 80.0), (80.0, None), (None, None)])
+def test_what_nobody_measured_does_not_pass(before, after):
+    accuracy = Accuracy("digits", before, after, "training")
+    assert "give its images with --validate" in judged(Gate(max_drop=5), accuracy)
+    assert judged(Gate(), accuracy) == ""
+
+
+def test_agreement_is_that_of_all_images():
+    few, many = Agreement("a", 0.9, 10), Agreement("b", 1.0, 190)
+    assert judged(Gate(min_agreement=0.995), agreements=[few, many]) == ""
+    assert "on 99.5% of 200 images (99.6% wanted)" in judged(Gate(min_agreement=0.996), agreements=[few, many])
+    assert "on 0.0% of 0 images" in judged(Gate(), agreements=[])
+
+
+def test_forced_says_what_was_overridden():
+    faults = Gate(max_drop=0, min_accuracy=99, force=True).check(
+        [Accuracy("digits", 88.0, 80.0, "training")], ["digits"]
+    )
+    assert [fault.partition(" (")[0] for fault in faults] == ["digits is at 80.0%", "digits falls by 8.0 points"]
+
+
+def test_recorded_figures_are_those_of_the_last_adapter_against_what_is_served(make_adapter):
+    first = replace(make_adapter("digits"), accuracy={"before": {"digits": 50.0}, "after": {"digits": 88.0}})
+    second = replace(
+        make_adapter("flags", (first,)),
+        accuracy={"before": {"digits": 88.0, "flags": 9.0}, "after": {"digits": 87.5, "flags": 70.0}},
+    )
+    assert recorded_accuracies([first, second], []) == [
+        Accuracy("digits", 50.0, 87.5, "training"),
+        Accuracy("flags", 9.0, 70.0, "training"),
+    ]
+    served = [{"task": "digits", "before": 50.0, "after": 88.0, "measured": "training"}]
+    assert recorded_accuracies([first, second], served)[0] == Accuracy("digits", 88.0, 87.5, "training")
+    gone = Accuracy("digits", 88.0, None, "training")
+    assert recorded_accuracies([], served) == [gone]
+    assert "nobody measured digits" in judged(Gate(max_drop=1), gone)
+
+
+def test_accuracy_in_onnx_runtime_is_the_trainers(mini, released):
+    emoji = load_task("emoji")
+    base = in_onnx_runtime(mini, *towers(released[0].store / "1"))
+    (measured,) = measure_accuracy(mini, base, base, [emoji], quiet)
+    assert measured.measured == "merge"
+    assert measured.before == measured.after == evaluate(mini, [emoji])["task"]["emoji"]
+
+
+def test_agreement_with_pytorch_is_full_for_its_own_weights_and_not_for_others(mini, released):
+    tasks = [load_task("emoji"), load_task("clipart")]
+    same = measure_agreement(mini, in_onnx_runtime(mini, *towers(released[0].store / "1")), tasks, quiet)
+    assert [(a.task, a.top1, a.images) for a in same] == [("emoji", 1.0, 132), ("clipart", 1.0, 200)]
+    other = in_pytorch(mini)
+    turned = replace(other, images=lambda pixels: other.images(255 - pixels))
+    assert all(a.top1 < 0.9 for a in measure_agreement(mini, turned, tasks, quiet))
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_merge_that_harms_a_validation_set_is_refused_unless_forced(mini, make_adapter, samples, repository):
+    harm = make_adapter("cars", seed=9)
+    harmful = replace(harm, tensors={name: 4 * tensor for name, tensor in harm.tensors.items()})
+    checks = Checks(Gate(max_drop=1), validation=[load_task("emoji")])
+    served = repository.manifest(2)
+    served["accuracy"] = []
+    repository.manifest_file(2).write_text(json.dumps(served))
+    with pytest.raises(GateClosed, match=r"emoji falls by \d+") as refused:
+        release(mini, [harmful], repository, *samples, checks=checks)
+    assert repository.versions() == [1, 2]
+    measured = refused.value.accuracies[-1]
+    assert measured.after < measured.before
+    made = release(mini, [harmful], repository, *samples, checks=replace(checks, gate=replace(checks.gate, force=True)))
+    assert [fault.split()[0] for fault in made.forced] == ["emoji"]
+    manifest = repository.manifest(made.version)
+    assert manifest["forced"] == made.forced
+    assert [entry["task"] for entry in manifest["accuracy"]] == ["cars", "emoji"]
+
+
+@pytest.mark.usefixtures("traced")
+def test_the_command_shows_what_was_measured_and_why_it_was_refused(make_adapter, tmp_path, monkeypatch, capsys):
+    def merge(*more):
+        where = ["--adapters", str(tmp_path / "adapters"), "--repository", str(tmp_path / "model_repository")]
+        monkeypatch.setattr(sys, "argv", ["exporter", "merge", "--to", "onnx", "--model", "mini", *where, *more])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    first = replace(make_adapter("digits"), accuracy={"before": {"digits": 50.0}, "after": {"digits": 88.0}})
+    save_adapter(first, tmp_path / "adapters/digits.safetensors")
+    status, out, _ = merge("--max-drop", "1", "--min-accuracy", "80")
+    assert status == 0
+    assert "+38.0" in out
+    after = {"digits": 84.0, "pets": 70.0}
+    second = replace(make_adapter("pets", (first,), seed=1), accuracy={"before": {"pets": 10.0}, "after": after})
+    save_adapter(second, tmp_path / "adapters/pets.safetensors")
+    status, _, said = merge("--max-drop", "1")
+    assert status == 1
+    assert "-4.0" in said
+    assert said.splitlines()[-1].startswith("exporter: refused, nothing was written: digits falls by 4.0 points")
+    assert Repository(tmp_path / "model_repository", "clip").versions() == [1, 2]
+    status, out, _ = merge("--max-drop", "1", "--force", "--json")
+    assert status == 0
+    assert json.loads(out)["forced"] == ["digits falls by 4.0 points (1 allowed)"]
+    assert json.loads(out)["accuracy"][0] == {"task": "digits", "before": 88.0, "after": 84.0, "measured": "training"}

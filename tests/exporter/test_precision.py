@@ -1,0 +1,195 @@
+"""Lower precisions: cast from float32, the same graph for base and merged, close enough, and served."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from client import ZeroShotClassifier
+from exporter import build
+from exporter.config import Precision
+from exporter.errors import AnswersDiffer, GateClosed, GraphsDiffer, VersionDamaged
+from exporter.gate import Gate
+from exporter.graph import fill, to_bytes
+from exporter.parity import check_same_graph
+from exporter.precision import quantize
+from exporter.release import Checks, release
+from exporter.repository import EXACT, KINDS, Repository
+from exporter.switch import promote
+from exporter.triton import serve
+from exporter.verify import verify
+from trainer.tasks import load_task
+
+CHECKS = Checks(Gate(min_agreement=0.9), compared_on=[load_task("clipart")])
+
+
+@pytest.fixture(scope="module")
+def cast(released, mini, make_adapter, samples, take_traced, tmp_path_factory):
+    """The released repository with a version 3 of fp16 and a version 4 of int8, of the adapters of version 2."""
+    folder = tmp_path_factory.mktemp("cast")
+    shutil.copytree(released[0].path.parent, folder, dirs_exist_ok=True)
+    repository = Repository(folder / "model_repository", "clip")
+    first = make_adapter("digits")
+    lineage = [first, make_adapter("pets", (first,), seed=1)]
+    with pytest.MonkeyPatch.context() as patch:
+        take_traced(patch)
+        results = [
+            release(mini, lineage, repository, *samples, precision=precision, checks=CHECKS)
+            for precision in (Precision.fp16, Precision.int8)
+        ]
+    return repository, results
+
+
+def size(repository, kind, version):
+    return repository.file(kind, version).stat().st_size
+
+
+def test_half_precision_is_half_the_bytes_and_close(cast):
+    repository, (half, _) = cast
+    for kind in ("image", "text"):
+        assert size(repository, kind, 3) < 0.51 * size(repository, kind, 2)
+    assert half.precision is Precision.fp16
+    assert half.cast.parity.max_abs < 1e-3
+    assert half.cast.agreement[0].top1 == 1
+    graph = onnx.load(repository.file("image", 3)).graph
+    weights = [t for t in graph.initializer if t.name.startswith("visual.")]
+    assert weights
+    assert {t.data_type for t in weights} == {onnx.TensorProto.FLOAT16}
+    # Pixels are scaled, and features normalised, in float32.
+    casts = {n.input[0]: n.attribute[0].i for n in graph.node if n.op_type == "Cast"}
+    assert casts["permute"] == onnx.TensorProto.FLOAT
+    assert graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def test_int8_is_the_image_towers_products(cast):
+    repository, (_, quantized) = cast
+    assert size(repository, "image", 4) < 0.35 * size(repository, "image", 2)
+    assert repository.file("text", 4).read_bytes() == repository.file("text", 2).read_bytes()
+    graph = onnx.load(repository.file("image", 4)).graph
+    with_weights = [n for n in graph.node if n.op_type == "MatMulInteger"]
+    initializers = {t.name: t for t in graph.initializer}
+    assert {initializers[n.input[1]].data_type for n in with_weights} == {onnx.TensorProto.INT8}
+    assert all(node.domain == "" for node in graph.node), "standard operators alone"
+    assert quantized.cast.parity.max_abs < 0.05
+    assert quantized.cast.agreement[0].top1 >= 0.9
+    assert quantized.to_dict()["precision"] == "int8"
+
+
+def test_they_are_merged_in_float32_first(cast):
+    repository, _ = cast
+    for version, kinds in ((3, ("image", "text")), (4, ("image",))):
+        for kind in kinds:
+            kept = repository.store / str(version) / EXACT / kind / "model.onnx"
+            assert kept.read_bytes() == repository.file(kind, 2).read_bytes()
+
+
+def test_configurations_are_those_of_float32(cast):
+    repository, _ = cast
+    for kind in KINDS:
+        texts = {(repository.store / str(v) / kind / "config.pbtxt").read_text() for v in (1, 2, 3, 4)}
+        assert len(texts) == 1
+
+
+def test_the_quantised_graph_does_not_depend_on_weights_and_its_bytes_are_the_same_again(mini, graphs, tmp_path):
+    models = []
+    for name, change in (
+        ("base", lambda w: w),
+        ("same", lambda w: w),
+        ("zero", torch.zeros_like),
+        ("one", torch.ones_like),
+    ):
+        weights = {key: change(value) for key, value in mini.model.state_dict().items()}
+        (tmp_path / name).write_bytes(to_bytes(fill(graphs.image, weights)))
+        models.append(quantize(tmp_path / name))
+    base, same, *others = models
+    assert to_bytes(base) == to_bytes(same)
+    for other in others:
+        check_same_graph(base, other, "image tower")
+
+
+def test_a_cast_that_would_differ_from_the_bases_is_refused(
+    released, mini, make_adapter, samples, repository, monkeypatch, take_traced
+):
+    take_traced(monkeypatch)
+    calls = iter(range(100))
+
+    def changing(file):
+        model = quantize(file)
+        model.graph.node[0].name += str(next(calls))
+        return model
+
+    monkeypatch.setattr("exporter.precision.quantize", changing)
+    with pytest.raises(GraphsDiffer, match="image tower in int8"):
+        release(mini, [make_adapter("digits")], repository, *samples, precision=Precision.int8, checks=CHECKS)
+    assert repository.versions() == [1, 2]
+
+
+@pytest.mark.usefixtures("traced")
+def test_too_little_agreement_is_refused_and_forced_on_request(mini, make_adapter, samples, repository, monkeypatch):
+    def compared(*_):
+        return [build.Agreement("clipart", 0.98, 200)]
+
+    monkeypatch.setattr(build, "measure_agreement", compared)
+    arguments = (mini, [make_adapter("digits")], repository, *samples)
+    with pytest.raises(GateClosed, match=r"98\.0% of 200 images"):
+        release(*arguments, precision=Precision.int8)
+    assert repository.versions() == [1, 2]
+    made = release(*arguments, precision=Precision.int8, checks=Checks(Gate(force=True)))
+    assert made.forced == repository.manifest(made.version)["forced"] == [
+        "its answers are those of float32 on 98.0% of 200 images (99% wanted)"
+    ]  # fmt: skip
+
+
+def test_they_are_proven_again_by_their_own_files(cast, samples):
+    repository, (half, quantized) = cast
+    for result in (half, quantized):
+        again = verify(repository, result.version, *samples)
+        assert again.graph_identical_to_base
+        assert again.cast == result.cast.parity
+    assert verify(repository, 2, *samples).cast is None
+
+
+def test_files_that_are_not_served_are_verified_too(cast, samples, tmp_path):
+    shutil.copytree(cast[0].path.parent, tmp_path, dirs_exist_ok=True)
+    repository = Repository(tmp_path / "model_repository", "clip")
+    kept = repository.store / "4" / EXACT / "image/model.onnx"
+    content = bytearray(kept.read_bytes())
+    content[-1] ^= 1
+    kept.write_bytes(content)
+    with pytest.raises(VersionDamaged, match="fp32/image"):
+        verify(repository, 4, *samples)
+
+
+def test_a_cast_further_off_than_recorded_is_refused(cast, samples, monkeypatch):
+    recorded = cast[0].manifest(4)
+    recorded["cast"]["parity"]["image_max_abs"] = 1e-6
+    monkeypatch.setattr(Repository, "manifest", lambda *_: recorded)
+    with pytest.raises(AnswersDiffer, match=r"image features are .* from PyTorch, 1\.0e-06 when it was made"):
+        verify(cast[0], 4, *samples)
+
+
+def test_base_alone_can_be_cast(mini, samples, tmp_path, take_traced, monkeypatch):
+    take_traced(monkeypatch)
+    repository = Repository(tmp_path / "model_repository", "clip")
+    made = release(mini, [], repository, *samples, precision=Precision.int8, checks=CHECKS)
+    assert (made.version, made.served, repository.versions()) == (2, 2, [1, 2])
+    assert [repository.manifest(v)["precision"] for v in (1, 2)] == ["fp32", "int8"]
+
+
+def test_versions_of_all_precisions_are_served_side_by_side(cast, samples, tmp_path):
+    shutil.copytree(cast[0].path.parent, tmp_path, dirs_exist_ok=True)
+    repository = Repository(tmp_path / "model_repository", "clip")
+    with serve(repository.path) as server:
+        answers = {}
+        for version in (2, 3, 4):
+            promote(repository, version, [server.url])
+            with ZeroShotClassifier(server.url, version=version) as clip:
+                found = clip.classify(samples[0][:4], ["cat", "dog", "a flag"], top_k=3)
+                answers[version] = np.array([[p.score for p in sorted(f, key=lambda p: p.label)] for f in found])
+    np.testing.assert_allclose(answers[3], answers[2], atol=2e-2)
+    np.testing.assert_allclose(answers[4], answers[2], atol=0.5)
+    assert not np.array_equal(answers[4], answers[2])
