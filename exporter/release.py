@@ -14,11 +14,11 @@ from exporter.card import describe
 from exporter.config import Precision
 from exporter.errors import OtherBase, RepositoryError
 from exporter.gate import Gate
+from exporter.lineage import merged_backbone
 from exporter.parity import Parity
 from exporter.repository import BASE_VERSION, Repository, towers
 from trainer.adapter import Adapter
-from trainer.backbone import Backbone, with_weights
-from trainer.merge import merge
+from trainer.backbone import Backbone
 from trainer.tasks import Task
 
 
@@ -96,6 +96,7 @@ def release(
         ParityError: answers or graphs differ; nothing was written, as with all of these.
         GateClosed: it is worse than was allowed.
         RepositoryError: held by another merge, of another base or architecture, or nothing to add.
+        VersionDamaged: a file of the version that this one builds on is not what was written.
         UnsupportedModel: the backbone can't be exported or served faithfully.
     """
     began = time.perf_counter()
@@ -118,7 +119,8 @@ def release(
         base = builds[0].folder if builds else repository.store / str(BASE_VERSION)
         if adds:
             number = max([BASE_VERSION, *there]) + 1
-            merged = with_weights(backbone, merge(backbone.model.state_dict(), adapters))
+            report("merging")
+            merged = merged_backbone(repository, backbone, adapters)
             build = builder.build(staging / str(number), number, merged, adapters)
             builder.compare_graphs(build, base)
             if precision is not Precision.fp32:

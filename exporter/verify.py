@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import onnx
-import torch
-from onnx import numpy_helper
 from PIL import Image
 
 from exporter.errors import RepositoryError
 from exporter.graph import hollow
+from exporter.lineage import on_weights, read_weights
 from exporter.manifest import check_files
 from exporter.parity import Parity, check_cast, check_parity, check_same_graph, measure_parity
 from exporter.repository import BASE_VERSION, TOWERS, Repository
-from trainer.backbone import Backbone, load_backbone, with_weights
+from trainer.backbone import Backbone, load_backbone
 
 
 @dataclass(frozen=True)
@@ -74,19 +72,14 @@ def verify(repository: Repository, version: int, images: Sequence[Image.Image], 
 
 
 def _read_backbone(repository: Repository, version: int) -> Backbone:
-    """The CLIP that a version's files hold, in PyTorch: initializers have open_clip's own names."""
+    """The CLIP that a version's files hold, in PyTorch."""
     base = repository.manifest(version)["base"]
     backbone = load_backbone(base["architecture"], "random")
     own = backbone.model.state_dict()
-    stored = {
-        tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
-        for kind in TOWERS
-        for tensor in onnx.load(repository.exact_file(kind, version)).graph.initializer
-        if tensor.name in own
-    }
+    stored = read_weights(repository, version, own)
     if missing := set(own) - set(stored) - {"logit_scale", "logit_bias"}:
         raise RepositoryError(
             f"{repository.name} version {version}: its towers lack {min(missing)} of {base['architecture']}; was it "
             "written for another open_clip?"
         )
-    return with_weights(backbone, own | stored)
+    return on_weights(backbone, own | stored)
