@@ -38,7 +38,7 @@ def main(
     figures = {"model": model, "tasks": tasks, "experts": experts, "merges": {}}
     with tempfile.TemporaryDirectory(prefix="clipweld-release-") as folder:
         adapters, repository = Path(folder) / "adapters", Path(folder) / "model_repository"
-        _write_adapters(load_backbone(model, pretrained), tasks, experts, adapters)
+        write_adapters(load_backbone(model, pretrained), tasks, experts, adapters)
         last = max(adapters.iterdir())
         resting = last.rename(Path(folder) / last.name)
         command = ["--model", model, "--pretrained", pretrained, "--adapters", adapters, "--repository", repository]
@@ -65,7 +65,8 @@ def main(
     out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_adapters(backbone: Backbone, tasks: int, experts: int, folder: Path) -> None:
+def write_adapters(backbone: Backbone, tasks: int, experts: int, folder: Path) -> None:
+    """Adapter files of one lineage, of small random experts on every layer of both towers."""
     shapes = {}
     for name, weight in backbone.model.state_dict().items():
         block, _, _ = name.rpartition(".attn.in_proj_weight")
