@@ -104,11 +104,14 @@ def _merge(arguments: list[str | Path]) -> dict[str, float]:
     began = time.perf_counter()
     command = [sys.executable, "-m", "exporter", "merge", "--to", "onnx", "--json", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    merged = json.loads(process.stdout.read())
+    with process.stdout:
+        answer = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, command
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(process.returncode)
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "of_which_release": merged["seconds"], "peak_bytes": usage.ru_maxrss * 1024}
+    return {"seconds": seconds, "of_which_release": json.loads(answer)["seconds"], "peak_bytes": usage.ru_maxrss * 1024}
 
 
 if __name__ == "__main__":
