@@ -1,25 +1,30 @@
 """Zero-shot image classification against a served CLIP.
 
 >>> from client import ZeroShotClassifier
->>> with ZeroShotClassifier("localhost:8001") as clip:  # doctest: +SKIP
-...     print(clip.classify("cat.jpg", labels=["cat", "dog"])[0])
-cat 98.1%, dog 1.9%
+>>> with ZeroShotClassifier(url) as clip:
+...     for answer in clip.classify(["seven.png"], labels=["the number seven", "a shoe"]):
+...         print(answer.best.label)
+the number seven
 
 Needs nothing but the address: sizes, tokenizer, labels and prompts of learned tasks come from the server.
 """
 
 from client import errors
+from client._address import TLS
 from client._bench import BenchResult, TowerTiming, bench
 from client._card import Card, Task
-from client._classifier import ZeroShotClassifier
+from client._classifier import AsyncZeroShotClassifier, ZeroShotClassifier
 from client._images import ImageLike
-from client._results import Classification, Prediction
+from client._results import Classification, Prediction, ServerInfo
 from client.errors import ClientError
 
 __all__ = [
     "ZeroShotClassifier",
+    "AsyncZeroShotClassifier",
     "Classification",
     "Prediction",
+    "ServerInfo",
+    "TLS",
     "ImageLike",
     "Card",
     "Task",

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from client._release import Release
-from client._transport import Transport, parse_url
+from client._address import parse_url
+from client._asker import Asker
+from client._release import Release, open_release
+from client._runtime import BlockingRuntime, run
+from client._transport import BlockingTransport
 from client.errors import ContractMismatch, InvalidRequest
 
 _WARMUP_PAIRS = 10
@@ -85,15 +88,16 @@ def bench(
     """
     if requests < 1 or batch < 1:
         raise InvalidRequest(f"requests is {requests} and batch is {batch}; expected 1 or more of both")
-    transport = Transport(parse_url(url), timeout_s)
+    transport = BlockingTransport(parse_url(url), timeout_s)
+    asker = Asker(transport, BlockingRuntime(), timeout_s, 0, None)
     try:
-        base, merged = (Release(transport, model, version) for version in versions)
+        base, merged = (run(open_release(asker, model, version)) for version in versions)
         pixels = _random_images(base, merged, batch)
         for turn in range(_WARMUP_PAIRS):
-            _timed_pair(base, merged, pixels, turn)
-        times_s = np.array([_timed_pair(base, merged, pixels, turn) for turn in track(range(requests))])
+            _timed_pair(asker, base, merged, pixels, turn)
+        times_s = np.array([_timed_pair(asker, base, merged, pixels, turn) for turn in track(range(requests))])
     finally:
-        transport.close()
+        run(transport.close())
     return summarise(times_s, batch)
 
 
@@ -129,16 +133,16 @@ def _random_images(base: Release, merged: Release, batch: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
 
 
-def _timed_pair(base: Release, merged: Release, pixels: np.ndarray, turn: int) -> tuple[float, float]:
+def _timed_pair(asker: Asker, base: Release, merged: Release, pixels: np.ndarray, turn: int) -> tuple[float, float]:
     """Seconds that one request to each took; the merged one goes first in odd turns."""
     if turn % 2:
-        merged_s, base_s = _timed(merged, pixels), _timed(base, pixels)
+        merged_s, base_s = _timed(asker, merged, pixels), _timed(asker, base, pixels)
     else:
-        base_s, merged_s = _timed(base, pixels), _timed(merged, pixels)
+        base_s, merged_s = _timed(asker, base, pixels), _timed(asker, merged, pixels)
     return base_s, merged_s
 
 
-def _timed(release: Release, pixels: np.ndarray) -> float:
+def _timed(asker: Asker, release: Release, pixels: np.ndarray) -> float:
     start = time.perf_counter()
-    release.image_features(pixels)
+    run(release.image_features(asker, pixels))
     return time.perf_counter() - start

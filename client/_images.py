@@ -7,7 +7,8 @@ served model. Exif orientation is not applied, as in open_clip.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,37 @@ _PILLOW_ERRORS = (
 )
 
 
-def as_image_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
-    """One image or several, as a list."""
+def as_images(images: ImageLike | Iterable[ImageLike]) -> Iterator[ImageLike]:
+    """One image, several, or the image files below a folder, one after the other.
+
+    Raises:
+        BadImage: not images at all, or a folder without any.
+    """
+    if isinstance(images, (str, Path)) and Path(images).is_dir():
+        return image_files(Path(images))
     one = isinstance(images, (str, Path, bytes, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim <= 3)
     if one:
-        return [images]
+        return iter([images])
     if not isinstance(images, Iterable):
         raise BadImage(f"images is a {type(images).__name__}; {_EXPECTED}")
-    return list(images)
+    return iter(images)
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    """The files below a folder that have an image's ending, sorted folder by folder; hidden ones are left out.
+
+    Raises:
+        BadImage: there is none.
+    """
+    endings, found = frozenset(Image.registered_extensions()), False
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in endings:
+                found = True
+                yield Path(path) / name
+    if not found:
+        raise BadImage(f"folder {folder} has no images; expected files such as .jpg or .png in it or below")
 
 
 def preprocess(image: ImageLike, name: str, *, size: int, resize_mode: str, interpolation: str) -> np.ndarray:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from dataclasses import dataclass
 
 import numpy as np
 
+from client._asker import Asker
 from client._card import Card, check_card, read_card
 from client._tokenizer import default_tokenizer
 from client._transport import Transport
@@ -15,18 +17,22 @@ from client.errors import ClientError, ContractMismatch, ModelNotFound, RequestT
 _PARTS = ("image", "text", "card")
 
 
-def ready_versions(transport: Transport, model: str) -> list[int]:
+async def ready_versions(asker: Asker, model: str) -> list[int]:
     """Versions of which all three parts are ready, in rising order, at least one.
 
     Raises:
         ModelNotFound: a part is missing, or the parts have no ready version in common.
     """
+    return await asker.ask(lambda timeout_s: _ready_versions(asker.transport, model, timeout_s))
+
+
+async def _ready_versions(transport: Transport, model: str, timeout_s: float) -> list[int]:
     served: dict[str, set[int]] = {}
     for name in (names := [f"{model}_{part}" for part in _PARTS]):
         with contextlib.suppress(ModelNotFound):
-            served[name] = transport.ready_versions(name)
+            served[name] = await transport.ready_versions(name, timeout_s)
     if len(served) < len(names):
-        there = transport.models()
+        there = await transport.models(timeout_s)
         if missing := [name for name in names if name not in (served if there is None else there)]:
             raise _no_model(transport, model, missing, there)
     versions = set.intersection(*(served.get(name, set()) for name in names))
@@ -38,17 +44,9 @@ def ready_versions(transport: Transport, model: str) -> list[int]:
     return sorted(versions)
 
 
+@dataclass(frozen=True)
 class Release:
     """One served version, opened. Its methods never reach another version.
-
-    Args:
-        transport: the server.
-        model: name that the three parts share.
-        version: their version number.
-
-    Raises:
-        ModelNotFound, VersionGone: not served.
-        ContractMismatch: served, but made for another client.
 
     Attributes:
         card: what the version is.
@@ -56,25 +54,13 @@ class Release:
         max_texts: texts that go into one request.
     """
 
-    def __init__(self, transport: Transport, model: str, version: int) -> None:
-        self._transport = transport
-        self.model = model
-        self.version = version
-        available = ready_versions(transport, model)
-        if version not in available:
-            raise _version_gone(transport, model, version, available)
-        index = np.zeros((1, 1), dtype=np.int32)
-        self.card: Card = read_card(self._infer("card", index, "index", "card")[0, 0], str(self))
-        if self.card.version != version:
-            raise ContractMismatch(f"card of {self} says version {self.card.version}; export the version again")
-        check_card(self.card, default_tokenizer().sha256, str(self))
-        self.max_images = self._max_batch_size("image")
-        self.max_texts = self._max_batch_size("text")
+    model: str
+    version: int
+    card: Card
+    max_images: int
+    max_texts: int
 
-    def __str__(self) -> str:
-        return f"model {self.model!r} version {self.version} at {self._transport.address}"
-
-    def image_features(self, pixels: np.ndarray) -> np.ndarray:
+    async def image_features(self, asker: Asker, pixels: np.ndarray) -> np.ndarray:
         """Encode one request's worth of images.
 
         Args:
@@ -83,9 +69,9 @@ class Release:
         Returns:
             float32 (batch, embed_dim), L2-normalised.
         """
-        return self._infer("image", pixels, "image", "image_features")
+        return await _infer(asker, self.model, self.version, "image", pixels)
 
-    def text_features(self, tokens: np.ndarray) -> np.ndarray:
+    async def text_features(self, asker: Asker, tokens: np.ndarray) -> np.ndarray:
         """Encode one request's worth of texts.
 
         Args:
@@ -94,35 +80,72 @@ class Release:
         Returns:
             float32 (batch, embed_dim), L2-normalised.
         """
-        return self._infer("text", tokens, "tokens", "text_features")
+        return await _infer(asker, self.model, self.version, "text", tokens)
 
-    def _infer(self, part: str, array: np.ndarray, input_name: str, output_name: str) -> np.ndarray:
-        try:
-            return self._transport.infer(f"{self.model}_{part}", self.version, array, input_name, output_name)
-        except RequestTimeout:
-            raise
-        except ClientError as exc:
-            self._raise_if_gone(exc)
-            raise
 
-    def _max_batch_size(self, part: str) -> int:
-        try:
-            size = self._transport.max_batch_size(f"{self.model}_{part}", self.version)
-        except ClientError as exc:
-            self._raise_if_gone(exc)
-            raise
+async def open_release(asker: Asker, model: str, version: int) -> Release:
+    """Read a version's card and limits.
+
+    Raises:
+        ModelNotFound, VersionGone: not served.
+        ContractMismatch: served, but made for another client.
+    """
+    where = f"model {model!r} version {version} at {asker.transport.address}"
+    available = await ready_versions(asker, model)
+    if version not in available:
+        raise _version_gone(asker.transport, model, version, available)
+    answer = await _infer(asker, model, version, "card", np.zeros((1, 1), dtype=np.int32))
+    card = read_card(answer[0, 0], where)
+    if card.version != version:
+        raise ContractMismatch(f"card of {where} says version {card.version}; export the version again")
+    check_card(card, default_tokenizer().sha256, where)
+    limits = []
+    for part in ("image", "text"):
+        size = await _max_batch_size(asker, model, version, part)
         if size < 1:
-            raise ContractMismatch(f"{part} tower of {self} takes no batches; expected max_batch_size > 0")
-        return size
+            raise ContractMismatch(f"{part} tower of {where} takes no batches; expected max_batch_size > 0")
+        limits.append(size)
+    return Release(model, version, card, *limits)
 
-    def _raise_if_gone(self, exc: ClientError) -> None:
-        """A failed request has many reasons: ask the server whether the version is still there.
 
-        Triton answers UNAVAILABLE for a version that was dropped, as gRPC does for a server that is.
-        """
-        available = ready_versions(self._transport, self.model)
-        if self.version not in available:
-            raise _version_gone(self._transport, self.model, self.version, available) from exc.__cause__
+# part -> names of its input and output
+_TENSORS = {"image": ("image", "image_features"), "text": ("tokens", "text_features"), "card": ("index", "card")}
+
+
+async def _infer(asker: Asker, model: str, version: int, part: str, array: np.ndarray) -> np.ndarray:
+    async def request(timeout_s: float) -> np.ndarray:
+        async with _gone(asker.transport, model, version, timeout_s):
+            return await asker.transport.infer(f"{model}_{part}", version, array, *_TENSORS[part], timeout_s)
+
+    return await asker.ask(request)
+
+
+async def _max_batch_size(asker: Asker, model: str, version: int, part: str) -> int:
+    async def request(timeout_s: float) -> int:
+        async with _gone(asker.transport, model, version, timeout_s):
+            return await asker.transport.max_batch_size(f"{model}_{part}", version, timeout_s)
+
+    return await asker.ask(request)
+
+
+@contextlib.asynccontextmanager
+async def _gone(transport: Transport, model: str, version: int, timeout_s: float):
+    """A failed request has many reasons: ask the server whether the version is still there.
+
+    Triton answers UNAVAILABLE for a version that was dropped, as gRPC does for a server that is.
+
+    Raises:
+        VersionGone: it is not.
+    """
+    try:
+        yield
+    except RequestTimeout:
+        raise
+    except ClientError as exc:
+        available = await _ready_versions(transport, model, timeout_s)
+        if version not in available:
+            raise _version_gone(transport, model, version, available) from exc.__cause__
+        raise
 
 
 def _no_model(transport: Transport, model: str, missing: list[str], there: set[str] | None) -> ModelNotFound:

@@ -30,10 +30,12 @@ class Classification:
     """The best labels of one image, best first.
 
     Attributes:
+        image: its path, or its place in the call, counted from 0.
         predictions: at most ``top_k`` of them, by falling probability.
         version: the model version that both features came from.
     """
 
+    image: str
     predictions: tuple[Prediction, ...]
     version: int
 
@@ -49,5 +51,31 @@ class Classification:
         return ", ".join(map(str, self.predictions))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types: {"version": 2, "predictions": [{"label", "probability", "score"}, ...]}."""
-        return {"version": self.version, "predictions": [asdict(prediction) for prediction in self.predictions]}
+        """As plain JSON types: {"image", "version", "predictions": [{"label", "probability", "score"}, ...]}."""
+        return {
+            "image": self.image,
+            "version": self.version,
+            "predictions": [asdict(prediction) for prediction in self.predictions],
+        }
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What answers at the address.
+
+    Attributes:
+        name: of the server, such as "triton".
+        version: its release.
+        extensions: parts of the protocol that it has beyond the least.
+    """
+
+    name: str
+    version: str
+    extensions: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {"name": self.name, "version": self.version, "extensions": list(self.extensions)}

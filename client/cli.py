@@ -84,12 +84,12 @@ def classify(
     if any("{}" not in text for text in template or ()):
         raise typer.BadParameter("expected {} where the label goes", param_hint="'--template'")
     with (
-        ZeroShotClassifier(url, model, version, timeout) as classifier,
+        ZeroShotClassifier(url, model, version or "latest", timeout_s=timeout) as classifier,
         Console(stderr=True).status(f"Classifying {len(images)} image(s)"),
     ):
-        answers = classifier.classify(images, labels=names, task=task, templates=template or None, top_k=top_k)
+        answers = list(classifier.classify(images, labels=names, task=task, templates=template or None, top_k=top_k))
     if as_json:
-        _print_json([{"image": str(path), **answer.to_dict()} for path, answer in zip(images, answers, strict=True)])
+        _print_json([answer.to_dict() for answer in answers])
     else:
         Console().print(_answers_table(images, answers))
         Console().print(f"model {model} version {answers[0].version}", style="dim", markup=False)
@@ -145,8 +145,8 @@ def tasks(
 
     client tasks --version 2 --json
     """
-    with ZeroShotClassifier(url, model, version, timeout) as classifier:
-        card = classifier.card
+    with ZeroShotClassifier(url, model, version or "latest", timeout_s=timeout) as classifier:
+        card = classifier.card()
     if as_json:
         _print_json({"version": card.version, "tasks": [_task_row(task) for task in card.tasks]})
     else:
@@ -167,8 +167,8 @@ def versions(model: Model = "clip", url: Url = DEFAULT_URL, timeout: Timeout = 3
         numbers = classifier.versions()
     cards = []
     for number in numbers:
-        with ZeroShotClassifier(url, model, number, timeout) as classifier:
-            cards.append(classifier.card)
+        with ZeroShotClassifier(url, model, number, timeout_s=timeout) as classifier:
+            cards.append(classifier.card())
     if as_json:
         _print_json([{"version": card.version, "tasks": [task.name for task in card.tasks]} for card in cards])
     else:

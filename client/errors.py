@@ -2,14 +2,18 @@
 
 ClientError
 ├── ServerUnavailable    nobody answers at the address
-├── RequestTimeout       the server took longer than timeout_s
+├── RequestTimeout       the server took longer than timeout_s, or the call longer than deadline_s
 ├── ServerError          the server answered that it failed
+│   └── ServerBusy       it has more requests than it takes
+├── NotAllowed           the server wants other headers or certificates
 ├── ModelNotFound        the server does not serve this model
 ├── VersionGone          the model is served, this version of it is not
 ├── ContractMismatch     the served model is not one that this client understands
 ├── UnknownTask          the served version has not learned this task
 ├── BadImage             an image that cannot be read or used
+├── ResultsError         a file of results that cannot be written or gone on with
 └── InvalidRequest       the call itself is wrong: labels, templates, url, ...
+    └── TooManyLabels    more than a call takes
 
 Messages are one line: what, which object, what was expected and found, and the next step.
 """
@@ -29,11 +33,19 @@ class ServerUnavailable(ClientError):
 
 
 class RequestTimeout(ClientError):
-    """The server did not answer within ``timeout_s`` seconds."""
+    """The server did not answer within ``timeout_s`` seconds, or a call was not done after its ``deadline_s``."""
 
 
 class ServerError(ClientError):
     """The server was reached and reports a failure of its own."""
+
+
+class ServerBusy(ServerError):
+    """The server has more requests waiting than it takes."""
+
+
+class NotAllowed(ClientError):
+    """The server, or what stands before it, does not answer those who send these headers and certificates."""
 
 
 class ModelNotFound(ClientError):
@@ -70,5 +82,13 @@ class BadImage(ClientError):
     """An image that cannot be read, or that is not something an image can be made of."""
 
 
+class ResultsError(ClientError):
+    """A file of results that cannot be written, or that belongs to another question."""
+
+
 class InvalidRequest(ClientError):
     """The arguments of a call are wrong, or the server refused the request as malformed."""
+
+
+class TooManyLabels(InvalidRequest):
+    """More labels, or prompts for them, than a call takes."""

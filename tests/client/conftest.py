@@ -6,6 +6,7 @@ another format, broken statuses. Everything else is tested against a real Triton
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -16,6 +17,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import serialize_byte_tensor
 
+from client import AsyncZeroShotClassifier, ZeroShotClassifier
 from client._tokenizer import default_tokenizer
 
 EMBED_DIM = 8
@@ -134,3 +136,63 @@ def fake() -> Iterator[FakeServer]:
 def picture() -> np.ndarray:
     """uint8 (40, 50, 3)."""
     return np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+
+
+class Blocking:
+    """`ZeroShotClassifier`, its answers as a list."""
+
+    def __init__(self, *args, **settings):
+        self._clip = ZeroShotClassifier(*args, **settings)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def close(self):
+        self._clip.close()
+
+    def classify(self, *args, **settings):
+        return list(self._clip.classify(*args, **settings))
+
+    def __getattr__(self, name):
+        return getattr(self._clip, name)
+
+
+class Asyncio:
+    """`AsyncZeroShotClassifier` in an event loop of its own."""
+
+    def __init__(self, *args, **settings):
+        self._clip = AsyncZeroShotClassifier(*args, **settings)
+        self._loop = asyncio.new_event_loop()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+    def close(self):
+        self._loop.run_until_complete(self._clip.aclose())
+
+    def classify(self, *args, **settings):
+        answers = self._clip.classify(*args, **settings)
+
+        async def listed():
+            return [answer async for answer in answers]
+
+        return self._loop.run_until_complete(listed())
+
+    def __getattr__(self, name):
+        method = getattr(self._clip, name)
+        return lambda *args, **settings: self._loop.run_until_complete(method(*args, **settings))
+
+
+@pytest.fixture(params=[Blocking, Asyncio])
+def connect(request) -> type[Blocking | Asyncio]:
+    """Opens a classifier: the blocking one, or asyncio's, behind the same methods."""
+    return request.param

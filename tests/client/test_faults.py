@@ -6,7 +6,6 @@ import grpc
 import numpy as np
 import pytest
 
-from client import ZeroShotClassifier
 from client.errors import (
     BadImage,
     ContractMismatch,
@@ -23,8 +22,8 @@ LABELS = ["cat", "dog"]
 
 
 @pytest.fixture
-def clip(fake):
-    with ZeroShotClassifier(fake.url, timeout_s=10) as classifier:
+def clip(fake, connect):
+    with connect(fake.url, timeout_s=10) as classifier:
         yield classifier
 
 
@@ -59,11 +58,11 @@ def test_version_that_vanishes_between_the_towers_redoes_the_whole_call(fake, cl
 
 def test_version_that_vanishes_while_it_is_opened_is_not_the_end(fake, clip):
     fake.before_infer = lambda model, version, context: fake.cards.pop(2, None)
-    assert clip.card.version == 1
+    assert clip.card().version == 1
 
 
-def test_named_version_is_never_replaced(fake, picture):
-    with ZeroShotClassifier(fake.url, version=1) as clip:
+def test_named_version_is_never_replaced(fake, picture, connect):
+    with connect(fake.url, version=1) as clip:
         assert clip.classify(picture, LABELS)[0].version == 1
         del fake.cards[1]
         with pytest.raises(VersionGone, match=r"version 1 of model 'clip' is not served at .*; ready: 2"):
@@ -77,13 +76,13 @@ def test_model_whose_versions_are_all_gone(fake, clip, picture):
         clip.classify(picture, LABELS)
 
 
-def test_server_that_guards_its_model_control_is_no_hindrance(fake, clip, picture):
+def test_server_that_guards_its_model_control_is_no_hindrance(fake, clip, picture, connect):
     fake.guarded = True
     assert clip.classify(picture, LABELS)[0].version == 2
     del fake.cards[2]
     assert clip.classify(picture, LABELS)[0].version == 1
     with (
-        ZeroShotClassifier(fake.url, model="clop") as other,
+        connect(fake.url, model="clop") as other,
         pytest.raises(ModelNotFound, match=r"no model 'clop' .*, clop_card\); wait until it is loaded"),
     ):
         other.versions()
@@ -92,13 +91,13 @@ def test_server_that_guards_its_model_control_is_no_hindrance(fake, clip, pictur
 def test_requests_never_exceed_the_servers_batch(fake, clip, picture):
     answers = clip.classify([picture] * 9, [f"label {i}" for i in range(6)], templates=["a {}", "the photo of a {}"])
     assert len(answers) == 9
-    assert [shape[0] for shape in shapes(fake, "image")] == [4, 4, 1]
+    assert sorted(shape[0] for shape in shapes(fake, "image")) == [1, 4, 4]
     assert [shape[0] for shape in shapes(fake, "text")] == [4, 4, 4]
 
 
 def test_texts_are_cut_to_the_longest_of_their_request(fake, clip):
     clip.text_features(["a", "a b", "a b c", "a b c d", "a", "word " * 99])
-    assert shapes(fake, "text") == [(4, 6), (2, 24)]
+    assert sorted(shapes(fake, "text")) == [(2, 3), (4, 24)], "texts of like length go together"
 
 
 def test_label_features_are_encoded_once(fake, clip, picture):
@@ -166,12 +165,12 @@ def test_bad_image_among_good_ones_is_named(clip, picture):
 def test_card_that_this_client_cannot_serve_is_refused(fake, clip, change, message):
     fake.cards[2] |= change
     with pytest.raises(ContractMismatch, match=message):
-        _ = clip.card
+        clip.card()
 
 
-def test_slow_answer_is_a_timeout(fake, picture):
-    with ZeroShotClassifier(fake.url, timeout_s=0.5) as clip:
-        _ = clip.card
+def test_slow_answer_is_a_timeout(fake, picture, connect):
+    with connect(fake.url, timeout_s=0.5) as clip:
+        clip.card()
         fake.before_infer = lambda *_: time.sleep(1)
         with pytest.raises(RequestTimeout, match=r"no answer from .* within 0\.5 s"):
             clip.classify(picture, LABELS)
@@ -187,7 +186,7 @@ def test_slow_answer_is_a_timeout(fake, picture):
     ],
 )
 def test_failure_of_a_version_that_is_still_there_keeps_its_kind(fake, clip, picture, status, error):
-    _ = clip.card
+    clip.card()
     fake.before_infer = lambda model, version, context: context.abort(status, "two\nlines")
     with pytest.raises(error) as caught:
         clip.image_features(picture)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import Compose
 
-from client._images import INTERPOLATIONS, RESIZE_MODES, as_image_list, name_of, preprocess
+from client._images import INTERPOLATIONS, RESIZE_MODES, as_images, name_of, preprocess
 from client.errors import BadImage
 
 SIZE = 32
@@ -135,12 +135,23 @@ def test_one_image_or_several_become_a_list():
     array = np.zeros((4, 5, 3), np.uint8)
     image = Image.fromarray(array)
     for one in ("a.png", Path("a.png"), b"bytes", image, array, array[..., 0]):
-        assert as_image_list(one)[0] is one
-    assert len(as_image_list(np.stack([array, array]))) == 2
-    assert as_image_list(name for name in ("a", "b")) == ["a", "b"]
-    assert as_image_list([]) == []
+        assert next(as_images(one)) is one
+    assert len(list(as_images(np.stack([array, array])))) == 2
+    assert list(as_images(name for name in ("a", "b"))) == ["a", "b"]
+    assert list(as_images([])) == []
     with pytest.raises(BadImage, match="images is a int; expected a path"):
-        as_image_list(3)
+        as_images(3)
+
+
+def test_a_folder_is_its_image_files_in_order(tmp_path):
+    for name in ("b/2.JPG", "b/1.png", "a.webp", "c/notes.txt", ".hidden/3.png", "c/.thumb.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = [str(path.relative_to(tmp_path)) for path in as_images(tmp_path)]
+    assert found == ["a.webp", "b/1.png", "b/2.JPG"]
+    assert list(as_images(str(tmp_path))) == list(as_images(tmp_path))
+    with pytest.raises(BadImage, match=r"c has no images; expected files such as \.jpg"):
+        next(as_images(tmp_path / "c"))
 
 
 def test_names_are_paths_or_places():

@@ -5,7 +5,7 @@ import pytest
 
 from client import Classification, Prediction
 
-ANSWER = Classification((Prediction("cat", 0.975, 0.31), Prediction("dog", 0.025, 0.27)), version=2)
+ANSWER = Classification("a.png", (Prediction("cat", 0.975, 0.31), Prediction("dog", 0.025, 0.27)), version=2)
 
 
 def test_prints_labels_with_their_probabilities():
@@ -14,6 +14,7 @@ def test_prints_labels_with_their_probabilities():
 
 def test_to_dict_is_json():
     assert json.loads(json.dumps(ANSWER.to_dict())) == {
+        "image": "a.png",
         "version": 2,
         "predictions": [
             {"label": "cat", "probability": 0.975, "score": 0.31},

@@ -75,7 +75,7 @@ def test_served_labels_are_pytorch_s(fitted, server, images, digits, mini):
         pixels = torch.stack([mini.preprocess(image) for image in images])
         scores = F.normalize(fitted.backbone.model.encode_image(pixels), dim=-1) @ classes.T
     with ZeroShotClassifier(server.url) as classifier:
-        served = classifier.classify(images, task="digits", top_k=10)
+        served = list(classifier.classify(images, task="digits", top_k=10))
     for answer, row in zip(served, scores, strict=True):
         assert answer.version == 2
         by_label = {prediction.label: prediction.score for prediction in answer}

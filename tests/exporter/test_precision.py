@@ -191,7 +191,7 @@ def test_versions_of_all_precisions_are_served_side_by_side(cast, samples, tmp_p
         for version in (2, 3, 4):
             promote(repository, version, [server.url])
             with ZeroShotClassifier(server.url, version=version) as clip:
-                found = clip.classify(samples[0][:4], ["cat", "dog", "a flag"], top_k=3)
+                found = list(clip.classify(samples[0][:4], ["cat", "dog", "a flag"], top_k=3))
                 answers[version] = np.array([[p.score for p in sorted(f, key=lambda p: p.label)] for f in found])
     np.testing.assert_allclose(answers[3], answers[2], atol=2e-2)
     np.testing.assert_allclose(answers[4], answers[2], atol=0.5)

@@ -1,0 +1,328 @@
+"""What both classifiers do, written once: versions, labels and images, over any runtime and transport."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from cachetools import LRUCache
+
+from client._address import Address
+from client._asker import Asker
+from client._card import Card
+from client._images import ImageLike, as_images, name_of, preprocess
+from client._labels import DEFAULT_TEMPLATES, prompts_of
+from client._release import Release, open_release, ready_versions
+from client._results import Classification, Prediction, ServerInfo
+from client._runtime import Runtime
+from client._tokenizer import default_tokenizer
+from client._transport import Transport
+from client.errors import BadImage, VersionGone
+
+# Requests that are on their way at a time, and batches that are read and resized meanwhile. Triton answers what has
+# come in as one batch; while it does, the next is decoded.
+IN_FLIGHT = 4
+AHEAD = 4
+BATCH = 16
+FEATURES_BYTES = 256 * 2**20
+LOOK_AGAIN_S = 1.0
+# A version that goes while it is asked is followed by another; more in one request than this are no accident.
+MOVES = 8
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of each image.
+
+    Attributes:
+        labels: what it may show; None: the class names of ``task``.
+        templates: prompts; None: those of the task, or "a photo of a {}".
+    """
+
+    labels: tuple[str, ...] | None
+    task: str | None
+    templates: tuple[str, ...] | None
+    top_k: int
+
+    def on(self, card: Card) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Labels and templates for one version."""
+        if self.labels is not None:
+            return self.labels, self.templates or DEFAULT_TEMPLATES
+        learned = card.task(self.task)
+        return learned.class_names, self.templates or learned.templates
+
+
+@dataclass
+class _Call:
+    """One call of a user: its way to the server, and the version that it is on."""
+
+    asker: Asker
+    release: Release
+
+
+class Core:
+    """A served CLIP.
+
+    Args:
+        version: which one; None: the newest, at the start of each call.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        model: str,
+        version: int | None,
+        runtime: Runtime,
+        connect: Callable[[Address, float], Transport],
+        timeout_s: float,
+        retries: int,
+    ) -> None:
+        self._address, self._model, self._version = address, model, version
+        self._runtime, self._connect = runtime, connect
+        self._timeout_s, self._retries = timeout_s, retries
+        self._opening, self._encoding = runtime.lock(), runtime.lock()
+        self._transport: Transport | None = None
+        self._release: Release | None = None
+        self._looked = 0.0
+        self._label_features: LRUCache[Any, np.ndarray] = LRUCache(FEATURES_BYTES, getsizeof=lambda array: array.nbytes)
+
+    async def close(self) -> None:
+        async with self._opening:
+            if self._transport is not None:
+                await self._transport.close()
+            self._transport = self._release = None
+            self._label_features.clear()
+
+    async def server_info(self, deadline_s: float | None) -> ServerInfo:
+        asker = await self._asker(deadline_s)
+        return ServerInfo(*await asker.ask(asker.transport.server))
+
+    async def versions(self, deadline_s: float | None) -> list[int]:
+        return await ready_versions(await self._asker(deadline_s), self._model)
+
+    async def card(self, deadline_s: float | None) -> Card:
+        return (await self._begin(deadline_s)).release.card
+
+    async def classify(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        question: Question,
+        unreadable: Callable[[BadImage], object] | None,
+        deadline_s: float | None,
+    ) -> AsyncIterator[Classification]:
+        """Answers in the order of the images, of which only a few are held at a time."""
+        call = await self._begin(deadline_s)
+        question.on(call.release.card)  # an unknown task is refused before an image is read
+
+        async def work(batch: list[tuple[str, ImageLike]], turn: Any) -> list[Classification | BadImage]:
+            return await self._on_one_version(call, lambda release: self._answers(call, release, batch, question, turn))
+
+        async with aclosing(self._in_order(_batches(_named(images), self._size(call)), work)) as answered:
+            async for answers in answered:
+                for answer in answers:
+                    if isinstance(answer, Classification):
+                        yield answer
+                    elif unreadable is None:
+                        raise answer
+                    else:
+                        unreadable(answer)
+
+    async def image_features(self, images: ImageLike | Iterable[ImageLike], deadline_s: float | None) -> np.ndarray:
+        call = await self._begin(deadline_s)
+        listed = list(_named(images))
+        return await self._on_one_version(call, lambda release: self._image_features(call, release, listed))
+
+    async def text_features(self, texts: Sequence[str], deadline_s: float | None) -> np.ndarray:
+        call = await self._begin(deadline_s)
+        return await self._on_one_version(call, lambda release: self._text_features(call.asker, release, texts))
+
+    async def _image_features(self, call: _Call, release: Release, images: list[tuple[str, ImageLike]]) -> np.ndarray:
+        async def work(batch: list[tuple[str, ImageLike]], turn: Any) -> np.ndarray:
+            pixels = await self._runtime.in_thread(_prepared, batch, release.card)
+            if bad := [found for found in pixels if isinstance(found, BadImage)]:
+                raise bad[0]
+            async with turn:
+                return await release.image_features(call.asker, np.stack(pixels))
+
+        parts = [np.empty((0, release.card.embed_dim), np.float32)]
+        async with aclosing(self._in_order(_batches(iter(images), self._size(call)), work)) as encoded:
+            parts += [features async for features in encoded]
+        return np.concatenate(parts)
+
+    async def _answers(
+        self, call: _Call, release: Release, batch: list[tuple[str, ImageLike]], question: Question, turn: Any
+    ) -> list[Classification | BadImage]:
+        """One request's worth of images, answered by one version."""
+        names, templates = question.on(release.card)
+        text = await self._of_labels(call.asker, release, names, templates)
+        pixels = await self._runtime.in_thread(_prepared, batch, release.card)
+        good = [found for found in pixels if not isinstance(found, BadImage)]
+        scores = iter(())
+        if good:
+            async with turn:
+                image = await release.image_features(call.asker, np.stack(good))
+            scores = iter(image @ text.T)
+        return [
+            found
+            if isinstance(found, BadImage)
+            else ranked(name, next(scores), names, release.card.logit_scale, release.version, question.top_k)
+            for (name, _), found in zip(batch, pixels, strict=True)
+        ]
+
+    async def _of_labels(
+        self, asker: Asker, release: Release, labels: tuple[str, ...], templates: tuple[str, ...]
+    ) -> np.ndarray:
+        """One feature a label, float32 (num_labels, embed_dim), encoded once a version.
+
+        The mean over its prompts' features, normalised again, as CLIP does it.
+        """
+        key = (release.card, labels, templates)
+        async with self._encoding:  # whoever asks for the same meanwhile waits for it
+            features = self._label_features.get(key)
+            if features is None:
+                prompts = prompts_of(labels, templates)
+                encoded = await self._text_features(asker, release, prompts)
+                features = encoded.reshape(len(labels), len(templates), -1).mean(axis=1)
+                features /= np.linalg.norm(features, axis=1, keepdims=True)
+                if features.nbytes <= FEATURES_BYTES:
+                    self._label_features[key] = features
+        return features
+
+    async def _text_features(self, asker: Asker, release: Release, texts: Sequence[str]) -> np.ndarray:
+        """Texts of one length go together, so that each request is cut to what its longest needs."""
+        card = release.card
+        tokens = await self._runtime.in_thread(default_tokenizer(), texts, card.context_length)
+        lengths = tokens.argmax(axis=1) + 1 if len(tokens) else np.empty(0, int)
+        order = np.argsort(-lengths, kind="stable")
+
+        async def work(rows: list[int], turn: Any) -> np.ndarray:
+            async with turn:
+                return await release.text_features(asker, tokens[rows, : lengths[rows].max()])
+
+        features, done = np.empty((len(texts), card.embed_dim), np.float32), 0
+        batches = _batches(iter(order.tolist()), release.max_texts)
+        async with aclosing(self._in_order(batches, work)) as encoded:
+            async for part in encoded:
+                features[order[done : done + len(part)]] = part
+                done += len(part)
+        return features
+
+    async def _in_order(self, items: Iterator[_T], work: Callable[[_T, Any], Awaitable[_U]]) -> AsyncIterator[_U]:
+        """The results of working on items, several at a time; what works on a request takes ``turn`` for it."""
+        turn = self._runtime.semaphore(IN_FLIGHT)
+        first, second = next(items, None), next(items, None)
+        if second is None:  # no thread or task for what is alone
+            if first is not None:
+                yield await work(first, turn)
+            return
+        started: deque[Any] = deque()
+        try:
+            for item in itertools.chain((first, second), items):
+                started.append(self._runtime.start(work(item, turn)))
+                if len(started) == IN_FLIGHT + AHEAD:
+                    yield await started.popleft()
+            while started:
+                yield await started.popleft()
+        finally:
+            await self._runtime.finish(list(started))
+
+    async def _on_one_version(self, call: _Call, work: Callable[[Release], Awaitable[_T]]) -> _T:
+        """Do work on the call's version; on the one that follows where that vanished, unless the caller named it."""
+        for _ in range(MOVES):
+            release = call.release
+            try:
+                return await work(release)
+            except VersionGone:
+                if self._version is not None:
+                    raise
+                call.release = await self._opened(call.asker, gone=release)
+        return await work(call.release)
+
+    async def _begin(self, deadline_s: float | None) -> _Call:
+        asker = await self._asker(deadline_s)
+        return _Call(asker, await self._opened(asker))
+
+    async def _opened(self, asker: Asker, gone: Release | None = None) -> Release:
+        """The release in use: the one that was named, or the newest, looked for now and then."""
+        async with self._opening:
+            current = None if self._release is gone else self._release
+            if current is not None and (self._version or time.monotonic() - self._looked < LOOK_AGAIN_S):
+                return current
+            for attempt in range(MOVES):
+                version = self._version or (await ready_versions(asker, self._model))[-1]
+                if current is None or current.version != version:
+                    try:
+                        current = await open_release(asker, self._model, version)
+                    except VersionGone:
+                        if self._version or attempt == MOVES - 1:
+                            raise
+                        continue
+                break
+            self._release, self._looked = current, time.monotonic()
+            return current
+
+    async def _asker(self, deadline_s: float | None) -> Asker:
+        async with self._opening:
+            if self._transport is None:
+                self._transport = self._connect(self._address, self._timeout_s)
+            return Asker(self._transport, self._runtime, self._timeout_s, self._retries, deadline_s)
+
+    @staticmethod
+    def _size(call: _Call) -> int:
+        return min(BATCH, call.release.max_images)
+
+
+def ranked(
+    name: str, scores: np.ndarray, labels: Sequence[str], logit_scale: float, version: int, top_k: int
+) -> Classification:
+    """The best labels of one image.
+
+    Args:
+        scores: cosines (num_labels,).
+        logit_scale: what they are multiplied with before the softmax. logit_bias, where a model has one, is the same
+            for all labels and cancels out.
+    """
+    logits = logit_scale * scores.astype(np.float64)
+    odds = np.exp(logits - logits.max())
+    probabilities = odds / odds.sum()
+    best = np.argsort(-scores, kind="stable")[:top_k]
+    return Classification(
+        name, tuple(Prediction(labels[i], float(probabilities[i]), float(scores[i])) for i in best), version
+    )
+
+
+def _named(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[str, ImageLike]]:
+    return ((name_of(image, index), image) for index, image in enumerate(as_images(images)))
+
+
+def _prepared(batch: list[tuple[str, ImageLike]], card: Card) -> list[np.ndarray | BadImage]:
+    """Pixels of each image, or why there are none."""
+    found: list[np.ndarray | BadImage] = []
+    for name, image in batch:
+        try:
+            found.append(
+                preprocess(
+                    image,
+                    name,
+                    size=card.image_size,
+                    resize_mode=card.resize_mode,
+                    interpolation=card.interpolation,
+                )
+            )
+        except BadImage as exc:
+            found.append(exc)
+    return found
+
+
+def _batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
