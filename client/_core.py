@@ -319,6 +319,7 @@ def _prepared(batch: list[tuple[str, ImageLike]], card: Card) -> list[np.ndarray
                 )
             )
         except BadImage as exc:
+            exc.image = name
             found.append(exc)
     return found
 

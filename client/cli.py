@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import Progress, TextColumn, track
 from rich.table import Table
 
 from client import BenchResult, Card, Classification, ClientError, ZeroShotClassifier
 from client import bench as run_bench
 from client._classifier import DEFAULT_URL
+from client._files import ResultsFile
+from client._images import as_images
+from client.errors import BadImage
+
+UNREADABLE_SHOWN = 20
 
 app = typer.Typer(
     name="client",
@@ -42,7 +50,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command()
 def classify(
-    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE", show_default=False)],
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, and folders of them.", metavar="IMAGE", show_default=False)
+    ],
     labels: Annotated[
         str | None, typer.Option(help='Labels, with commas between: "cat, dog".', metavar="LABELS", show_default=False)
     ] = None,
@@ -62,6 +72,15 @@ def classify(
         ),
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels to show for an image.", metavar="K")] = 5,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the answers to this .csv, .jsonl or .parquet. Goes on where an earlier run stopped, and past "
+            "images that cannot be read.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     version: Version = None,
     model: Model = "clip",
     url: Url = DEFAULT_URL,
@@ -74,7 +93,7 @@ def classify(
 
     client classify cat.jpg --labels "cat, dog"
 
-    client classify scan.png --task digits --top-k 3 --json
+    client classify scans --task digits --top-k 1 --out answers.csv
     """
     if (labels is None) == (task is None):
         raise typer.BadParameter("give exactly one of --labels and --task", param_hint="'--labels' / '--task'")
@@ -83,16 +102,69 @@ def classify(
         raise typer.BadParameter("no label in it", param_hint="'--labels'")
     if any("{}" not in text for text in template or ()):
         raise typer.BadParameter("expected {} where the label goes", param_hint="'--template'")
-    with (
-        ZeroShotClassifier(url, model, version or "latest", timeout_s=timeout) as classifier,
-        Console(stderr=True).status(f"Classifying {len(images)} image(s)"),
-    ):
-        answers = list(classifier.classify(images, labels=names, task=task, templates=template or None, top_k=top_k))
+    question = {"labels": names, "task": task, "templates": template or None, "top_k": top_k}
+    with ZeroShotClassifier(url, model, version or "latest", timeout_s=timeout) as classifier:
+        if out is not None:
+            _classify_into(classifier, images, question | {"model": model, "version": version}, out, as_json)
+            return
+        with Console(stderr=True).status("Classifying"):
+            answers = list(classifier.classify(_files(images), **question))
     if as_json:
         _print_json([answer.to_dict() for answer in answers])
     else:
-        Console().print(_answers_table(images, answers))
-        Console().print(f"model {model} version {answers[0].version}", style="dim", markup=False)
+        Console().print(_answers_table(answers))
+        Console().print(f"model {model} version {answers[-1].version}", style="dim", markup=False)
+
+
+def _files(images: list[Path]) -> Iterator[str]:
+    return map(str, itertools.chain.from_iterable(map(as_images, images)))
+
+
+def _classify_into(
+    classifier: ZeroShotClassifier, images: list[Path], question: dict[str, Any], out: Path, as_json: bool
+) -> None:
+    """Answers to a file, with a progress bar; what an earlier run has done is not asked again."""
+    asked = {name: question[name] for name in ("labels", "task", "templates", "top_k")}
+    versions: set[int] = set()
+    bad: list[BadImage] = []
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[rate]}"))
+    with ResultsFile(out, question) as results, Progress(*columns, console=Console(stderr=True)) as progress:
+        earlier = len(results.done)
+        todo = (image for image in _files(images) if image not in results.done)
+        bar = progress.add_task("Classifying", total=sum(1 for _ in _files(images)), completed=earlier, rate="")
+        started = time.monotonic()
+
+        def step() -> None:
+            rate = (len(results.done) - earlier) / (time.monotonic() - started)
+            progress.update(bar, advance=1, rate=f"{rate:,.1f} images/s")
+
+        def unreadable(error: BadImage) -> None:
+            bad.append(error)
+            results.add_unreadable(error)
+            step()
+
+        for answer in classifier.classify(todo, **asked, unreadable=unreadable):
+            results.add(answer)
+            versions.add(answer.version)
+            step()
+        results.finish()
+        seconds = time.monotonic() - started
+    summary = {
+        "out": str(out),
+        "images": len(results.done),
+        "of_earlier_runs": earlier,
+        "unreadable": results.unreadable,
+        "versions": sorted(versions),
+        "seconds": round(seconds, 2),
+        "images_per_s": round((len(results.done) - earlier) / seconds, 1),
+    }
+    for error in bad[:UNREADABLE_SHOWN]:
+        print(f"client: {error}", file=sys.stderr)
+    if as_json:
+        _print_json(summary)
+    else:
+        told = f", {results.unreadable:,} of them unreadable: see the column error" if results.unreadable else ""
+        print(f"{out}: {len(results.done):,} images{told}; {summary['images_per_s']:,} images/s")
 
 
 @app.command()
@@ -205,7 +277,7 @@ def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     return table
 
 
-def _answers_table(images: list[Path], answers: list[Classification]) -> Table:
+def _answers_table(answers: list[Classification]) -> Table:
     table = _table(
         "Image",
         "Label",
@@ -213,9 +285,9 @@ def _answers_table(images: list[Path], answers: list[Classification]) -> Table:
         "Cosine",
         numbers=("Probability", "Cosine"),
     )
-    for path, answer in zip(images, answers, strict=True):
+    for answer in answers:
         for rank, found in enumerate(answer):
-            name = escape(str(path)) if rank == 0 else ""
+            name = escape(answer.image) if rank == 0 else ""
             table.add_row(name, escape(found.label), f"{found.probability:.1%}", f"{found.score:.3f}")
     return table
 

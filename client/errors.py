@@ -79,7 +79,13 @@ class UnknownTask(ClientError):
 
 
 class BadImage(ClientError):
-    """An image that cannot be read, or that is not something an image can be made of."""
+    """An image that cannot be read, or that is not something an image can be made of.
+
+    Attributes:
+        image: its path, or its place in the call, where it is one of several.
+    """
+
+    image: str = ""
 
 
 class ResultsError(ClientError):

@@ -53,9 +53,9 @@ def test_help_runs_as_a_program():
 def test_classify_json_equals_the_library(fake, run, image):
     code, out, _ = run("classify", image, image, "--labels", "cat, dog,", "--top-k", "1", "--json")
     with ZeroShotClassifier(fake.url) as clip:
-        expected = clip.classify([image, image], labels=["cat", "dog"], top_k=1)
+        expected = list(clip.classify([image, image], labels=["cat", "dog"], top_k=1))
     assert code == 0
-    assert json.loads(out) == [{"image": image, **answer.to_dict()} for answer in expected]
+    assert json.loads(out) == [answer.to_dict() for answer in expected]
 
 
 def test_classify_prints_a_table(run, image):
@@ -116,7 +116,7 @@ def test_usage_error_exits_2(run, arguments):
     ("arguments", "message"),
     [
         (("classify", "missing.png", "--labels", "a"), "missing.png cannot be read: No such file or directory"),
-        (("classify", ".", "--labels", "a"), ". is a directory; name the image files in it"),
+        (("classify", ".", "--labels", "a"), "folder . has no images; expected files such as .jpg"),
         (("tasks", "--version", "9"), "version 9 of model 'clip' is not served at "),
         (("versions", "--model", "clop"), "no model 'clop' at "),
         (("versions", "--url", "nonsense"), "url 'nonsense' cannot be used; expected host:port"),
