@@ -11,7 +11,7 @@ Needs nothing but the address: sizes, tokenizer, labels and prompts of learned t
 
 from client import errors
 from client._address import TLS
-from client._bench import BenchResult, TowerTiming, bench
+from client._bench import BenchResult, Interval, Timing, bench
 from client._card import Card, Task
 from client._classifier import AsyncZeroShotClassifier, ZeroShotClassifier
 from client._images import ImageLike
@@ -30,7 +30,8 @@ __all__ = [
     "Task",
     "bench",
     "BenchResult",
-    "TowerTiming",
+    "Timing",
+    "Interval",
     "ClientError",
     "errors",
 ]

@@ -1,61 +1,121 @@
-"""Is a merged image tower as fast as the base? Two versions measured side by side on one server."""
+"""What having learned costs at inference: base, merged, and adapters left unmerged, in turns on one server.
+
+A round asks each contender once, one right after the other and in another order each time, so that a slow moment of the
+machine weighs on all; ratios are of one round, and their median is what is reported. Intervals are percentiles of that
+median over resampled rounds (the bootstrap, Efron 1979).
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from client._address import parse_url
+from client._address import Address, parse_url
 from client._asker import Asker
-from client._release import Release, open_release
+from client._release import Release, open_release, ready_versions
 from client._runtime import BlockingRuntime, run
 from client._transport import BlockingTransport
-from client.errors import ContractMismatch, InvalidRequest
+from client.errors import ContractMismatch, InvalidRequest, ModelNotFound
 
-_WARMUP_PAIRS = 10
+WARMUP_ROUNDS = 5
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+UNMERGED = "{model}-unmerged"  # what `exporter merge --unmerged` serves beside a model, a version for so many adapters
 
 
 @dataclass(frozen=True)
-class TowerTiming:
-    """Times of one image tower.
+class Interval:
+    """A ratio and how sure of it we are.
 
     Attributes:
-        p50_ms: median time of a request, in milliseconds.
-        p95_ms: 95th percentile, in milliseconds.
-        images_per_s: images in a request divided by its median time.
+        ratio: median over rounds of the time of a request to one contender divided by that of the base.
+        low, high: 95% bootstrap interval of that median.
     """
 
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender at one batch size and concurrency.
+
+    Attributes:
+        contender: "base", "merged", or "unmerged".
+        model, version: what was asked.
+        tasks: how many tasks it has learned.
+        batch: images in a request.
+        concurrency: requests on their way at a time.
+        p50_ms, p95_ms, p99_ms: time of a request as the client sees it, in milliseconds.
+        images_per_s: images of all rounds divided by the time they took.
+        to_base: how many times as long as the base, by the client's clock.
+        compute_to_base: the same by Triton's statistics of pure compute time; None where it keeps none.
+    """
+
+    contender: str
+    model: str
+    version: int
+    tasks: int
+    batch: int
+    concurrency: int
     p50_ms: float
     p95_ms: float
+    p99_ms: float
     images_per_s: float
+    to_base: Interval
+    compute_to_base: float | None
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Base and merged image tower, compared.
+    """All contenders in all settings.
 
     Attributes:
-        base: times of the first version.
-        merged: times of the second version.
-        ratio_p50: median over the pairs of (merged time / base time). The two requests of a pair follow each other
-            at once, so that a slow moment of the machine weighs on both; steadier than a ratio of medians.
-        ratio_throughput: merged images_per_s divided by base images_per_s.
-        requests: requests that each version answered, warm-up excluded.
+        timings: setting by setting, the base first.
+        requests: rounds of each setting, warm-up excluded.
     """
 
-    base: TowerTiming
-    merged: TowerTiming
-    ratio_p50: float
-    ratio_throughput: float
+    timings: tuple[Timing, ...]
     requests: int
 
+    @property
+    def verdict(self) -> str:
+        """What merged adapters cost over the base, in a sentence."""
+        merged = [timing for timing in self.timings if timing.contender == "merged"]
+        ratios = [timing.to_base.ratio - 1 for timing in merged]
+        low, high = min(t.to_base.low for t in merged) - 1, max(t.to_base.high for t in merged) - 1
+        span = f"{ratios[0]:+.1%}" if len(ratios) == 1 else f"{min(ratios):+.1%} to {max(ratios):+.1%}"
+        tasks = f"{merged[0].tasks} learned task{'s' if merged[0].tasks != 1 else ''}"
+        return f"Overhead of {tasks}, merged: {span} (95% interval{'s' * (len(ratios) > 1)} {low:+.1%} to {high:+.1%})"
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types, keys as the attributes."""
-        return asdict(self)
+        """As plain JSON types; base and merged of the first setting stand at the top as well."""
+        base, merged = (next(t for t in self.timings if t.contender == name) for name in ("base", "merged"))
+        return {
+            "base": _brief(base),
+            "merged": _brief(merged),
+            "ratio_p50": merged.to_base.ratio,
+            "ratio_throughput": merged.images_per_s / base.images_per_s,
+            "requests": self.requests,
+            "verdict": self.verdict,
+            "timings": [asdict(timing) for timing in self.timings],
+        }
+
+
+@dataclass(frozen=True)
+class _Contender:
+    name: str
+    release: Release
 
 
 def bench(
@@ -64,85 +124,164 @@ def bench(
     *,
     model: str = "clip",
     requests: int = 200,
-    batch: int = 1,
+    batches: Sequence[int] = (1,),
+    concurrencies: Sequence[int] = (1,),
     timeout_s: float = 30.0,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> BenchResult:
-    """Measure two versions of the image tower, in turns, with the same random images.
-
-    A pair is one request to each version; which of the two goes first alternates.
+    """Measure image towers of one server, with the same random images: two versions, and what is unmerged beside them.
 
     Args:
         url: as in `ZeroShotClassifier`.
         versions: base and merged.
-        model: name of the served model.
-        requests: how many requests each version gets.
-        batch: images in a request.
+        model: name of the served model; where ``<model>-unmerged`` is served too, all its versions take part.
+        requests: how many rounds there are in each setting.
+        batches: images in a request.
+        concurrencies: requests on their way at a time, all to one contender.
         timeout_s: how long one request may take, in seconds.
-        track: wraps the loop over the pairs, for a progress bar.
+        track: wraps the loop over all rounds, for a progress bar.
 
     Raises:
-        InvalidRequest: no requests, or a batch the server does not take.
-        ContractMismatch: the two versions take different images.
+        InvalidRequest: no requests, or a batch that the server does not take.
+        ContractMismatch: the contenders take different images.
         ServerUnavailable, RequestTimeout, ServerError, ModelNotFound, VersionGone: see `client.errors`.
     """
-    if requests < 1 or batch < 1:
-        raise InvalidRequest(f"requests is {requests} and batch is {batch}; expected 1 or more of both")
-    transport = BlockingTransport(parse_url(url), timeout_s)
-    asker = Asker(transport, BlockingRuntime(), timeout_s, 0, None)
+    settings = [(batch, concurrency) for batch in batches for concurrency in concurrencies]
+    if requests < 1 or not settings or min(min(setting) for setting in settings) < 1:
+        raise InvalidRequest(
+            f"requests is {requests}, batches {list(batches)} and concurrencies {list(concurrencies)}; expected 1 or "
+            "more everywhere"
+        )
+    with ExitStack() as stack:
+        asker = _connected(parse_url(url), timeout_s, stack)
+        contenders = _contenders(asker, model, versions)
+        pixels = {batch: _random_images(contenders, batch) for batch in batches}
+        pool = stack.enter_context(ThreadPoolExecutor(max(concurrencies)))
+        rounds = iter(track(range(len(settings) * (requests + WARMUP_ROUNDS))))
+        timings: list[Timing] = []
+        for batch, concurrency in settings:
+            seconds, walls, compute = _measure(asker, contenders, pixels[batch], concurrency, requests, pool, rounds)
+            timings += _timings(contenders, seconds, walls, compute, batch, concurrency)
+        next(rounds, None)  # the end of a progress bar
+    return BenchResult(tuple(timings), requests)
+
+
+def _connected(address: Address, timeout_s: float, stack: ExitStack) -> Asker:
+    transport = BlockingTransport(address, timeout_s)
+    stack.callback(lambda: run(transport.close()))
+    return Asker(transport, BlockingRuntime(), timeout_s, 0, None)
+
+
+def _contenders(asker: Asker, model: str, versions: tuple[int, int]) -> list[_Contender]:
+    found = [
+        _Contender(name, run(open_release(asker, model, version)))
+        for name, version in zip(("base", "merged"), versions, strict=True)
+    ]
+    apart = UNMERGED.format(model=model)
     try:
-        base, merged = (run(open_release(asker, model, version)) for version in versions)
-        pixels = _random_images(base, merged, batch)
-        for turn in range(_WARMUP_PAIRS):
-            _timed_pair(asker, base, merged, pixels, turn)
-        times_s = np.array([_timed_pair(asker, base, merged, pixels, turn) for turn in track(range(requests))])
-    finally:
-        run(transport.close())
-    return summarise(times_s, batch)
+        numbers = run(ready_versions(asker, apart))
+    except ModelNotFound:
+        return found
+    return found + [_Contender("unmerged", run(open_release(asker, apart, number))) for number in numbers]
 
 
-def summarise(times_s: np.ndarray, batch: int) -> BenchResult:
-    """The figures of a measurement.
+def _measure(
+    asker: Asker,
+    contenders: list[_Contender],
+    pixels: np.ndarray,
+    concurrency: int,
+    requests: int,
+    pool: ThreadPoolExecutor,
+    rounds: Iterable[int],
+) -> tuple[np.ndarray, np.ndarray, list[float | None]]:
+    """One setting.
 
-    Args:
-        times_s: float (requests, 2), seconds: base and merged time of each pair.
-        batch: images in a request.
+    Returns:
+        seconds (requests, num_contenders, concurrency) of each request; seconds (requests, num_contenders) of all
+        requests of a turn together; and each contender's compute nanoseconds a request, by the server.
     """
-    base, merged = (_tower_timing(column, batch) for column in times_s.T)
-    return BenchResult(
-        base=base,
-        merged=merged,
-        ratio_p50=float(np.median(times_s[:, 1] / times_s[:, 0])),
-        ratio_throughput=merged.images_per_s / base.images_per_s,
-        requests=len(times_s),
-    )
+    seconds = np.empty((requests, len(contenders), concurrency))
+    walls = np.empty((requests, len(contenders)))
+    before: list[tuple[int, int] | None] = []
+
+    def timed(release: Release) -> float:
+        began = time.perf_counter()
+        run(release.image_features(asker, pixels))
+        return time.perf_counter() - began
+
+    for number, _ in zip(range(-WARMUP_ROUNDS, requests), rounds, strict=False):
+        if number == 0:
+            before = [_computed(asker, contender) for contender in contenders]
+        for turn in range(len(contenders)):
+            place = (turn + number) % len(contenders)
+            release = contenders[place].release
+            began = time.perf_counter()
+            took = [timed(release)] if concurrency == 1 else list(pool.map(timed, [release] * concurrency))
+            if number >= 0:
+                walls[number, place], seconds[number, place] = time.perf_counter() - began, took
+    after = [_computed(asker, contender) for contender in contenders]
+    return seconds, walls, [_each(*pair) for pair in zip(before, after, strict=True)]
 
 
-def _tower_timing(times_s: np.ndarray, batch: int) -> TowerTiming:
-    p50_s, p95_s = np.percentile(times_s, [50, 95])
-    return TowerTiming(p50_ms=float(p50_s) * 1e3, p95_ms=float(p95_s) * 1e3, images_per_s=float(batch / p50_s))
+def _computed(asker: Asker, contender: _Contender) -> tuple[int, int] | None:
+    name = f"{contender.release.model}_image"
+    return run(asker.ask(lambda timeout_s: asker.transport.compute_ns(name, contender.release.version, timeout_s)))
 
 
-def _random_images(base: Release, merged: Release, batch: int) -> np.ndarray:
-    size, other = base.card.image_size, merged.card.image_size
-    if size != other:
-        raise ContractMismatch(f"{base} takes images of {size} pixels, {merged} of {other}; expected the same")
-    most = min(base.max_images, merged.max_images)
+def _each(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
+    if before is None or after is None or after[0] == before[0]:
+        return None
+    return (after[1] - before[1]) / (after[0] - before[0])
+
+
+def _timings(
+    contenders: list[_Contender],
+    seconds: np.ndarray,
+    walls: np.ndarray,
+    compute: list[float | None],
+    batch: int,
+    concurrency: int,
+) -> list[Timing]:
+    found = []
+    for place, contender in enumerate(contenders):
+        p50, p95, p99 = (float(q) * 1e3 for q in np.percentile(seconds[:, place], [50, 95, 99]))
+        ours, base = compute[place], compute[0]
+        found.append(
+            Timing(
+                contender=contender.name,
+                model=contender.release.model,
+                version=contender.release.version,
+                tasks=len(contender.release.card.tasks),
+                batch=batch,
+                concurrency=concurrency,
+                p50_ms=p50,
+                p95_ms=p95,
+                p99_ms=p99,
+                images_per_s=float(batch * concurrency * len(walls) / walls[:, place].sum()),
+                to_base=interval(walls[:, place] / walls[:, 0]),
+                compute_to_base=ours / base if ours and base else None,
+            )
+        )
+    return found
+
+
+def interval(ratios: np.ndarray) -> Interval:
+    """The median of ratios (rounds,) and its bootstrap interval; the same ratios give the same interval."""
+    drawn = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(np.median(ratios)), float(low), float(high))
+
+
+def _random_images(contenders: list[_Contender], batch: int) -> np.ndarray:
+    sizes = {contender.release.card.image_size for contender in contenders}
+    if len(sizes) > 1:
+        raise ContractMismatch(f"contenders take images of {sorted(sizes)} pixels; expected the same")
+    most = min(contender.release.max_images for contender in contenders)
     if batch > most:
-        raise InvalidRequest(f"batch is {batch}; {base} and {merged} take at most {most} images in a request")
+        raise InvalidRequest(f"batch is {batch}; the server takes at most {most} images in a request")
+    (size,) = sizes
     return np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
 
 
-def _timed_pair(asker: Asker, base: Release, merged: Release, pixels: np.ndarray, turn: int) -> tuple[float, float]:
-    """Seconds that one request to each took; the merged one goes first in odd turns."""
-    if turn % 2:
-        merged_s, base_s = _timed(asker, merged, pixels), _timed(asker, base, pixels)
-    else:
-        base_s, merged_s = _timed(asker, base, pixels), _timed(asker, merged, pixels)
-    return base_s, merged_s
-
-
-def _timed(asker: Asker, release: Release, pixels: np.ndarray) -> float:
-    start = time.perf_counter()
-    run(release.image_features(asker, pixels))
-    return time.perf_counter() - start
+def _brief(timing: Timing) -> dict[str, float]:
+    return {"p50_ms": timing.p50_ms, "p95_ms": timing.p95_ms, "images_per_s": timing.images_per_s}

@@ -108,6 +108,16 @@ class Transport:
         config = await self._ask(what, "get_model_config", timeout_s, model, str(version))
         return int(config.get("max_batch_size", 0)) if isinstance(config, dict) else config.config.max_batch_size
 
+    async def compute_ns(self, model: str, version: int, timeout_s: float) -> tuple[int, int]:
+        """Requests that a version has answered, and the nanoseconds of pure compute time in them."""
+        what = f"statistics of {model} version {version}"
+        found = await self._ask(what, "get_inference_statistics", timeout_s, model, str(version))
+        if isinstance(found, dict):
+            compute = found["model_stats"][0]["inference_stats"]["compute_infer"]
+            return int(compute["count"]), int(compute["ns"])
+        compute = found.model_stats[0].inference_stats.compute_infer
+        return compute.count, compute.ns
+
     async def infer(
         self, model: str, version: int, array: np.ndarray, input_name: str, output_name: str, timeout_s: float
     ) -> np.ndarray:

@@ -19,6 +19,7 @@ from rich.table import Table
 from client import BenchResult, Card, Classification, ClientError, ZeroShotClassifier
 from client import bench as run_bench
 from client._classifier import DEFAULT_URL
+from client._figure import draw
 from client._files import ResultsFile
 from client._images import as_images
 from client.errors import BadImage
@@ -172,35 +173,54 @@ def bench(
     versions: Annotated[
         str, typer.Option(help="Base and merged version: 1,2.", metavar="BASE,MERGED", show_default=False)
     ],
-    requests: Annotated[int, typer.Option(min=1, help="Requests to each version.", metavar="N")] = 200,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a request.", metavar="B")] = 1,
+    requests: Annotated[int, typer.Option(min=1, help="Requests to each, in each setting.", metavar="N")] = 200,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images in a request; again for more.  [default: 1]", metavar="B")
+    ] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, help="Requests at a time; again for more.  [default: 1]", metavar="C")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw it: a .svg or .png.", metavar="FILE", show_default=False)
+    ] = None,
     model: Model = "clip",
     url: Url = DEFAULT_URL,
     timeout: Timeout = 30.0,
     as_json: Json = False,
 ) -> None:
-    """Measure whether a merged version is as fast as the base: image towers in turns, on one server.
+    """Measure what having learned costs: base and merged image towers, in turns, on one server.
+
+    Where exporter merge --unmerged has put the same adapters beside them, left apart, those take part too.
 
     Example:
 
-    client bench --versions 1,2 --requests 500 --batch 8
+    client bench --versions 1,2 --batch 1 --batch 8 --concurrency 1 --concurrency 4 --figure overhead.svg
     """
     try:
         base, merged = (int(number) for number in versions.split(","))
     except ValueError as exc:
         raise typer.BadParameter("expected two version numbers, such as 1,2", param_hint="'--versions'") from exc
 
-    def tracked(turns: range) -> Any:
-        return track(turns, "Measuring", console=Console(stderr=True), transient=True, update_period=1.0)
+    def tracked(rounds: range) -> Any:
+        return track(rounds, "Measuring", console=Console(stderr=True), transient=True, update_period=1.0)
 
     result = run_bench(
-        url, (base, merged), model=model, requests=requests, batch=batch, timeout_s=timeout, track=tracked
+        url,
+        (base, merged),
+        model=model,
+        requests=requests,
+        batches=batch or [1],
+        concurrencies=concurrency or [1],
+        timeout_s=timeout,
+        track=tracked,
     )
+    if figure is not None:
+        draw(result, figure)
     if as_json:
         _print_json(result.to_dict())
     else:
-        Console().print(_bench_table(result, base, merged))
-        Console().print(f"{result.requests} requests to each; ratio of p50: median over pairs", style="dim")
+        Console().print(_bench_table(result))
+        Console().print(result.verdict, style="bold", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -292,17 +312,21 @@ def _answers_table(answers: list[Classification]) -> Table:
     return table
 
 
-def _bench_table(result: BenchResult, base: int, merged: int) -> Table:
-    table = _table(
-        "Image tower",
-        "p50 ms",
-        "p95 ms",
-        "images/s",
-        numbers=("p50 ms", "p95 ms", "images/s"),
-    )
-    for name, timing in ((f"base (version {base})", result.base), (f"merged (version {merged})", result.merged)):
-        table.add_row(name, f"{timing.p50_ms:.3f}", f"{timing.p95_ms:.3f}", f"{timing.images_per_s:.1f}")
-    table.add_row("merged / base", f"{result.ratio_p50:.3f}", "", f"{result.ratio_throughput:.3f}")
+def _bench_table(result: BenchResult) -> Table:
+    numbers = ("Batch", "At a time", "p50 ms", "p95 ms", "p99 ms", "Images/s", "Times the base", "By the server")
+    table = _table("Image tower", *numbers, numbers=numbers)
+    for timing in result.timings:
+        if timing.contender == "base" and table.row_count:
+            table.add_row()
+        tasks = f", {timing.tasks} task{'s' if timing.tasks != 1 else ''}"
+        computed = "" if timing.compute_to_base is None else f"{timing.compute_to_base:.3f}"
+        table.add_row(
+            timing.contender + ("" if timing.contender == "base" else tasks),
+            *(str(number) for number in (timing.batch, timing.concurrency)),
+            *(f"{ms:.2f}" for ms in (timing.p50_ms, timing.p95_ms, timing.p99_ms)),
+            f"{timing.images_per_s:.1f}",
+            *(("", "") if timing.contender == "base" else (str(timing.to_base), computed)),
+        )
     return table
 
 

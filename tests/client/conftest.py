@@ -100,6 +100,14 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         answer.config.max_batch_size = MAX_BATCH_SIZE
         return answer
 
+    def ModelStatistics(self, request, context):  # noqa: N802
+        self._abort_if_gone(request.version, context)
+        answer = service_pb2.ModelStatisticsResponse()
+        compute = answer.model_stats.add(name=request.name, version=request.version).inference_stats.compute_infer
+        asked = [r for r in self.requests if r[:2] == (request.name, int(request.version))]
+        compute.count, compute.ns = len(asked), 1000 * int(request.version) * len(asked)
+        return answer
+
     def ModelInfer(self, request, context):  # noqa: N802
         version = int(request.model_version)
         self.before_infer(request.model_name, version, context)

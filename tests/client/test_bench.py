@@ -1,54 +1,102 @@
+import json
+
 import numpy as np
 import pytest
 
-from client import BenchResult, TowerTiming, bench
-from client._bench import summarise
-from client.errors import ContractMismatch, InvalidRequest, VersionGone
+from client import Interval, bench
+from client._bench import WARMUP_ROUNDS, BenchResult, Timing, interval
+from client._figure import draw
+from client.errors import ContractMismatch, InvalidRequest, ResultsError, VersionGone
 
 
-def test_versions_take_turns_and_warm_up_is_not_counted(fake):
+def timing(contender, ratio, *, tasks=0, batch=1, concurrency=1):
+    low, high = (1, 1) if contender == "base" else (ratio - 0.01, ratio + 0.02)
+    found = Interval(ratio, low, high)
+    return Timing(contender, "clip", 1, tasks, batch, concurrency, 10 * ratio, 20, 30, 100 / ratio, found, 1.0)
+
+
+RESULT = BenchResult(
+    tuple(
+        timing(name, ratio, tasks=tasks, batch=batch)
+        for batch in (1, 8)
+        for name, ratio, tasks in (("base", 1, 0), ("merged", 1.001, 11), ("unmerged", 1.2, 1), ("unmerged", 2.1, 11))
+    ),
+    requests=7,
+)
+
+
+def test_contenders_take_turns_and_warm_up_is_not_counted(fake):
     seen = []
 
-    def track(turns):
-        for turn in turns:
+    def track(rounds):
+        for number in rounds:
             fake.requests.clear()
-            yield turn
-            seen.append([(version, shape) for _, version, shape in fake.requests])
+            yield number
+            seen.append([(version, shape) for model, version, shape in fake.requests if model == "clip_image"])
 
-    result = bench(fake.url, (1, 2), requests=6, batch=3, track=track)
+    result = bench(fake.url, (1, 2), requests=6, batches=[3], track=track)
     shape = (3, 16, 16, 3)
-    assert seen == [[(1, shape), (2, shape)], [(2, shape), (1, shape)]] * 3
+    orders = [[(2, shape), (1, shape)], [(1, shape), (2, shape)]]
+    assert [found for found in seen if found] == [orders[turn % 2] for turn in range(WARMUP_ROUNDS + 6)]
     assert result.requests == 6
-    assert 0 < result.base.p50_ms <= result.base.p95_ms
+    base, merged = result.timings
+    assert (base.contender, merged.contender, merged.tasks) == ("base", "merged", 1)
+    assert 0 < base.p50_ms <= base.p95_ms <= base.p99_ms
+    assert base.to_base == Interval(1, 1, 1)
 
 
-def test_figures_follow_their_definitions():
-    times_s = np.array([[0.010, 0.011], [0.020, 0.022], [0.040, 0.020]])
-    result = summarise(times_s, batch=4)
-    assert result == BenchResult(
-        base=TowerTiming(p50_ms=pytest.approx(20), p95_ms=pytest.approx(38), images_per_s=pytest.approx(200)),
-        merged=TowerTiming(p50_ms=pytest.approx(20), p95_ms=pytest.approx(21.8), images_per_s=pytest.approx(200)),
-        ratio_p50=pytest.approx(1.1),  # median of 1.1, 1.1 and 0.5
-        ratio_throughput=pytest.approx(1.0),
-        requests=3,
-    )
+def test_every_setting_is_measured_with_as_many_requests_at_a_time(fake):
+    result = bench(fake.url, (1, 2), requests=3, batches=[1, 2], concurrencies=[1, 3])
+    settings = [(t.contender, t.batch, t.concurrency) for t in result.timings]
+    assert settings == [(name, b, c) for b in (1, 2) for c in (1, 3) for name in ("base", "merged")]
+    images = [shape[0] for model, _, shape in fake.requests if model == "clip_image"]
+    assert images.count(2) == 2 * (1 + 3) * (WARMUP_ROUNDS + 3)
+    assert all(t.compute_to_base == pytest.approx(t.version) for t in result.timings)
 
 
-def test_to_dict_has_exactly_these_keys():
-    result = summarise(np.full((2, 2), 0.01), batch=1).to_dict()
-    tower = {"p50_ms", "p95_ms", "images_per_s"}
-    assert list(result) == ["base", "merged", "ratio_p50", "ratio_throughput", "requests"]
-    assert set(result["base"]) == set(result["merged"]) == tower
+def test_an_interval_is_that_of_a_median():
+    ratios = np.random.default_rng(5).normal(1.1, 0.1, 400)
+    found = interval(ratios)
+    assert found.ratio == np.median(ratios)
+    # The median's standard error of a normal sample: 1.2533 sigma / sqrt(n).
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 1.2533 * 0.1 / 20, rel=0.25)
+    assert found.low < found.ratio < found.high
+    assert interval(ratios) == found
+    assert interval(np.array([1.5, 1.5])) == Interval(1.5, 1.5, 1.5)
+
+
+def test_the_verdict_is_the_merged_overhead():
+    assert RESULT.verdict == "Overhead of 11 learned tasks, merged: +0.1% to +0.1% (95% intervals -0.9% to +2.1%)"
+    one = BenchResult(RESULT.timings[:2], 3)
+    assert one.verdict == "Overhead of 11 learned tasks, merged: +0.1% (95% interval -0.9% to +2.1%)"
+
+
+def test_to_dict_is_json_with_the_first_setting_at_the_top():
+    found = json.loads(json.dumps(RESULT.to_dict()))
+    assert list(found) == ["base", "merged", "ratio_p50", "ratio_throughput", "requests", "verdict", "timings"]
+    assert set(found["base"]) == set(found["merged"]) == {"p50_ms", "p95_ms", "images_per_s"}
+    assert found["ratio_p50"] == 1.001
+    assert found["ratio_throughput"] == pytest.approx(1 / 1.001)
+    assert len(found["timings"]) == 8
+    assert found["timings"][1]["to_base"] == pytest.approx({"ratio": 1.001, "low": 0.991, "high": 1.021})
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_the_figure_is_drawn(tmp_path, ending):
+    draw(RESULT, tmp_path / f"overhead.{ending}")
+    assert (tmp_path / f"overhead.{ending}").stat().st_size > 5000
+    with pytest.raises(ResultsError, match=r"figure .*overhead\.xyz: cannot be written"):
+        draw(RESULT, tmp_path / "overhead.xyz")
 
 
 def test_batch_larger_than_the_servers_is_refused(fake):
-    with pytest.raises(InvalidRequest, match=r"batch is 5; .* take at most 4 images in a request"):
-        bench(fake.url, (1, 2), batch=5)
+    with pytest.raises(InvalidRequest, match="batch is 5; the server takes at most 4 images in a request"):
+        bench(fake.url, (1, 2), batches=[5])
 
 
 def test_versions_with_different_images_are_refused(fake):
     fake.cards[2]["image"]["size"] = 32
-    with pytest.raises(ContractMismatch, match=r"takes images of 16 pixels, .* of 32"):
+    with pytest.raises(ContractMismatch, match=r"contenders take images of \[16, 32\] pixels"):
         bench(fake.url, (1, 2))
 
 
@@ -57,6 +105,7 @@ def test_version_that_is_not_served_is_refused(fake):
         bench(fake.url, (1, 9))
 
 
-def test_nothing_to_measure_is_refused():
-    with pytest.raises(InvalidRequest, match="requests is 0"):
-        bench("localhost:8001", (1, 2), requests=0)
+@pytest.mark.parametrize("wrong", [{"requests": 0}, {"batches": []}, {"concurrencies": [0]}])
+def test_nothing_to_measure_is_refused(wrong):
+    with pytest.raises(InvalidRequest, match="expected 1 or more everywhere"):
+        bench("localhost:8001", (1, 2), **wrong)
