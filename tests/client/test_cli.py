@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from client import ZeroShotClassifier
 from client.cli import app, main
 
-COMMANDS = ("classify", "bench", "tasks", "versions")
+COMMANDS = ("classify", "bench", "tasks", "versions", "demo")
 
 
 @pytest.fixture
