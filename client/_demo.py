@@ -138,7 +138,8 @@ class Comparison:
             labels, templates = learned.class_names, learned.templates
 
         def ask(version: int) -> Classification:
-            return next(iter(self._open(version).classify([image], labels=labels, templates=templates, top_k=TOP_K)))
+            (answer,) = self._open(version).classify([image], labels=labels, templates=templates, top_k=TOP_K)
+            return answer
 
         answers = [ask(version) for version in compared]
         times_s = _times_in_turns(compared, ask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import webbrowser
@@ -196,6 +197,7 @@ def demo(
     from client._demo import Comparison
     from client._page import PageServer
 
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it would log each restart of the server here; the page says it
     with (
         contextlib.suppress(KeyboardInterrupt),
         contextlib.closing(Comparison(url, model)) as comparison,

@@ -26,7 +26,7 @@ async function call(path, options) {
     throw new Error("The program behind this page has ended; start it again with: client demo");
   }
   const answer = await response.json();
-  if (!response.ok) throw new Error(answer.error);
+  if (!response.ok) throw new Error(answer.error.charAt(0).toUpperCase() + answer.error.slice(1));
   return answer;
 }
 
@@ -37,10 +37,9 @@ function say(id, text) {
 }
 
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
-const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 function complain(text) {
-  say("error", sentence(text));
+  say("error", text);
   byId("error").scrollIntoView({ block: "nearest" });
 }
 

@@ -98,8 +98,19 @@ def test_answers_are_the_library_s(page, fake, photo):
         assert [one["version"] for one in answer["answers"]] == [1, 2]
         for one in answer["answers"]:
             with ZeroShotClassifier(fake.url, version=one["version"]) as clip:
-                assert one["predictions"] == next(iter(clip.classify([photo], **asked))).to_dict()["predictions"]
+                (expected,) = clip.classify([photo], **asked)
+            assert one["predictions"] == expected.to_dict()["predictions"]
             assert one["latency_ms"] > 0
+
+
+@pytest.mark.slow
+def test_page_asks_a_real_triton_over_http_too(server, open_page, photo):
+    """Where no connection may change threads; the page's server has one for each request."""
+    page = open_page(server.http_url)
+    answers = [json.loads(send(page, "POST", "/answer?task=digits", photo)[2])["answers"] for _ in range(3)]
+    for answer in answers:
+        assert [one["version"] for one in answer] == [1, 2]
+        assert [one["predictions"] for one in answer] == [one["predictions"] for one in answers[0]]
 
 
 def test_labels_are_encoded_once(page, fake, photo):
