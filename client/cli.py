@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import sys
+import threading
 import time
+import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -265,6 +269,36 @@ def versions(model: Model = "clip", url: Url = DEFAULT_URL, timeout: Timeout = 3
         _print_json([{"version": card.version, "tasks": [task.name for task in card.tasks]} for card in cards])
     else:
         Console().print(_versions_table(cards))
+
+
+@app.command()
+def demo(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")] = 7860,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    model: Model = "clip",
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Open a page that shows what the base and the newest version see on your images, side by side.
+
+    The page is for this machine alone. Ctrl-C ends it.
+
+    Example:
+
+    client demo --port 0 --no-browser
+    """
+    from client._demo import Comparison
+    from client._page import PageServer
+
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it would log each restart of the server here; the page says it
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        contextlib.closing(Comparison(url, model)) as comparison,
+        PageServer(comparison, port) as page,
+    ):
+        print(f"{page.url} shows model {model} at {url}; Ctrl-C ends it", flush=True)
+        if browser:  # in a thread: some browsers return only when they are closed
+            threading.Thread(target=webbrowser.open, args=(page.url,), daemon=True).start()
+        page.serve_forever()
 
 
 def main() -> None:

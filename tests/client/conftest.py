@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent import futures
 
@@ -36,14 +39,14 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         url: where it listens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.cards = {1: self.card(1), 2: self.card(2)}
         self.before_infer: Callable[[str, int, grpc.ServicerContext], None] = lambda *_: None
         self.guarded = False
         self.requests: list[tuple[str, int, tuple[int, ...]]] = []
         self._server = grpc.server(futures.ThreadPoolExecutor(4))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
-        self.url = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.url = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
         self._server.start()
 
     def stop(self) -> None:
@@ -204,3 +207,24 @@ class Asyncio:
 def connect(request) -> type[Blocking | Asyncio]:
     """Opens a classifier: the blocking one, or asyncio's, behind the same methods."""
     return request.param
+
+
+@pytest.fixture
+def open_page() -> Iterator[Callable[[str], str]]:
+    """Runs ``client demo`` on a server's url and gives the page's address; Ctrl-C has to end each with exit 0."""
+    running = []
+
+    def open_page(url: str) -> str:
+        command = "from client.cli import main; main()"
+        arguments = ["demo", "--url", url, "--port", "0", "--no-browser"]
+        program = subprocess.Popen(
+            [sys.executable, "-c", command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        running.append(program)
+        return program.stdout.readline().split(" ")[0]
+
+    yield open_page
+    for program in running:
+        program.send_signal(signal.SIGINT)
+    ends = [(*program.communicate(timeout=30), program.returncode) for program in running]
+    assert ends == [("", "", 0)] * len(running)  # and nothing was logged

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from client import ZeroShotClassifier
 from client.cli import app, main
 
-COMMANDS = ("classify", "bench", "tasks", "versions")
+COMMANDS = ("classify", "bench", "tasks", "versions", "demo")
 
 
 @pytest.fixture
@@ -116,7 +116,10 @@ def test_usage_error_exits_2(run, arguments):
     ("arguments", "message"),
     [
         (("classify", "missing.png", "--labels", "a"), "missing.png cannot be read: No such file or directory"),
-        (("classify", ".", "--labels", "a"), "folder . has no images; expected files such as .jpg"),
+        (
+            ("classify", "tests/contract", "--labels", "a"),
+            "folder tests/contract has no images; expected files such as .jpg",
+        ),
         (("tasks", "--version", "9"), "version 9 of model 'clip' is not served at "),
         (("versions", "--model", "clop"), "no model 'clop' at "),
         (("versions", "--url", "nonsense"), "url 'nonsense' cannot be used; expected host:port"),
