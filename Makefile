@@ -1,6 +1,6 @@
 # make demo      learn three tasks, merge, serve, ask the client, compare speeds
 # make test      the whole test suite
-# make lint      ruff
+# make lint      ruff and mypy
 # make results  all methods and ablations on the small tasks: the runs behind RESULTS.md (hours on two cores)
 # make scale    50 synthetic tasks in a row: time and memory against tasks learned
 # make mini      rebuild the small CLIP and its tasks from packages (needs npm, apt-get and hours on a CPU)
@@ -44,3 +44,4 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Literal
 
@@ -109,7 +109,7 @@ class ZeroShotClassifier(_Classifier):
         *,
         unreadable: Callable[[BadImage], object] | None = None,
         deadline_s: float | None = None,
-    ) -> Iterator[Classification]:
+    ) -> Generator[Classification, None, None]:
         """Rank labels for each image.
 
         Several requests are on their way at a time, and a few images are read ahead; never all of them, so there may
@@ -128,7 +128,8 @@ class ZeroShotClassifier(_Classifier):
             deadline_s: how long the whole call may take, in seconds; None: as long as it takes.
 
         Returns:
-            One `Classification` an image, in the order given, as they come.
+            One `Classification` an image, in the order given, as they come; the server is asked once the first is
+            taken. Close it to stop earlier.
 
         Raises:
             BadImage: names the image.
@@ -233,7 +234,7 @@ class AsyncZeroShotClassifier(_Classifier):
         *,
         unreadable: Callable[[BadImage], object] | None = None,
         deadline_s: float | None = None,
-    ) -> AsyncIterator[Classification]:
+    ) -> AsyncGenerator[Classification, None]:
         """As `ZeroShotClassifier.classify`, for ``async for``."""
         question = _question(labels, task, templates, top_k)
         return self._core.classify(images, question, unreadable, _checked(deadline_s))

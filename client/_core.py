@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -57,7 +57,7 @@ class Question:
         """Labels and templates for one version."""
         if self.labels is not None:
             return self.labels, self.templates or DEFAULT_TEMPLATES
-        learned = card.task(self.task)
+        learned = card.task(self.task or "")
         return learned.class_names, self.templates or learned.templates
 
 
@@ -118,7 +118,7 @@ class Core:
         question: Question,
         unreadable: Callable[[BadImage], object] | None,
         deadline_s: float | None,
-    ) -> AsyncIterator[Classification]:
+    ) -> AsyncGenerator[Classification, None]:
         """Answers in the order of the images, of which only a few are held at a time."""
         call = await self._begin(deadline_s)
         question.on(call.release.card)  # an unknown task is refused before an image is read
@@ -148,10 +148,12 @@ class Core:
     async def _image_features(self, call: _Call, release: Release, images: list[tuple[str, ImageLike]]) -> np.ndarray:
         async def work(batch: list[tuple[str, ImageLike]], turn: Any) -> np.ndarray:
             pixels = await self._runtime.in_thread(_prepared, batch, release.card)
-            if bad := [found for found in pixels if isinstance(found, BadImage)]:
-                raise bad[0]
+            good = [found for found in pixels if not isinstance(found, BadImage)]
+            for found in pixels:
+                if isinstance(found, BadImage):
+                    raise found
             async with turn:
-                return await release.image_features(call.asker, np.stack(pixels))
+                return await release.image_features(call.asker, np.stack(good))
 
         parts = [np.empty((0, release.card.embed_dim), np.float32)]
         async with aclosing(self._in_order(_batches(iter(images), self._size(call)), work)) as encoded:
@@ -216,17 +218,19 @@ class Core:
                 done += len(part)
         return features
 
-    async def _in_order(self, items: Iterator[_T], work: Callable[[_T, Any], Awaitable[_U]]) -> AsyncIterator[_U]:
+    async def _in_order(
+        self, items: Iterator[_T], work: Callable[[_T, Any], Coroutine[Any, Any, _U]]
+    ) -> AsyncGenerator[_U, None]:
         """The results of working on items, several at a time; what works on a request takes ``turn`` for it."""
         turn = self._runtime.semaphore(IN_FLIGHT)
-        first, second = next(items, None), next(items, None)
-        if second is None:  # no thread or task for what is alone
-            if first is not None:
-                yield await work(first, turn)
+        first = list(itertools.islice(items, 2))
+        if len(first) < 2:  # no thread or task for what is alone
+            for item in first:
+                yield await work(item, turn)
             return
-        started: deque[Any] = deque()
+        started: deque[Awaitable[_U]] = deque()
         try:
-            for item in itertools.chain((first, second), items):
+            for item in itertools.chain(first, items):
                 started.append(self._runtime.start(work(item, turn)))
                 if len(started) == IN_FLIGHT + AHEAD:
                     yield await started.popleft()
@@ -257,18 +261,22 @@ class Core:
             current = None if self._release is gone else self._release
             if current is not None and (self._version or time.monotonic() - self._looked < LOOK_AGAIN_S):
                 return current
-            for attempt in range(MOVES):
-                version = self._version or (await ready_versions(asker, self._model))[-1]
-                if current is None or current.version != version:
-                    try:
-                        current = await open_release(asker, self._model, version)
-                    except VersionGone:
-                        if self._version or attempt == MOVES - 1:
-                            raise
-                        continue
-                break
-            self._release, self._looked = current, time.monotonic()
-            return current
+            self._release = await self._newest(asker, current)
+            self._looked = time.monotonic()
+            return self._release
+
+    async def _newest(self, asker: Asker, current: Release | None) -> Release:
+        """The release that was named, or the newest ready; ``current`` where it is that."""
+        for attempt in range(MOVES):
+            version = self._version or (await ready_versions(asker, self._model))[-1]
+            if current is not None and current.version == version:
+                return current
+            try:
+                return await open_release(asker, self._model, version)
+            except VersionGone:  # between the two questions
+                if self._version or attempt == MOVES - 1:
+                    raise
+        raise AssertionError("unreachable")
 
     async def _asker(self, deadline_s: float | None) -> Asker:
         async with self._opening:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from client._bench import BenchResult, Timing
 from client.errors import ResultsError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BASE, MERGED, UNMERGED = "#8c96a0", "#0f766e", "#c2410c"
 
@@ -47,7 +51,7 @@ def draw(result: BenchResult, path: Path) -> None:
         raise ResultsError(f"figure {path}: cannot be written ({exc}); give a .svg or .png that can") from exc
 
 
-def _point(axes, timing: Timing, place: float) -> None:
+def _point(axes: Axes, timing: Timing, place: float) -> None:
     color = {"base": BASE, "merged": MERGED, "unmerged": UNMERGED}[timing.contender]
     ratio = timing.to_base
     if timing.contender != "base":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from client.errors import BadImage
 
@@ -43,8 +43,7 @@ def as_images(images: ImageLike | Iterable[ImageLike]) -> Iterator[ImageLike]:
     """
     if isinstance(images, (str, Path)) and Path(images).is_dir():
         return image_files(Path(images))
-    one = isinstance(images, (str, Path, bytes, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim <= 3)
-    if one:
+    if isinstance(images, (str, Path, bytes, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim <= 3):
         return iter([images])
     if not isinstance(images, Iterable):
         raise BadImage(f"images is a {type(images).__name__}; {_EXPECTED}")
@@ -126,7 +125,7 @@ def _open(image: Any, name: str) -> Image.Image:
         raise BadImage(f"{name} cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
     try:
         return Image.open(io.BytesIO(data))
-    except Image.UnidentifiedImageError as exc:
+    except UnidentifiedImageError as exc:
         raise BadImage(f"{name} is not an image that Pillow can read ({len(data)} bytes)") from exc
     except _PILLOW_ERRORS as exc:
         raise BadImage(f"{name} cannot be decoded: {_one_line(exc)}") from exc

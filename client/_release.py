@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,7 +130,7 @@ async def _max_batch_size(asker: Asker, model: str, version: int, part: str) -> 
 
 
 @contextlib.asynccontextmanager
-async def _gone(transport: Transport, model: str, version: int, timeout_s: float):
+async def _gone(transport: Transport, model: str, version: int, timeout_s: float) -> AsyncGenerator[None, None]:
     """A failed request has many reasons: ask the server whether the version is still there.
 
     Triton answers UNAVAILABLE for a version that was dropped, as gRPC does for a server that is.

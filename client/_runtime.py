@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
@@ -128,12 +128,13 @@ def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
     try:
         coroutine.send(None)
     except StopIteration as ended:
-        return ended.value
+        value: _T = ended.value
+        return value
     coroutine.close()
     raise RuntimeError("a coroutine of the blocking runtime suspended")
 
 
-def iterate(items: Any) -> Iterator[Any]:
+def iterate(items: AsyncGenerator[_T, None]) -> Generator[_T, None, None]:
     """The items of an asynchronous generator of a blocking runtime."""
     try:
         while True:

@@ -37,7 +37,7 @@ class Tokenizer:
 
         self.sha256 = hashlib.sha256(vocabulary).hexdigest()
         lines = vocabulary.decode("utf-8").split("\n")[1 : _NUM_MERGES + 1]
-        merges = [tuple(line.split()) for line in lines]
+        merges = [(left, right) for left, right in map(str.split, lines)]
         alphabet = _byte_alphabet()
         tokens = [*alphabet, *(f"{char}</w>" for char in alphabet), *map("".join, merges), *_SPECIAL_TOKENS]
         vocab = {token: index for index, token in enumerate(tokens)}

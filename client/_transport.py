@@ -10,7 +10,6 @@ import functools
 import socket
 import threading
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -72,7 +71,7 @@ class Transport:
 
     def __init__(self, address: Address, timeout_s: float) -> None:
         self.address, self._timeout_s = address, timeout_s
-        self._binding: ModuleType = self._import()
+        self._binding = self._import()
 
     async def close(self) -> None:
         """Close the connection."""
@@ -132,7 +131,8 @@ class Transport:
         result = await self._ask(
             f"{model} version {version}", "infer", timeout_s, model, [sent], str(version), outputs=[wanted]
         )
-        return result.as_numpy(output_name)
+        answer: np.ndarray = result.as_numpy(output_name)
+        return answer
 
     async def _ask(self, what: str, method: str, timeout_s: float, *args: Any, **settings: Any) -> Any:
         """One request, with our errors for those of tritonclient and the libraries below it."""
@@ -147,14 +147,14 @@ class Transport:
                 raise kind(await self._off_loop(self._why_unavailable)) from exc
             raise kind(self._words(kind, what, said, timeout_s)) from exc
 
-    async def _call(self, method: str, timeout_s: float, args: tuple, settings: dict) -> Any:
+    async def _call(self, method: str, timeout_s: float, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
         raise NotImplementedError
 
     async def _off_loop(self, function: Callable[[], _T]) -> _T:
         """Call what blocks."""
         raise NotImplementedError
 
-    def _import(self) -> ModuleType:
+    def _import(self) -> Any:
         raise NotImplementedError
 
     def _grpc_client(self) -> Any:
@@ -219,7 +219,7 @@ class BlockingTransport(Transport):
         for client in self._clients:
             client.close()
 
-    async def _call(self, method: str, timeout_s: float, args: tuple, settings: dict) -> Any:
+    async def _call(self, method: str, timeout_s: float, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
         client = self._shared
         if client is not None:
             return getattr(client, method)(*args, **settings)
@@ -239,12 +239,12 @@ class BlockingTransport(Transport):
         return client
 
     def _http_client(self) -> Any:
-        limits = {"connection_timeout": self._timeout_s, "network_timeout": self._timeout_s}
+        limits: dict[str, Any] = {"connection_timeout": self._timeout_s, "network_timeout": self._timeout_s}
         if self.address.encrypted:
             limits |= {"ssl": True, "ssl_context_factory": self.address.tls.context}
         return self._binding.InferenceServerClient(str(self.address), **limits)
 
-    def _import(self) -> ModuleType:
+    def _import(self) -> Any:
         if self.address.protocol == "grpc":
             import tritonclient.grpc as binding
         else:
@@ -262,7 +262,7 @@ class AsyncioTransport(Transport):
     async def close(self) -> None:
         await self._client.close()
 
-    async def _call(self, method: str, timeout_s: float, args: tuple, settings: dict) -> Any:
+    async def _call(self, method: str, timeout_s: float, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
         return await asyncio.wait_for(getattr(self._client, method)(*args, **settings), timeout_s)
 
     async def _off_loop(self, function: Callable[[], _T]) -> _T:
@@ -272,7 +272,7 @@ class AsyncioTransport(Transport):
         context = {"ssl": True, "ssl_context": self.address.tls.context()} if self.address.encrypted else {}
         return self._binding.InferenceServerClient(str(self.address), conn_timeout=None, **context)
 
-    def _import(self) -> ModuleType:
+    def _import(self) -> Any:
         if self.address.protocol == "grpc":
             import tritonclient.grpc.aio as binding
         else:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,7 +107,7 @@ def classify(
         raise typer.BadParameter("no label in it", param_hint="'--labels'")
     if any("{}" not in text for text in template or ()):
         raise typer.BadParameter("expected {} where the label goes", param_hint="'--template'")
-    question = {"labels": names, "task": task, "templates": template or None, "top_k": top_k}
+    question: dict[str, Any] = {"labels": names, "task": task, "templates": template or None, "top_k": top_k}
     with ZeroShotClassifier(url, model, version or "latest", timeout_s=timeout) as classifier:
         if out is not None:
             _classify_into(classifier, images, question | {"model": model, "version": version}, out, as_json)
@@ -205,7 +205,7 @@ def bench(
     except ValueError as exc:
         raise typer.BadParameter("expected two version numbers, such as 1,2", param_hint="'--versions'") from exc
 
-    def tracked(rounds: range) -> Any:
+    def tracked(rounds: Iterable[int]) -> Iterable[int]:
         return track(rounds, "Measuring", console=Console(stderr=True), transient=True, update_period=1.0)
 
     result = run_bench(
