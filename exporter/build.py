@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from exporter.accuracy import Accuracy, Agreement, in_onnx_runtime, measure_agreement
+from exporter.branches import branch_weights
 from exporter.card import card_model, describe
 from exporter.checkpoints import architecture
 from exporter.config import Precision
@@ -18,7 +19,6 @@ from exporter.parity import Parity, check_parity, check_same_graph, measure_pari
 from exporter.pbtxt import config
 from exporter.precision import Towers
 from exporter.repository import (
-    BASE_VERSION,
     CONFIG_FILE,
     EXACT,
     KINDS,
@@ -57,6 +57,7 @@ class Build:
         parity: of its float32 towers.
         cast: None where it stays float32.
         forced: what it fails at and is released in spite of.
+        unmerged: whether its adapters are branches in its graphs.
     """
 
     number: int
@@ -69,6 +70,7 @@ class Build:
     cast: Cast | None = None
     accuracies: list[Accuracy] = field(default_factory=list)
     forced: list[str] = field(default_factory=list)
+    unmerged: bool = False
 
 
 class Builder:
@@ -77,6 +79,7 @@ class Builder:
     Args:
         backbone: the base.
         images, prompts: what ONNX Runtime and PyTorch are compared on.
+        traced: the towers of version 1; None where there is none yet.
 
     Raises:
         UnsupportedModel: the backbone can't be exported.
@@ -90,16 +93,21 @@ class Builder:
         images: Sequence[Image.Image],
         prompts: Sequence[str],
         report: Callable[[str], None],
+        traced: tuple[Path, Path] | None,
     ) -> None:
         self._repository, self._base, self._precision = repository, backbone, precision
         self._samples, self._report = (images, prompts), report
-        there = bool(repository.versions())
-        report("reading the graphs of both towers" if there else "tracing both towers")
-        traced = towers(repository.store / str(BASE_VERSION)) if there else None
+        report("reading the graphs of both towers" if traced else "tracing both towers")
         self._towers = Towers(backbone, precision, traced)
 
-    def build(self, folder: Path, number: int, backbone: Backbone, adapters: Sequence[Adapter]) -> Build:
+    def build(
+        self, folder: Path, number: int, backbone: Backbone, adapters: Sequence[Adapter], *, unmerged: bool = False
+    ) -> Build:
         """Write a version in float32 and compare it with PyTorch.
+
+        Args:
+            backbone: with the adapters merged.
+            unmerged: write the base with the adapters as branches; its answers must be the same.
 
         Raises:
             AnswersDiffer: they disagree.
@@ -108,9 +116,11 @@ class Builder:
         label = f"{self._repository.name} version {number}"
         self._report(f"{label}: writing")
         card = describe(self._repository.name, number, backbone, adapters)
-        weights = backbone.model.state_dict()
+        weights, branches = backbone.model.state_dict(), ()
+        if unmerged:
+            weights, branches = self._base.model.state_dict() | branch_weights(adapters), adapters
         for kind in KINDS:
-            model = card_model(card) if kind == "card" else self._towers.exact(kind, weights)
+            model = card_model(card) if kind == "card" else self._towers.exact(kind, weights, branches)
             text = config(self._repository.name, kind, model)
             self._repository.check_config(kind, text)
             (folder / kind).mkdir(parents=True)
@@ -120,7 +130,7 @@ class Builder:
         self._report(f"{label}: comparing ONNX Runtime with PyTorch")
         parity = measure_parity(backbone, *towers(folder), *self._samples)
         check_parity(parity, label)
-        return Build(number, folder, backbone, adapters, card, parity)
+        return Build(number, folder, backbone, adapters, card, parity, unmerged=unmerged)
 
     def compare_graphs(self, build: Build, base: Path) -> None:
         """Hold a float32 version's graphs against those of the base.

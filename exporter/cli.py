@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from exporter.accuracy import Accuracy, Agreement
     from exporter.repository import Repository
     from exporter.switch import Switched
+    from exporter.unmerged import Unmerged
 
 app = typer.Typer(
     name="exporter",
@@ -96,6 +97,14 @@ def merge(
     ] = None,
     data: Annotated[Path, typer.Option(help="Where the MTIL data sets lie.")] = Path("data"),
     force: Annotated[bool, typer.Option("--force", help="Write it though it fails these, and record that.")] = False,
+    unmerged: Annotated[
+        bool,
+        typer.Option(
+            "--unmerged",
+            help="Leave the adapters in the graph, to compare speed: model NAME-unmerged, whose version N has the "
+            "first N of them, for 1, 4, 16, ... and all. Served beside NAME from the next start; replaces its last.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Merge all adapters, in the order they were learned, and check the result before it counts.
@@ -109,6 +118,17 @@ def merge(
         raise typer.BadParameter("--out belongs to all that is not --to onnx, and must be given there")
     if not name.replace("-", "").replace("_", "").isalnum():
         raise typer.BadParameter(f"--name {name!r}: letters, digits, - and _ only")
+    if unmerged:
+        others = {
+            f"--to {to.value}": to is not Target.onnx,
+            f"--precision {precision.value}": precision is not Precision.fp32,
+            "--min-accuracy": min_accuracy is not None,
+            "--max-drop": max_drop is not None,
+            "--validate": bool(validate),
+            "--force": force,
+        }
+        if given := [option for option, is_given in others.items() if is_given]:
+            raise typer.BadParameter(f"--unmerged is --to onnx in fp32, without a gate; leave out {', '.join(given)}")
     from trainer.adapter import load_lineage
     from trainer.backbone import load_backbone
 
@@ -127,8 +147,14 @@ def merge(
         from exporter.gate import Gate
         from exporter.release import Checks, release
         from exporter.repository import Repository
+        from exporter.unmerged import release_unmerged
         from trainer.tasks import find_learned, load_task, sample, shipped_tasks
 
+        images, prompts = sample(PARITY_IMAGES)
+        if unmerged:
+            apart = release_unmerged(backbone, lineage, Repository(repository, name), images, prompts, status.update)
+            _print(apart.to_dict(), as_json, f"{repository}: {_unmerged(apart)}")
+            return
         validation = [load_task(given, data) for given in validate or ()]
         learned = [task for adapter in lineage if (task := find_learned(adapter, data))]
         checks = Checks(
@@ -136,7 +162,6 @@ def merge(
             validation,
             compared_on=[*validation, *learned] or shipped_tasks(),
         )
-        images, prompts = sample(PARITY_IMAGES)
         try:
             result = release(
                 backbone,
@@ -339,6 +364,7 @@ def _summary(repository: Repository, version: int) -> dict:
             "standing": version in repository.standing(),
             "date": manifest["date"],
             "precision": manifest["precision"],
+            "unmerged": repository.is_unmerged(version),
             "lineage": manifest["lineage"],
             "parity": manifest["parity"],
             "accuracy": manifest["accuracy"],
@@ -387,6 +413,15 @@ def _switched(result: Switched) -> str:
     standing = ", ".join(map(str, result.standing))
     served = f"{result.model} version {result.version} is served{before} {where}"
     return f"{served}; standing: {standing}; {result.seconds:.1f} s"
+
+
+def _unmerged(result: Unmerged) -> str:
+    numbers = ", ".join(map(str, result.versions))
+    apart = max(parity.max_abs for parity in result.parity)
+    return (
+        f"{result.model} versions {numbers}, each with as many adapters in its graph; ONNX Runtime is within "
+        f"{apart:.1e} of PyTorch with them merged; {result.seconds:.1f} s. Serve them: exporter serve"
+    )
 
 
 def _learned(tasks: list[str]) -> str:

@@ -11,6 +11,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
+from exporter.branches import fold_branches
 from exporter.manifest import check_files
 from exporter.repository import TOWERS, Repository
 from trainer.adapter import Adapter
@@ -40,17 +41,17 @@ def merged_backbone(repository: Repository, backbone: Backbone, adapters: Sequen
 
 
 def read_weights(repository: Repository, version: int, names: Container[str]) -> dict[str, Tensor]:
-    """A version's float32 weights, by open_clip's own names, which initializers have.
+    """A version's float32 weights, by open_clip's own names, which initializers have; branches are folded in.
 
     Args:
         names: of weights; what else is in the graphs is left out.
     """
-    return {
+    tensors = {
         tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
         for kind in TOWERS
         for tensor in onnx.load(repository.exact_file(kind, version)).graph.initializer
-        if tensor.name in names
     }
+    return {name: tensor for name, tensor in fold_branches(tensors).items() if name in names}
 
 
 def on_weights(backbone: Backbone, weights: dict[str, Tensor]) -> Backbone:

@@ -41,6 +41,7 @@ def manifest(build: Build, architecture: str) -> dict:
         "lineage": [{"task": adapter.task, "sha256": adapter.sha256} for adapter in build.adapters],
         "accuracy": [asdict(accuracy) for accuracy in build.accuracies],
         "forced": build.forced,
+        "unmerged": build.unmerged,
         "precision": build.precision.value,
         "opset": OPSET,
         "parity": asdict(build.parity),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +14,10 @@ import torch
 from onnx import ModelProto
 from torch import Tensor
 
+from exporter.branches import with_branches
 from exporter.config import IR_VERSION, OPSET, PRODUCER, Precision
 from exporter.graph import fill, hollow, trace_image_tower, trace_text_tower
+from trainer.adapter import Adapter
 from trainer.backbone import Backbone
 
 _BLOCK = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.")
@@ -45,9 +47,9 @@ class Towers:
             half = torch.float16
             self._half = {"image": trace_image_tower(backbone, half), "text": trace_text_tower(backbone, half)}
 
-    def exact(self, kind: str, weights: Mapping[str, Tensor]) -> ModelProto:
-        """A tower in float32."""
-        return fill(self._graphs[kind], weights)
+    def exact(self, kind: str, weights: Mapping[str, Tensor], branches: Sequence[Adapter] = ()) -> ModelProto:
+        """A tower in float32, these adapters beside its layers."""
+        return fill(with_branches(self._graphs[kind], branches), weights)
 
     def cast(self, kind: str, weights: Mapping[str, Tensor], exact: Path) -> ModelProto | None:
         """A tower in this precision; None where that is float32 too.

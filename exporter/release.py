@@ -112,7 +112,8 @@ def release(
         recorded = [a for a in recorded_accuracies(adapters, known) if a.task not in validated]
         gate.check(recorded, earlier)  # again below: here it is minutes sooner
 
-        builder = Builder(repository, backbone, precision, images, prompts, report)
+        traced = towers(repository.store / str(BASE_VERSION)) if there else None
+        builder = Builder(repository, backbone, precision, images, prompts, report, traced)
         builds: list[Build] = []
         if not there:
             builds.append(builder.build(staging / str(BASE_VERSION), BASE_VERSION, backbone, ()))
@@ -153,6 +154,20 @@ def release(
     )
 
 
+def check_base(repository: Repository, backbone: Backbone) -> None:
+    """Raises:
+    OtherBase: versions of other base weights are there.
+    """
+    for version in repository.versions()[:1]:
+        base = repository.card(version)["base"]
+        if base["fingerprint"] != backbone.fingerprint:
+            raise OtherBase(
+                f"repository {repository.path}: its {repository.name!r} is {base['model_name']} "
+                f"({base['pretrained']}), base {base['fingerprint'][:8]}; to merge is {backbone.model_name} "
+                f"({backbone.pretrained}), {backbone.fingerprint[:8]}: give another --name or --repository"
+            )
+
+
 def _check_repository(repository: Repository, backbone: Backbone, adds: bool) -> None:
     """Refuse a repository that a version of this base can't go into."""
     if strays := set(repository.standing()) - set(repository.versions()):
@@ -162,12 +177,11 @@ def _check_repository(repository: Repository, backbone: Backbone, adds: bool) ->
         )
     if not repository.versions():
         return
-    base = repository.card(repository.versions()[0])["base"]
-    if base["fingerprint"] != backbone.fingerprint:
-        raise OtherBase(
-            f"repository {repository.path}: its {repository.name!r} is {base['model_name']} ({base['pretrained']}), "
-            f"base {base['fingerprint'][:8]}; to merge is {backbone.model_name} ({backbone.pretrained}), "
-            f"{backbone.fingerprint[:8]}: give another --name or --repository"
+    check_base(repository, backbone)
+    if any(map(repository.is_unmerged, repository.versions())):
+        raise RepositoryError(
+            f"repository {repository.path}: the versions of {repository.name!r} are unmerged, for measuring speed; "
+            "give another --name or --repository"
         )
     if not repository.file("image", BASE_VERSION).is_file():
         raise RepositoryError(

@@ -107,6 +107,10 @@ class Repository:
         except (OSError, ValueError) as exc:
             raise RepositoryError(f"manifest {file}: can't be read ({exc}); restore it, or remove the version") from exc
 
+    def is_unmerged(self, version: int) -> bool:
+        """Whether a version has its adapters as branches in its graph (``exporter.unmerged``)."""
+        return self.manifest(version).get("unmerged", False)
+
     def history(self) -> list[int]:
         """Versions in the order in which they were served; each came after the one before it, the last is served now.
 
@@ -206,6 +210,12 @@ class Repository:
         self.take_out(version, staging)
         os.rename(self.store / str(version), Path(tempfile.mkdtemp(dir=staging)) / str(version))
 
+    def clear(self, staging: Path) -> None:
+        """Take out and delete all versions for good, models whole: one without a version would stop Triton."""
+        for folder in (*map(self.model, reversed(KINDS)), self.store):
+            if folder.exists():
+                os.rename(folder, Path(tempfile.mkdtemp(dir=staging)) / folder.name)
+
     def _hold(self, lock: int) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,8 +258,8 @@ def repositories(path: Path) -> list[Repository]:
     Raises:
         RepositoryEmpty: there is none.
     """
-    cards = sorted(path.glob("*_card")) if path.is_dir() else []
-    found = [Repository(path, card.name.removesuffix("_card")) for card in cards]
+    names = [card.name.removesuffix("_card") for card in path.glob("*_card")] if path.is_dir() else []
+    found = [Repository(path, name) for name in sorted(names)]
     found = [repository for repository in found if repository.standing()]
     if not found:
         raise RepositoryEmpty(f"repository {path}: no model in it; write one with: exporter merge --to onnx")

@@ -24,7 +24,8 @@ class Verified:
         parity: measured now in float32, PyTorch with the weights that are in the files.
         recorded: measured when the version was made.
         cast: the same of the towers that are served, where their precision is lower; else None.
-        graph_identical_to_base: whether it was compared with version 1; None where that is gone.
+        graph_identical_to_base: whether it was compared with version 1; None where that is gone, and where adapters
+            are in the graph.
     """
 
     model: str
@@ -57,7 +58,7 @@ def verify(repository: Repository, version: int, images: Sequence[Image.Image], 
     label, manifest = f"{repository.name} version {version}", repository.manifest(version)
     backbone = _read_backbone(repository, version)
     names, same_graph = backbone.model.state_dict(), None
-    if BASE_VERSION in repository.versions():
+    if BASE_VERSION in repository.versions() and not repository.is_unmerged(version):
         for kind in TOWERS:
             base = hollow(repository.file(kind, BASE_VERSION), names)
             check_same_graph(base, hollow(files[kind], names), f"{kind} tower of version {version}")

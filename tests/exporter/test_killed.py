@@ -21,6 +21,7 @@ from exporter.release import release
 from exporter.repository import KINDS, Repository
 from exporter.switch import promote, prune, rollback
 from exporter.triton import serve
+from exporter.unmerged import release_unmerged
 
 CHANGES = ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync", "open")
 CHILD_TIMEOUT_S = 60
@@ -183,6 +184,38 @@ def test_killed_at_any_change_nothing_is_lost_and_the_next_run_ends_the_same(
         if repository.standing():
             with serve(repository.path) as server:
                 assert server.process.poll() is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_killed_at_any_change_unmerged_versions_neither_harm_the_others_nor_stop_triton(
+    mini, make_adapter, samples, tmp_path
+):
+    first = make_adapter("digits")
+    lineage = [first, make_adapter("letters", (first,), seed=5)]
+    template = Repository(tmp_path / "template/model_repository", "clip")
+    template.path.parent.mkdir()
+    release(mini, lineage, template, *samples)
+    release_unmerged(mini, lineage[:1], template, *samples)
+
+    def prepared(name):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        shutil.copytree(template.path.parent, tmp_path / name, copy_function=os.link)
+        return Repository(tmp_path / name / "model_repository", "clip")
+
+    undisturbed, change = prepared("undisturbed"), 0
+    release_unmerged(mini, lineage, undisturbed, *samples)
+    while True:
+        repository = prepared("disturbed")
+        if not killed_at(change, lambda: release_unmerged(mini, lineage, repository, *samples)):  # noqa: B023
+            break
+        for model in (repository, Repository(repository.path, "clip-unmerged")):
+            check_whole(model)
+        assert (state(repository), repository.history()) == (state(template), template.history())
+        release_unmerged(mini, lineage, repository, *samples)
+        assert everything(repository) == everything(undisturbed), f"killed at change {change}"
+        change += 1
+    assert change > 20
 
 
 def test_the_kill_is_real(tmp_path):
