@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -35,14 +35,17 @@ class TLS:
             if file is not None and not Path(file).is_file():
                 raise InvalidRequest(f"tls: {file} is not a file; expected certificates or a key in PEM")
 
-    def context(self) -> ssl.SSLContext:
+    def context(self, create: Callable[..., ssl.SSLContext] = ssl.create_default_context) -> ssl.SSLContext:
         """The same for Python's own sockets.
+
+        Args:
+            create: as Python's, or gevent's for its sockets.
 
         Raises:
             InvalidRequest: a file holds something else.
         """
         try:
-            context = ssl.create_default_context(cafile=self.ca)
+            context = create(cafile=self.ca)
             if self.certificate is not None:
                 context.load_cert_chain(self.certificate, self.key)
         except (ssl.SSLError, OSError) as exc:

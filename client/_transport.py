@@ -131,7 +131,12 @@ class Transport:
         result = await self._ask(
             f"{model} version {version}", "infer", timeout_s, model, [sent], str(version), outputs=[wanted]
         )
-        answer: np.ndarray = result.as_numpy(output_name)
+        answer: np.ndarray | None = result.as_numpy(output_name)
+        if answer is None or len(answer) != len(array):
+            raise ServerError(
+                f"{model} version {version}: {self.address} answered no {output_name} for each of {len(array)} inputs; "
+                "export the model again"
+            )
         return answer
 
     async def _ask(self, what: str, method: str, timeout_s: float, *args: Any, **settings: Any) -> Any:
@@ -171,7 +176,8 @@ class Transport:
     def _foreign_errors(self) -> tuple[type[Exception], ...]:
         from tritonclient.utils import InferenceServerException
 
-        ours = (InferenceServerException, OSError, asyncio.TimeoutError)
+        # Values and keys: what is not an answer at all, and tritonclient tries to read.
+        ours = (InferenceServerException, OSError, asyncio.TimeoutError, ValueError, LookupError)
         if self.address.protocol == "grpc":
             return ours
         from aiohttp import ClientError as AiohttpError
@@ -241,7 +247,12 @@ class BlockingTransport(Transport):
     def _http_client(self) -> Any:
         limits: dict[str, Any] = {"connection_timeout": self._timeout_s, "network_timeout": self._timeout_s}
         if self.address.encrypted:
-            limits |= {"ssl": True, "ssl_context_factory": self.address.tls.context}
+            from gevent.ssl import create_default_context
+
+            context = self.address.tls.context(create_default_context)
+            # "Insecure" leaves out a second check of the host's name, in a way that newer Pythons don't have: the
+            # context has checked it.
+            limits |= {"ssl": True, "ssl_context_factory": lambda: context, "insecure": True}
         return self._binding.InferenceServerClient(str(self.address), **limits)
 
     def _import(self) -> Any:
@@ -286,5 +297,7 @@ def _sorted(exc: Exception) -> tuple[type[ClientError], str]:
 
     if isinstance(exc, InferenceServerException):
         return _ERROR_OF_STATUS.get(exc.status() or "", ServerError), " ".join(str(exc.message()).split())
-    timeout = isinstance(exc, (TimeoutError, asyncio.TimeoutError))
-    return RequestTimeout if timeout else ServerUnavailable, str(exc)
+    said = " ".join(str(exc).split()) or type(exc).__name__
+    if isinstance(exc, (TimeoutError, asyncio.TimeoutError)):
+        return RequestTimeout, said
+    return (ServerError if isinstance(exc, (ValueError, LookupError)) else ServerUnavailable), said

@@ -75,7 +75,11 @@ def https_front(triton, files):
         async with (
             ClientSession(auto_decompress=False) as session,
             session.request(
-                request.method, f"{triton}{request.path_qs}", data=await request.read(), headers=kept
+                request.method,
+                f"{triton}{request.path_qs}",
+                data=await request.read(),
+                headers=kept,
+                skip_auto_headers=("Accept-Encoding",),
             ) as answer,
         ):
             back = {k: v for k, v in answer.headers.items() if k.lower().startswith(("content-type", "inference"))}
@@ -142,6 +146,15 @@ def test_without_the_token_it_is_not_allowed(url, files, connect):
             clip.versions()
 
 
+def test_a_certificate_of_another_host_is_refused(url, files, connect):
+    elsewhere = url.replace("127.0.0.1", "localhost")
+    with (
+        connect(elsewhere, headers=TOKEN, tls=mutual(files), timeout_s=2, retries=0) as clip,
+        pytest.raises(ServerUnavailable, match="certificate verify failed"),
+    ):
+        clip.versions()
+
+
 @pytest.mark.parametrize("tls", ["no certificate", "another authority"])
 def test_whom_we_do_not_trust_and_who_does_not_trust_us(url, files, connect, tls):
     settings = {
@@ -158,7 +171,7 @@ def test_whom_we_do_not_trust_and_who_does_not_trust_us(url, files, connect, tls
 
 
 def test_certificates_are_looked_at_before_anything_is_sent(files, connect, tmp_path):
-    with pytest.raises(InvalidRequest, match="missing.pem is not a file"):
+    with pytest.raises(InvalidRequest, match=r"missing\.pem is not a file"):
         TLS(ca=tmp_path / "missing.pem")
     with pytest.raises(InvalidRequest, match="needs its key"):
         TLS(certificate=files / "client.pem")
