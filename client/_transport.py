@@ -300,4 +300,5 @@ def _sorted(exc: Exception) -> tuple[type[ClientError], str]:
     said = " ".join(str(exc).split()) or type(exc).__name__
     if isinstance(exc, (TimeoutError, asyncio.TimeoutError)):
         return RequestTimeout, said
-    return (ServerError if isinstance(exc, (ValueError, LookupError)) else ServerUnavailable), said
+    garbled = isinstance(exc, (ValueError, LookupError)) and not isinstance(exc, OSError)  # a bad certificate is both
+    return (ServerError if garbled else ServerUnavailable), said
