@@ -10,15 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-HEADINGS = (
-    "",
-    "batch",
-    "images/s",
-    "p50, ms",
-    "times as long",
-    "first answer, s",
-    "memory, MB",
-)
+HEADINGS = ("", "batch", "images/s", "p50, ms", "times as long", "first answer, s", "memory, MB")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,33 +24,31 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def rows(measured: dict) -> Iterator[tuple[str, ...]]:
-    """One row a contender and batch size of one model, in the order of ``HEADINGS``."""
+    """One row a batch size and contender of one model, in the order of ``HEADINGS``; last those that failed."""
+    for batch_size in dict.fromkeys(size for contender in measured.values() for size in contender["batches"]):
+        for title, contender in measured.items():
+            if found := contender["batches"].get(batch_size):
+                yield (title, batch_size, *_figures(found, contender["start"]))
     for title, contender in measured.items():
-        start = _start(contender["start"])
         if "failed" in contender:
-            yield (title, "", f"FAILED: {contender['failed']}", "", "", start, "")
-        for batch_size, found in contender.get("batches", {}).items():
-            if "wrong" in found:
-                yield (title, batch_size, f"WRONG: {found['wrong']}", "", "", start, "")
-                continue
-            memory = "".join(f" + {found[key] / 1e6:,.0f}" for key in ("server_peak_bytes",) if found[key])
-            yield (
-                title,
-                batch_size,
-                f"{found['images_per_second']:.1f}",
-                f"{1000 * found['p50_seconds']:.0f}",
-                f"{found['ratio']:.2f}" if found["ratio"] else "",
-                start,
-                f"{found['peak_bytes'] / 1e6:,.0f}{memory}",
-            )
+            yield (title, "", f"FAILED: {contender['failed']}", "", "", "", "")
 
 
-def _start(start: dict | None) -> str:
-    """Seconds from a fresh process to the first answer; of a server and then of its client."""
-    if not start:
-        return ""
-    server = f" + {start['server_seconds']:.1f}" if start["server_seconds"] else ""
-    return f"{start['client_seconds']:.1f}{server}"
+def _figures(found: dict, start: dict) -> tuple[str, ...]:
+    if "wrong" in found:
+        return (f"WRONG: {found['wrong']}", "", "", "", "")
+    return (
+        f"{found['images_per_second']:.1f}",
+        f"{1000 * found['p50_seconds']:,.0f}",
+        f"{found['ratio']:.2f}" if found["ratio"] else "",
+        _sum(start["client_seconds"], start["server_seconds"], ".1f"),
+        _sum(found["peak_bytes"] / 1e6, found["server_peak_bytes"] / 1e6, ",.0f"),
+    )
+
+
+def _sum(client: float, server: float | None, form: str) -> str:
+    """What a client takes, and what its server takes, where there is one."""
+    return f"{client:{form}} + {server:{form}}" if server else f"{client:{form}}"
 
 
 if __name__ == "__main__":
