@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 # A comment names the command; the table follows.
-TABLES = re.findall(r"<!-- (python -m trainer\.studies\.\w+ .+?) -->\n\n((?:\|.+\|\n)+)", RESULTS)
+TABLES = re.findall(r"<!-- (python -m (?:trainer\.studies|benchmarks)\.\w+ .+?) -->\n\n((?:\|.+\|\n)+)", RESULTS)
 
 
 def test_there_are_tables():

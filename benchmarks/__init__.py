@@ -1,0 +1,1 @@
+"""clipweld beside what people use today, on this machine."""
