@@ -81,7 +81,9 @@ def test_ray(server, folder, digits):
     (script,) = blocks("docs/many-machines.md", "python")
     start = "import ray\nray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)\n"
     environment = os.environ | {"CLIPWELD_URL": server.url, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    subprocess.run([sys.executable, "-c", start + script], check=True, capture_output=True, env=environment, timeout=240)
+    subprocess.run(
+        [sys.executable, "-c", start + script], check=True, capture_output=True, env=environment, timeout=240
+    )
     rows = {Path(row["path"]).name: row for row in pyarrow.parquet.read_table(folder / "answers").to_pylist()}
     assert len(rows) == 41
     assert rows.pop("broken.png")["label"] == ""

@@ -69,6 +69,8 @@ def folder(tmp_path):
     folder.mkdir()
     test = load_task("digits").load("test")
     test[list(test.labels).index(7)][0].save(folder / "seven.png")
+    for i in range(3):
+        paint(folder / f"scans/{i}.png", 50 + i)
     for i, (split, name) in enumerate((s, n) for s in ("train", "test") for n in ("hex bolt", "eye bolt")):
         paint(folder / "photos/bolts" / split / name / "1.jpg", i)
     for name in ("plane.jpg", "new.jpg"):
@@ -117,9 +119,15 @@ def test_first_steps(folder):
     try:
         while "Ctrl-C" not in (line := server.stderr.readline()):
             assert line, "exporter serve ended before it was ready"
-        example = re.search(r"```python\n(.*?)```", README, re.S).group(1)
-        done = subprocess.run([sys.executable, "-c", example], cwd=folder, capture_output=True, text=True, check=True)
-        assert "%" in done.stdout
+        examples = re.findall(r"```python\n(.*?)```", README, re.S)
+        said = [
+            subprocess.run(
+                [sys.executable, "-c", example], cwd=folder, capture_output=True, text=True, check=True
+            ).stdout
+            for example in examples
+        ]
+        assert "%" in said[0]
+        assert len(said[1].splitlines()) == 3
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 0
