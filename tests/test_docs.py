@@ -98,5 +98,5 @@ def test_ray(server, folder, digits):
 def test_docstrings(server, folder, module):
     names = {**vars(client), "url": server.url, "asyncio": asyncio}
     done = doctest.testmod(module, extraglobs=names)
-    assert done.attempted > 2
+    assert done.attempted >= 2
     assert done.failed == 0
