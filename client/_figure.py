@@ -31,7 +31,15 @@ def draw(result: BenchResult, path: Path) -> None:
     for setting in settings:
         group = [timing for timing in result.timings if (timing.batch, timing.concurrency) == setting]
         heading = _heading(*setting)
-        axes.text(0.0, place - 0.62, heading, transform=axes.get_yaxis_transform(), fontsize=9, color="#57606a")
+        axes.text(
+            0.0,
+            place - 0.62,
+            heading,
+            transform=axes.get_yaxis_transform(),
+            fontsize=9,
+            color="#57606a",
+            backgroundcolor="white",
+        )
         for timing in group:
             ticks.append((place, _name(timing)))
             _point(axes, timing, place)
