@@ -117,6 +117,23 @@ def test_exif_orientation_is_left_alone_as_in_open_clip(tmp_path):
     np.testing.assert_array_equal(ours(path), np.array(expected))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 30), (30, 20_000)])
+@pytest.mark.parametrize("resize_mode", RESIZE_MODES)
+def test_the_smallest_and_the_longest_equal_open_clip(size, resize_mode):
+    assert_equals_open_clip(random_image("RGB", size), SIZE, resize_mode, "bicubic")
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_an_animation_is_its_first_frame_as_in_open_clip(tmp_path, ending):
+    path = tmp_path / f"moving.{ending}"
+    first, second = (random_image("RGB", (50, 40)), Image.new("RGB", (50, 40), "red"))
+    first.save(path, save_all=True, append_images=[second, second], **({"lossless": True} if ending == "webp" else {}))
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+        expected = Compose(open_clip_transform(SIZE, "shortest", "bicubic").transforms[:-2])(image)
+    np.testing.assert_array_equal(ours(path), np.array(expected))
+
+
 def test_every_kind_of_image_gives_the_same_pixels(tmp_path):
     image = random_image("RGB", (50, 40))
     path = tmp_path / "image.png"
