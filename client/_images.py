@@ -2,7 +2,7 @@
 
 Order as in open_clip: resize, crop the centre, then convert to RGB. Scaling to [0, 1], mean and std are inside the
 served model. What open_clip decides by leaving it to Pillow is decided here too: Exif orientation is not applied,
-transparency is dropped and not blended, an animation is its first frame, 16 bits of grey are cut to 8 by Pillow's rules.
+transparency is dropped and not blended, an animation is its first frame, 16 bits of grey become 8 by Pillow's rules.
 A file that ends too early is refused, and so is one of more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, before or after
 resizing.
 """

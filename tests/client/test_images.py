@@ -126,8 +126,13 @@ def test_the_smallest_and_the_longest_equal_open_clip(size, resize_mode):
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_an_animation_is_its_first_frame_as_in_open_clip(tmp_path, ending):
     path = tmp_path / f"moving.{ending}"
-    first, second = (random_image("RGB", (50, 40)), Image.new("RGB", (50, 40), "red"))
-    first.save(path, save_all=True, append_images=[second, second], **({"lossless": True} if ending == "webp" else {}))
+    first, second = random_image("RGB", (50, 40)), Image.new("RGB", (50, 40), "red")
+    first.save(
+        path,
+        save_all=True,
+        append_images=[second, Image.new("RGB", (50, 40), "blue")],
+        **({"lossless": True} if ending == "webp" else {}),
+    )
     with Image.open(path) as image:
         assert image.n_frames == 3
         expected = Compose(open_clip_transform(SIZE, "shortest", "bicubic").transforms[:-2])(image)
