@@ -125,8 +125,8 @@ def test_base_merged_and_unmerged_are_served_side_by_side(apart, samples):
         answers = []
         for model in ("clip", "clip-unmerged"):
             with ZeroShotClassifier(server.url, model) as classifier:
-                assert (classifier.card.model, classifier.card.version) == (model, 2)
-                answers.append(classifier.classify(samples[0][:2], task="pets"))
+                assert (classifier.card().model, classifier.card().version) == (model, 2)
+                answers.append(list(classifier.classify(samples[0][:2], task="pets")))
         for merged, unmerged in zip(*answers, strict=True):
             assert [p.label for p in merged.predictions] == [p.label for p in unmerged.predictions]
 
