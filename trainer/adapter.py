@@ -10,25 +10,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import safetensors
 import torch
-from safetensors.torch import load_file
+from pydantic import AfterValidator, FailFast, Field
 from torch import Tensor
 
 from trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, WrongBase
-from trainer.files import write_tensors
+from trainer.files import ENTRY, read_tensors, write_tensors
+from trainer.records import STRICT, Count, Items, Percent, Setting, Sha256, Text, Texts, one_line, read_json
+from trainer.wording import check_words, task_name
 
 FORMAT = 3
+TENSOR = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.(lora_A|lora_B|inputs)")
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """One learned task.
+class Metadata:
+    """What an adapter says besides its tensors; the types are what ``load_adapter`` accepts.
 
     Attributes:
         base_fingerprint: SHA-256 of the base weights that the lineage stands on (``Backbone.fingerprint``).
@@ -37,22 +43,31 @@ class Adapter:
         accuracy: ``{"before": {task: percent}, "after": {task: percent}}`` on this and every earlier task.
         config: the resolved settings of the run.
         activation_counts: by layer, the votes that each expert of its pool got in training, kept ones or not.
+    """
+
+    task: Annotated[str, AfterValidator(task_name)]
+    class_names: Texts
+    templates: Texts
+    model_name: Text
+    pretrained: Text
+    base_fingerprint: Sha256
+    parents: Annotated[tuple[Sha256, ...], FailFast()]
+    scaling: Annotated[float, Field(gt=0)]
+    seed: Count
+    accuracy: dict[Literal["before", "after"], dict[Text, Percent]]
+    config: dict[Text, Setting]
+    activation_counts: dict[Text, Items[Count]]
+
+
+@dataclass(frozen=True)
+class Adapter(Metadata):
+    """One learned task.
+
+    Attributes:
         tensors: float32 ``<module>.lora_A (k_merge, d_in)`` and ``<module>.lora_B (d_out, k_merge)``; where later tasks
             shall keep off this one's inputs, ``<module>.inputs (directions, d_in)`` (``trainer.moments``).
     """
 
-    task: str
-    class_names: tuple[str, ...]
-    templates: tuple[str, ...]
-    model_name: str
-    pretrained: str
-    base_fingerprint: str
-    parents: tuple[str, ...]
-    scaling: float
-    seed: int
-    accuracy: dict[str, dict[str, float]]
-    config: dict
-    activation_counts: dict[str, list[int]]
     tensors: dict[str, Tensor] = field(repr=False)
 
     def metadata(self) -> dict:
@@ -89,41 +104,43 @@ class Adapter:
 def save_adapter(adapter: Adapter, path: Path) -> None:
     """Write the file whole or not at all."""
     metadata = _canonical({"format": FORMAT, **adapter.metadata(), "sha256": adapter.sha256}).decode()
-    write_tensors(path, adapter.tensors, {"clipweld": metadata})
+    write_tensors(path, adapter.tensors, {ENTRY: metadata})
+
+
+@dataclass(frozen=True)
+class _Sealed(Metadata):
+    """The metadata of a file: with its format, and the hash that the whole must have."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+
+    format: Literal[FORMAT]
+    sha256: Sha256
 
 
 def load_adapter(path: Path | str) -> Adapter:
     """Read an adapter and prove it whole.
 
     Raises:
-        AdapterCorrupt: not a safetensors file of ours, or one bit differs from what was written.
+        AdapterError: no such file.
+        AdapterCorrupt: not a safetensors file of ours, one bit differs from what was written, or it says what no fit
+            writes: other types, words that make no task, tensors that are not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise AdapterError(f"adapter {path}: no such file; trainer fit writes adapters")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {})["clipweld"])
-        tensors = load_file(path)
-        claimed, version = metadata.pop("sha256"), metadata.pop("format")
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        text, tensors = read_tensors(path)
+        sealed = read_json(_Sealed, text)
+        check_words(sealed.class_names, sealed.templates)
+        _check_tensors(tensors)
+    except (safetensors.SafetensorError, OSError, ValueError) as exc:
         raise AdapterCorrupt(
-            f"adapter {path}: truncated or not an adapter ({exc}); restore it or fit the task again"
+            f"adapter {path}: truncated or not an adapter ({one_line(str(exc))}); restore it or fit the task again"
         ) from exc
-    if version != FORMAT:
-        raise AdapterCorrupt(f"adapter {path}: format {version!r}, this clipweld reads format {FORMAT}")
-    try:
-        for name in ("class_names", "templates", "parents"):
-            metadata[name] = tuple(metadata[name])
-        adapter = Adapter(**metadata, tensors=tensors)
-        whole = adapter.sha256 == claimed and _paired(tensors)
-    except (KeyError, TypeError) as exc:
+    adapter = Adapter(**{f.name: getattr(sealed, f.name) for f in fields(Metadata)}, tensors=tensors)
+    if adapter.sha256 != sealed.sha256:
         raise AdapterCorrupt(
-            f"adapter {path}: its metadata is incomplete ({exc}); restore it or fit the task again"
-        ) from exc
-    if not whole:
-        raise AdapterCorrupt(
-            f"adapter {path}: content does not match its own SHA-256 {str(claimed)[:8]}; it was altered: "
+            f"adapter {path}: content does not match its own SHA-256 {sealed.sha256[:8]}; it was altered: "
             "restore it or fit the task again"
         )
     return adapter
@@ -149,6 +166,11 @@ def load_lineage(source: Path | str | Sequence[Path | str], base_fingerprint: st
                 f"{adapter.base_fingerprint[:8]}; these weights are {base_fingerprint[:8]}: "
                 "give the same --model and --pretrained"
             )
+        if odd := sorted(set(adapter.modules()) ^ set(adapters[0].modules())):
+            raise BrokenChain(
+                f"adapter {adapter.task!r}: one of it and {adapters[0].task!r} has no experts on {odd[0]}, expected "
+                "the same layers in both; fit the later task again"
+            )
     names = {adapter.sha256: str(adapter) for adapter in adapters}
     for place, adapter in enumerate(adapters):
         found = tuple(a.sha256 for a in adapters[:place])
@@ -162,23 +184,23 @@ def load_lineage(source: Path | str | Sequence[Path | str], base_fingerprint: st
     return adapters
 
 
-def _paired(tensors: dict[str, Tensor]) -> bool:
-    """Every lora_A has its lora_B, of one rank, and its inputs at most, of one width; all float32; nothing else."""
-    modules = {name.rpartition(".")[0] for name in tensors}
-    needed = {f"{module}.{part}" for module in modules for part in ("lora_A", "lora_B")}
-    allowed = needed | {f"{module}.inputs" for module in modules}
-    if not needed <= set(tensors) <= allowed:
-        return False
-    if any(tensor.dtype != torch.float32 or tensor.ndim != 2 for tensor in tensors.values()):
-        return False
-    widths_match = all(
-        tensor.shape[1] == tensors[f"{name.removesuffix('.inputs')}.lora_A"].shape[1]
-        for name, tensor in tensors.items()
-        if name.endswith(".inputs")
-    )
-    return widths_match and all(
-        tensors[f"{module}.lora_A"].shape[0] == tensors[f"{module}.lora_B"].shape[1] for module in modules
-    )
+def _check_tensors(tensors: dict[str, Tensor]) -> None:
+    """Raises:
+    ValueError: a lora_A without its lora_B of one rank, inputs of another width, not float32, not finite, or more.
+    """
+    for name, tensor in tensors.items():
+        if not TENSOR.fullmatch(name):
+            raise ValueError(f"tensor {name!r}: unknown; expected <module>.lora_A, lora_B or inputs")
+        if tensor.dtype != torch.float32 or tensor.ndim != 2 or not tensor.numel():
+            raise ValueError(f"tensor {name}: {tensor.dtype} {tuple(tensor.shape)}, expected a float32 matrix")
+        if not all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist())):
+            raise ValueError(f"tensor {name}: has numbers that are not finite")
+    for module in {name.rpartition(".")[0] for name in tensors}:
+        lora_A, lora_B, inputs = (tensors.get(f"{module}.{part}") for part in ("lora_A", "lora_B", "inputs"))  # noqa: N806
+        if lora_A is None or lora_B is None or lora_A.shape[0] != lora_B.shape[1]:
+            raise ValueError(f"layer {module}: lora_A and lora_B must both be there, of one rank")
+        if inputs is not None and inputs.shape[1] != lora_A.shape[1]:
+            raise ValueError(f"layer {module}: inputs and lora_A must be of one width")
 
 
 def _canonical(value: dict) -> bytes:

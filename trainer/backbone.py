@@ -5,25 +5,25 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import json
 import logging
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import shorten
 
 import open_clip
 import torch
-import torch.nn.functional as F
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg
 from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from trainer.errors import UnknownModel, UnsupportedModel, WeightsError
+from trainer.finite import first_not_finite, unit
+from trainer.preprocessing import preprocessing
+from trainer.records import Json, one_line, read_json_file
 from trainer.towers import cut_to_longest, encode_text, read_at_cls
+from trainer.weights_file import check_weights_file, is_torchscript
 
 MINI = Path(__file__).parent / "mini"
 open_clip.add_model_config(MINI / "mini.json")
@@ -41,7 +41,8 @@ class Backbone:
     Attributes:
         model: open_clip's own module, but for the image tower's last block (``trainer.towers``); its weights may be
             replaced by merged ones, its layers never.
-        preprocess: open_clip's transform, PIL image -> float32 tensor (3, image_size, image_size).
+        preprocess: open_clip's transform, PIL image -> float32 tensor (3, image_size, image_size); raises ValueError
+            for more pixels than ``trainer.preprocessing`` allows.
         tokenizer: open_clip's tokenizer, list of str -> int64 tensor (batch, context_length).
         fingerprint: SHA-256 of the base weights, whatever file they came from.
     """
@@ -77,7 +78,7 @@ def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
     Raises:
         UnknownModel: open_clip has no model of that name.
         UnsupportedModel: a tower is not open_clip's own transformer.
-        WeightsError: no such tag or file, no network to fetch it, or weights that don't fit.
+        WeightsError: no such tag or file, no network to fetch it, or weights that don't fit or aren't finite.
     """
     if model_name not in open_clip.list_models():
         near = difflib.get_close_matches(model_name, open_clip.list_models(), n=3, cutoff=0.5)
@@ -86,13 +87,18 @@ def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
     label = pretrained or Path(DEFAULT_PRETRAINED.get(model_name, "openai")).stem
     model = _create(model_name, pretrained or DEFAULT_PRETRAINED.get(model_name, "openai"))
     check_supported(model, model_name)
+    if (name := first_not_finite(model.state_dict())) is not None:
+        raise WeightsError(
+            f"weights {label!r} for {model_name}: {name} holds NaN or infinity, expected finite numbers; give another "
+            "checkpoint with --pretrained FILE"
+        )
     read_at_cls(model)
     transform = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     return Backbone(
         model_name=model_name,
         pretrained=label,
         model=model.requires_grad_(False).eval(),
-        preprocess=image_transform_v2(transform, is_train=False),
+        preprocess=preprocessing(transform),
         tokenizer=open_clip.get_tokenizer(model_name),
         fingerprint=fingerprint(model.state_dict()),
         image_size=transform.size[0] if isinstance(transform.size, (tuple, list)) else transform.size,
@@ -126,10 +132,12 @@ def _create(model_name: str, pretrained: str) -> nn.Module:
             f"weights {pretrained!r} for {model_name}: neither a known tag nor a file here; {known} a checkpoint file, "
             "or 'random'"
         )
-    torchscript = is_file and _is_torchscript(Path(pretrained))
+    torchscript = is_file and is_torchscript(Path(pretrained))
     if is_file:
         _check_activation(model_name, Path(pretrained), torchscript)
     try:
+        if is_file:
+            check_weights_file(Path(pretrained))
         # OpenAI's weights were trained with QuickGELU: open_clip's tags say so, its plain configurations don't.
         quick = open_clip.get_pretrained_cfg(model_name, pretrained).get("quick_gelu", False)
         with _quiet():
@@ -144,7 +152,7 @@ def _create(model_name: str, pretrained: str) -> nn.Module:
         )
         raise WeightsError(
             f"weights {pretrained!r} for {model_name} could not be loaded: {type(exc).__name__}: "
-            f"{shorten(str(exc), 300, placeholder=' ...')}; {step}"
+            f"{one_line(str(exc))}; {step}"
         ) from exc
 
 
@@ -179,8 +187,13 @@ def _check_activation(model_name: str, file: Path, torchscript: bool) -> None:
     beside = file.with_name("open_clip_config.json")
     if torchscript:
         trained_quick = True
-    elif beside.is_file():
-        trained_quick = bool(json.loads(beside.read_text(encoding="utf-8"))["model_cfg"].get("quick_gelu", False))
+    elif beside.exists():
+        try:
+            trained_quick = bool(read_json_file(Json, beside)["model_cfg"].get("quick_gelu", False))
+        except (OSError, ValueError, KeyError, AttributeError) as exc:
+            raise WeightsError(
+                f"weights {file}: {beside.name} beside them can't be read ({one_line(str(exc))}); restore or remove it"
+            ) from exc
     else:
         return
     quick = configured_quick_gelu(model_name)
@@ -189,14 +202,6 @@ def _check_activation(model_name: str, file: Path, torchscript: bool) -> None:
         step = f"give --model {other}" if other in open_clip.list_models() else "give another model"
         trained, has = ("QuickGELU", "GELU") if trained_quick else ("GELU", "QuickGELU")
         raise WeightsError(f"weights {file} were trained with {trained}, model {model_name} has {has}; {step}")
-
-
-def _is_torchscript(file: Path) -> bool:
-    """Whether a file is a TorchScript archive; a checkpoint of torch.save is a zip too, without constants.pkl."""
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
 
 
 @contextmanager
@@ -254,9 +259,13 @@ def encode_classes(backbone: Backbone, class_names: tuple[str, ...], templates: 
     """Zero-shot classifier weights (num_classes, embed_dim), L2-normalised.
 
     Prompt ensembling as CLIP does it: the mean of the normalised features of all templates, normalised again.
+
+    Raises:
+        NotFinite: the features of a prompt, or those of a class together, have no direction.
     """
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
     chunks = backbone.tokenizer(prompts).to(backbone.device).split(256)
     features = torch.cat([encode_text(backbone.model, cut_to_longest(chunk)) for chunk in chunks])
-    features = F.normalize(features, dim=-1).view(len(class_names), len(templates), -1)
-    return F.normalize(features.mean(dim=1), dim=-1)
+    features = unit(features, [f"prompt {prompt!r}" for prompt in prompts])
+    mean = features.view(len(class_names), len(templates), -1).mean(dim=1)
+    return unit(mean, [f"class {name!r}" for name in class_names])

@@ -81,7 +81,7 @@ class Batches:
         for index in indices:
             image = self._kept.get(index)
             if image is None:
-                image = self._backbone.preprocess(self._images[index][0])
+                image = self._images.pixels(index, self._backbone.preprocess)
                 if self.few_shot:
                     self._kept[index] = image
             decoded.append(image)

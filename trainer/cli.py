@@ -19,7 +19,8 @@ from rich.table import Table
 
 from trainer import commands
 from trainer.config import MEASURES
-from trainer.errors import TrainerError
+from trainer.errors import OutputError, TrainerError
+from trainer.printing import printing
 
 if TYPE_CHECKING:  # heavy: imported where a command needs them, so that --help is instant
     from lightning_fabric import Fabric
@@ -45,16 +46,26 @@ def main(args: list[str] | None = None) -> None:
         commands.Bench: bench,
     }
     try:
-        command = commands.parse(args)
-        run[type(command)](command)
+        with printing():
+            command = commands.parse(args)
+            run[type(command)](command)
+    except OutputError as exc:
+        _complain(f"{exc}{_go_on(args)}")
+        raise SystemExit(1) from exc
     except TrainerError as exc:
         _complain(str(exc))
         raise SystemExit(1) from exc
     except KeyboardInterrupt:
-        again = ["trainer", *args] if "--resume" in args else ["trainer", *args, "--resume"]
-        learning = args[0] in ("fit", "sequence")
-        _complain(f"interrupted; go on with: {shlex.join(again)}" if learning else "interrupted")
+        _complain(f"interrupted{_go_on(args)}")
         raise SystemExit(130) from None
+
+
+def _go_on(args: list[str]) -> str:
+    """How to go on with training that was interrupted; nothing of other commands."""
+    if args[:1] not in (["fit"], ["sequence"]):
+        return ""
+    again = ["trainer", *args] if "--resume" in args else ["trainer", *args, "--resume"]
+    return f"; go on with: {shlex.join(again)}"
 
 
 def _complain(message: str) -> None:
@@ -83,22 +94,26 @@ def tasks(command: commands.Tasks) -> None:
 def fit(command: commands.Fit) -> None:
     """Learn one task."""
     from trainer.adapter import load_lineage, save_adapter
+    from trainer.files import check_writable, output_errors
     from trainer.fit import fit as fit_task
     from trainer.tasks import find_learned, load_task
 
     task = load_task(
         command.task, command.data, download=command.download, rename=command.name, templates=command.template
     )
-    (task,) = _readable([task], command)
     fabric = _fabric(command)
     base = _load(command, fabric)
     lineage = load_lineage(command.adapters, base.fingerprint)
-    earlier = _readable([found for adapter in lineage if (found := find_learned(adapter, command.data))], command)
+    (task,) = _readable([task], base, command)
+    earlier = _readable([found for adapter in lineage if (found := find_learned(adapter, command.data))], base, command)
     if command.dry_run:
         _show_dry_run(task, base, lineage, command, fabric)
         return
+    check_writable(command.adapters)
     path = command.adapters / f"{task.name}.safetensors"
     unfinished = command.adapters / f".{task.name}.unfinished"
+    if path.is_file():  # and loads: killed after that, training left what it saved on its way
+        unfinished.unlink(missing_ok=True)
     with _progress(fabric) as progress:
         fitted = fit_task(
             task, base, lineage, command.train, test_on=[*earlier, task], fabric=fabric, unfinished=unfinished,
@@ -107,7 +122,8 @@ def fit(command: commands.Fit) -> None:
     if not fabric.is_global_zero:
         return
     save_adapter(fitted.adapter, path)
-    unfinished.unlink(missing_ok=True)
+    with output_errors(unfinished):
+        unfinished.unlink(missing_ok=True)
     if command.json:
         summary = {
             "task": task.name,
@@ -142,14 +158,12 @@ def sequence(command: commands.Chain) -> None:
     from trainer.sequence import run_sequence
     from trainer.tasks import load_tasks, validation
 
-    learn, watch = (
-        _readable(load_tasks(names, command.data, download=command.download), command)
-        for names in (command.tasks, command.watch)
-    )
-    if command.validate:
-        learn, watch = ([validation(task) for task in tasks] for tasks in (learn, watch))
+    given = [load_tasks(names, command.data, download=command.download) for names in (command.tasks, command.watch)]
     fabric = _fabric(command)
     base = _load(command, fabric)
+    learn, watch = (_readable(tasks, base, command) for tasks in given)
+    if command.validate:
+        learn, watch = ([validation(task) for task in tasks] for tasks in (learn, watch))
     results = []
     for seed in command.seeds or (command.train.seed,):
         config = dataclasses.replace(command.train, seed=seed)
@@ -197,9 +211,10 @@ def evaluate(command: commands.Evaluate) -> None:
     from trainer.merge import merge
     from trainer.tasks import load_tasks
 
-    found = _readable(load_tasks(command.tasks, command.data, download=command.download), command)
+    found = load_tasks(command.tasks, command.data, download=command.download)
     fabric = _fabric(command)
     base = _load(command, fabric)
+    found = _readable(found, base, command)
     lineage = load_lineage(command.adapters, base.fingerprint)
     accuracies = evaluate_tasks(with_weights(base, merge(base.model.state_dict(), lineage)), found, fabric)["task"]
     if not fabric.is_global_zero:
@@ -311,16 +326,17 @@ def _show_dry_run(task: Task, base: Backbone, lineage: list[Adapter], command: c
     )
 
 
-def _readable(tasks: list[Task], command: commands.WithModel) -> list[Task]:
+def _readable(tasks: list[Task], base: Backbone, command: commands.WithModel) -> list[Task]:
     """The tasks, without unreadable images where that was asked for."""
     from trainer.tasks import skip_unreadable
 
     if not command.skip_unreadable:
         return tasks
-    return [
-        skip_unreadable(task, lambda fault: stderr.print(f"skipped: {fault}", soft_wrap=True, markup=False))
-        for task in tasks
-    ]
+
+    def tell(fault: str) -> None:
+        stderr.print(f"skipped: {fault}", soft_wrap=True, markup=False)
+
+    return [skip_unreadable(task, base.preprocess, tell) for task in tasks]
 
 
 def _show_matrix(result: SequenceResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -38,8 +39,8 @@ class PoolConfig:
             faults.append(f"k_active {self.k_active} must lie between 1 and rank {self.rank}")
         if not 1 <= self.k_merge <= self.k_active:
             faults.append(f"k_merge {self.k_merge} must lie between 1 and k_active {self.k_active}")
-        if self.alpha <= 0:
-            faults.append(f"alpha {self.alpha} must be above 0")
+        if not 0 < self.alpha < math.inf:
+            faults.append(f"alpha {self.alpha} must be a number above 0")
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout {self.dropout} must lie in [0, 1)")
         return faults
@@ -76,12 +77,18 @@ class TrainConfig(PoolConfig):
 
     def _faults(self) -> list[str]:
         positive = {name: getattr(self, name) for name in ("iterations", "batch_size", "lr", "drift_directions")}
-        faults = [f"{name} {value} must be above 0" for name, value in positive.items() if value <= 0]
+        faults = [
+            f"{name} {value} must be a number above 0" for name, value in positive.items() if not 0 < value < math.inf
+        ]
         not_negative = {
             name: getattr(self, name)
             for name in ("shots", "weight_decay", "ago_weight", "drift_weight", "anchor_weight", "seed")
         }
-        faults += [f"{name} {value} must not be negative" for name, value in not_negative.items() if value < 0]
+        faults += [
+            f"{name} {value} must be a number from 0 on"
+            for name, value in not_negative.items()
+            if not 0 <= value < math.inf
+        ]
         if not 0 <= self.consolidate < 1:
             faults.append(f"consolidate {self.consolidate} must lie in [0, 1)")
         return super()._faults() + faults

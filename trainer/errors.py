@@ -13,11 +13,13 @@ TrainerError
 │   ├── TaskAlreadyLearned  an adapter of this task is in the lineage
 │   └── UnreadableImage
 ├── CheckpointError         interrupted training that can't be gone on with
+├── NotFinite               NaN or infinity in weights, features or a loss
 ├── AdapterError
 │   ├── AdapterCorrupt      truncated, tampered with, or not an adapter
 │   ├── WrongBase           trained on other base weights
 │   └── BrokenChain         trained on top of other adapters
-└── ReportError             no runs to report on, or a record that can't be read
+├── ReportError             no runs to report on, or a record that can't be read
+└── OutputError             a file that can't be written
 
 Every message says what, which object, expected, got, and the next step, in one line.
 """
@@ -75,6 +77,10 @@ class CheckpointError(TrainerError):
     """Interrupted training that can't be gone on with."""
 
 
+class NotFinite(TrainerError):
+    """NaN or infinity in weights, features or a loss."""
+
+
 class AdapterError(TrainerError):
     """The adapter can't be used."""
 
@@ -93,6 +99,10 @@ class BrokenChain(AdapterError):
 
 class ReportError(TrainerError):
     """No runs to report on, or a record that can't be read."""
+
+
+class OutputError(TrainerError):
+    """A file that can't be written."""
 
 
 class BenchError(TrainerError):

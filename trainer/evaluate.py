@@ -11,6 +11,8 @@ from torch import Tensor
 
 from trainer.backbone import Backbone, encode_classes
 from trainer.config import LABEL_SPACES, LabelSpace
+from trainer.errors import NotFinite
+from trainer.finite import has_direction
 from trainer.tasks import Images, Task
 
 BATCH_SIZE = 128
@@ -26,6 +28,9 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
 
     Args:
         fabric: shares the images out among its processes; each gets the whole result.
+
+    Raises:
+        NotFinite: images or class names have features without a direction; names the task.
     """
     rank, world_size = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     classes = [encode_classes(backbone, task.class_names, task.templates) for task in tasks]
@@ -33,16 +38,22 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
     accuracies: Accuracies = {space: {} for space in LABEL_SPACES}
     for task, own in zip(tasks, classes, strict=True):
         images = task.load("test")
-        correct = torch.zeros(2, dtype=torch.int64)
+        correct, unusable = torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         for start in range(rank * BATCH_SIZE, len(images), world_size * BATCH_SIZE):
             indices = range(start, min(start + BATCH_SIZE, len(images)))
             features = encode_images(backbone, images, indices)
+            unusable += int((~has_direction(features.norm(dim=-1))).sum())
             truth = [task.class_names[images.labels[index]] for index in indices]
             for place, (weights, labels) in enumerate(((own, task.class_names), (torch.cat(classes), names))):
                 answers = (features @ weights.T).argmax(dim=-1).tolist()
                 correct[place] += sum(labels[answer] == name for answer, name in zip(answers, truth, strict=True))
         if fabric:
-            correct = fabric.all_reduce(correct, reduce_op="sum")
+            correct, unusable = (fabric.all_reduce(count, reduce_op="sum") for count in (correct, unusable))
+        if unusable:
+            raise NotFinite(
+                f"task {task.name!r}: the features of {int(unusable)} of {len(images)} test images are NaN, infinite "
+                "or zero; the weights can't be used: take others, or learn again with a lower --lr"
+            )
         for space, right in zip(LABEL_SPACES, correct.tolist(), strict=True):
             accuracies[space][task.name] = round(100 * right / len(images), 2)
     return accuracies
@@ -50,5 +61,5 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
 
 def encode_images(backbone: Backbone, images: Images, indices: Iterable[int]) -> Tensor:
     """Image features (batch, embed_dim), L2-normalised."""
-    pixels = torch.stack([backbone.preprocess(images[index][0]) for index in indices])
+    pixels = torch.stack([images.pixels(index, backbone.preprocess) for index in indices])
     return F.normalize(backbone.model.encode_image(pixels.to(backbone.device)), dim=-1)

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,9 @@ from trainer.backbone import Backbone, with_weights
 from trainer.batches import Batch, Batches
 from trainer.checkpoint import Checkpoint, Trainee
 from trainer.config import TrainConfig
-from trainer.errors import TaskAlreadyLearned
+from trainer.errors import NotFinite, TaskAlreadyLearned
 from trainer.evaluate import Accuracies, evaluate
+from trainer.finite import all_finite, first_fault, first_not_finite
 from trainer.merge import merge
 from trainer.moments import drift_loss, past_inputs, principal_inputs
 from trainer.pool import attach_pools, contrastive_loss, detach_pools, orthogonality_loss
@@ -89,6 +91,7 @@ def fit(
     Raises:
         TaskAlreadyLearned: the lineage has an adapter of this task.
         CheckpointError: ``unfinished`` holds training of another task or with other settings.
+        NotFinite: training diverged, or what came of it can't be used; ``unfinished`` is from before.
     """
     if task.name in (adapter.task for adapter in lineage):
         raise TaskAlreadyLearned(
@@ -159,7 +162,11 @@ class Objective:
     past_inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def loss(self, batch: Batch, anchors: WordAnchors | None = None, number: int = 1) -> Tensor:
-        """A scalar; ``number`` is the step, which draws the anchors' words."""
+        """A scalar, the sum of its terms; ``number`` is the step, which draws the anchors' words."""
+        return sum(self.terms(batch, anchors, number).values())
+
+    def terms(self, batch: Batch, anchors: WordAnchors | None, number: int) -> dict[str, Tensor]:
+        """What adds up to the loss, weighted, by name."""
         config, model = self.config, self.model.model
         words = [anchors.tokens(number)] if anchors else []
         tokens = cut_to_longest(torch.cat([batch.tokens, *words]))
@@ -170,14 +177,16 @@ class Objective:
         image_features = self.fabric.all_gather(own_features, sync_grads=True).flatten(0, -2)
         prompt_features, word_features = text_features.tensor_split([len(batch.tokens)])
         logit_scale = model.logit_scale.detach().exp()
-        loss = contrastive_loss(image_features, prompt_features[batch.text_of], batch.labels, logit_scale)
+        contrastive = contrastive_loss(image_features, prompt_features[batch.text_of], batch.labels, logit_scale)
+        terms = {"contrastive": contrastive}
         if self.past_columns:
-            loss = loss + config.ago_weight * orthogonality_loss(self.trainee.pools, self.past_columns, config.ago)
+            orthogonality = orthogonality_loss(self.trainee.pools, self.past_columns, config.ago)
+            terms["orthogonality"] = config.ago_weight * orthogonality
         if self.past_inputs:
-            loss = loss + config.drift_weight * drift_loss(self.trainee.pools, self.past_inputs)
+            terms["drift"] = config.drift_weight * drift_loss(self.trainee.pools, self.past_inputs)
         if anchors:
-            loss = loss + config.anchor_weight * anchors.loss(number, batch, own_features, word_features)
-        return loss
+            terms["anchors"] = config.anchor_weight * anchors.loss(number, batch, own_features, word_features)
+        return terms
 
 
 def train(
@@ -195,6 +204,10 @@ def train(
 
     Returns:
         seconds spent.
+
+    Raises:
+        NotFinite: a loss, or what an update made, is NaN or infinite; names the step and what was so first. Raised by
+            every process alike, and nothing of it was saved.
     """
     model, trainee, config, fabric = objective.model, objective.trainee, objective.config, objective.fabric
     anchors = [WordAnchors(model, own, config.seed) if config.anchor_weight else None for own in batches]
@@ -212,20 +225,52 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = cosine(config.lr, number, iterations)
         turn, place = divmod(number - 1, len(batches))
-        torch.manual_seed(random.Random(f"dropout {config.seed} {number}").getrandbits(63))
         batch = batches[place][turn + 1]
-        loss = objective.loss(batch, anchors[place], turn + 1)
+        terms = partial(objective.terms, batch, anchors[place], turn + 1)
+        seed_dropout(config.seed, number)
+        loss = sum(terms().values())
         optimizer.zero_grad()
         fabric.backward(loss)
         average_gradients(fabric, parameters)
-        optimizer.step()
         mean_loss = float(fabric.all_reduce(loss.detach(), reduce_op="mean"))
+        if not math.isfinite(mean_loss):  # before the weights take it up
+            seed_dropout(config.seed, number)
+            first = first_fault(model.model, batch.pixels, terms, fabric)
+            raise not_finite(number, f"the loss is {mean_loss}, and the first", first, config, fabric)
+        optimizer.step()
+        if not all_finite([*parameters, *(state["exp_avg_sq"] for state in adamw.state.values())]):
+            first = first_not_finite(trained(trainee, adamw))
+            raise not_finite(number, "after its update the first", first, config, fabric)
         on_step(Step(number, mean_loss, len(batch.labels) / (time.perf_counter() - step_started)))
         if checkpoint and fabric.is_global_zero:
             seconds = seconds_before + time.perf_counter() - started
             checkpoint.save_when_due(number, seconds, trainee, adamw)
     model.model.eval()
     return seconds_before + time.perf_counter() - started
+
+
+def seed_dropout(seed: int, number: int) -> None:
+    """Have a step draw its own dropout, whatever was drawn before."""
+    torch.manual_seed(random.Random(f"dropout {seed} {number}").getrandbits(63))
+
+
+def trained(trainee: Trainee, adamw: torch.optim.AdamW) -> dict[str, Tensor]:
+    """What an update changes, by name: weights, then the second moments of their gradients."""
+    state = trainee.state()
+    names = {tensor.data_ptr(): name for name, tensor in state.items()}
+    moments = {names[weight.data_ptr()]: moment["exp_avg_sq"] for weight, moment in adamw.state.items()}
+    return {f"weight {name}": tensor for name, tensor in state.items()} | {
+        f"the second moment of {name}'s gradient": moment for name, moment in moments.items()
+    }
+
+
+def not_finite(number: int, what: str, first: str, config: TrainConfig, fabric: Fabric) -> NotFinite:
+    """The error of a training step."""
+    precision = fabric.strategy.precision.precision
+    exact = "" if precision == "32-true" else f", or --precision 32-true instead of {precision}"
+    return NotFinite(
+        f"training step {number}: {what} to be NaN or infinite is {first}; give a lower --lr than {config.lr:g}{exact}"
+    )
 
 
 def batches_of(task: Task, model: Backbone, config: TrainConfig, fabric: Fabric) -> Batches:
@@ -250,9 +295,10 @@ def checkpoint_of(
         "base_fingerprint": base.fingerprint,
         "parents": list(parents),
         "devices": fabric.world_size,
+        "precision": fabric.strategy.precision.precision,
         **asdict(config),
     }
-    return Checkpoint(path, identity)
+    return Checkpoint(path, identity, fabric.strategy.precision)
 
 
 def one_device(backbone: Backbone) -> Fabric:

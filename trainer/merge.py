@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.adapter import Adapter
-from trainer.errors import WrongBase
+from trainer.errors import NotFinite, WrongBase
 
 # nn.MultiheadAttention keeps q, k and v stacked in one matrix; an adapter names them apart.
 STACKED = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
@@ -37,6 +37,7 @@ def merge(state_dict: dict[str, Tensor], adapters: Iterable[Adapter]) -> dict[st
 
     Raises:
         WrongBase: an adapter names a layer that these weights don't have, or one of another shape.
+        NotFinite: a merged weight is NaN, or beyond its dtype; names the adapter and the layer.
     """
     merged = dict(state_dict)
     for adapter in adapters:
@@ -44,21 +45,25 @@ def merge(state_dict: dict[str, Tensor], adapters: Iterable[Adapter]) -> dict[st
             key, stacked_at = weight_of(module)
             if key not in merged:
                 raise WrongBase(f"adapter {adapter.task!r}: layer {module} is not in these weights (no {key})")
-            delta = delta_weight(*adapter.experts(module), adapter.scaling)
-            weight = merged[key].float()
-            delta = delta.to(weight.device)
-            if stacked_at is not None:
-                rows = weight.shape[0] // 3
-                whole = torch.zeros_like(weight)
-                if delta.shape == (rows, weight.shape[1]):
-                    whole[stacked_at * rows : (stacked_at + 1) * rows] = delta
-                    delta = whole
-            if delta.shape != weight.shape:
+            lora_A, lora_B = adapter.experts(module)  # noqa: N806
+            shape, (rows, *rest) = (lora_B.shape[0], lora_A.shape[1]), merged[key].shape
+            if shape != (rows if stacked_at is None else rows // len(STACKED), *rest):  # before a product of any size
                 raise WrongBase(
-                    f"adapter {adapter.task!r}: layer {module} is {tuple(delta.shape)}, "
-                    f"{key} is {tuple(weight.shape)}; it belongs to another model"
+                    f"adapter {adapter.task!r}: layer {module} is {shape}, "
+                    f"{key} is {tuple(merged[key].shape)}; it belongs to another model"
                 )
+            weight = merged[key].float()
+            delta = delta_weight(lora_A, lora_B, adapter.scaling).to(weight.device)
+            if stacked_at is not None:
+                whole = torch.zeros_like(weight)
+                whole.chunk(len(STACKED))[stacked_at].copy_(delta)
+                delta = whole
             merged[key] = (weight + delta).to(merged[key].dtype)
+            if not merged[key].isfinite().all():
+                raise NotFinite(
+                    f"adapter {adapter.task!r}: layer {module}: merged into {key}, a weight is NaN or beyond "
+                    f"{str(merged[key].dtype).removeprefix('torch.')}; fit the task again with a lower --lr"
+                )
     return merged
 
 

@@ -15,26 +15,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import open_clip
 from lightning_fabric import Fabric
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.adapter import Adapter, load_lineage, save_adapter
 from trainer.backbone import Backbone, with_weights
 from trainer.config import Method, TrainConfig
+from trainer.errors import CheckpointError
 from trainer.evaluate import Accuracies, evaluate
 from trainer.files import write_tensors
 from trainer.fit import Objective, Step, batches_of, checkpoint_of, fit, train
 from trainer.merge import merge
+from trainer.records import STRICT, one_line
 from trainer.tasks import Task
 
 
 @dataclass(frozen=True)
 class Learned:
     """What one stage came to."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
 
     accuracies: Accuracies
     seconds: float
@@ -126,7 +131,13 @@ class WeightsLearner:
     def restore(self, learned: Sequence[Task]) -> None:
         if learned:
             self._path = self._path_of(learned)
-            self._model = with_weights(self._run.base, load_file(self._path))
+            try:
+                self._model = with_weights(self._run.base, load_file(self._path))
+            except (SafetensorError, OSError, RuntimeError) as exc:  # RuntimeError: names or shapes are others
+                raise CheckpointError(
+                    f"{self._path}: not the weights that the run left ({one_line(str(exc))}); restore it, or start "
+                    "without --resume"
+                ) from exc
 
     def learn(
         self, tasks: Sequence[Task], before: Accuracies, *, resume: bool, on_step: Callable[[Step], None]

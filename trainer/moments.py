@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from trainer.adapter import Adapter
 from trainer.backbone import Backbone
 from trainer.batches import Batches
+from trainer.errors import NotFinite
+from trainer.finite import first_not_finite, has_direction
 from trainer.pool import ExpertPool, PoolSet
 from trainer.tasks import Task
 from trainer.towers import cut_to_longest, encode_text
@@ -35,6 +37,9 @@ def principal_inputs(
     Args:
         backbone: the model that has just learned the task, its pools still attached.
         batches: the task's training images, of which at most ``MAX_IMAGES`` are looked at.
+
+    Raises:
+        NotFinite: names the layer.
     """
     sums: dict[str, Tensor] = {}
     tokens_seen: dict[str, int] = {}
@@ -64,6 +69,11 @@ def principal_inputs(
     finally:
         for hook in hooks:
             hook.remove()
+    if (layer := first_not_finite(sums)) is not None:
+        raise NotFinite(
+            f"task {task.name!r}: what it feeds into layer {layer} is NaN or beyond float32; learn it again with a "
+            "lower --lr"
+        )
     return {f"{name}.inputs": _factor(sums[name] / tokens_seen[name], directions) for name in sums}
 
 
@@ -72,6 +82,9 @@ def past_inputs(lineage: Sequence[Adapter], pools: PoolSet) -> dict[str, Tensor]
 
     Each task counts relative to the squared length of the layer's own output on it, so that layers and tasks weigh
     alike. Empty where no adapter carries inputs. The size doesn't grow with the number of tasks.
+
+    Raises:
+        NotFinite: those of an adapter are no numbers, or lead nowhere; names it and the layer.
     """
     carrying = [adapter for adapter in lineage if any(name.endswith(".inputs") for name in adapter.tensors)]
     if not carrying:
@@ -83,6 +96,13 @@ def past_inputs(lineage: Sequence[Adapter], pools: PoolSet) -> dict[str, Tensor]
         rows = torch.cat(rows).to(pool.weight.device)
         outputs = (rows @ pool.weight.T.float()).square().sum(dim=1)
         lengths = torch.stack([own.sum() for own in outputs.split(counts.tolist())])
+        usable = has_direction(lengths)
+        if not usable.all():
+            adapter = carrying[int((~usable).nonzero()[0])]
+            raise NotFinite(
+                f"adapter {adapter.task!r}: {_input_of(module)}.inputs are NaN, zero or beyond float32; restore it, "
+                "fit that task again, or give --drift-weight 0"
+            )
         weighted = rows / lengths.repeat_interleave(counts).sqrt()[:, None]
         past[module] = weighted.T @ weighted
     return past

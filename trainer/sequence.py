@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from lightning_fabric import Fabric
 
@@ -17,9 +17,10 @@ from trainer.checkpoint import differences
 from trainer.config import LABEL_SPACES, LabelSpace, Method, TrainConfig, without_pool
 from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluate import Accuracies, evaluate
-from trainer.files import replacing
+from trainer.files import check_writable, output_errors, replacing
 from trainer.fit import Step, one_device
 from trainer.methods import LEARNERS, Learned, Run
+from trainer.records import STRICT, Count, Items, Setting, one_line, read_json_file
 from trainer.tasks import Task
 
 LEFT_BEHIND = ("sequence.json", "progress.json", "unfinished.safetensors", "adapters", "weights")
@@ -38,20 +39,59 @@ class SequenceResult:
         transfer, average, last, forgetting: over the learned tasks; None where one row alone defines nothing.
     """
 
+    __pydantic_config__: ClassVar[Any] = STRICT
+
     method: Method
-    tasks: list[str]
-    tested: list[str]
+    tasks: Items[str]
+    tested: Items[str]
     label_space: LabelSpace
     seed: int
-    zero_shot: list[float]
-    matrix: list[list[float]]
+    zero_shot: Items[float]
+    matrix: Items[Items[float]]
     transfer: float | None
     average: float
     last: float
     forgetting: float | None
     trainable_parameters: int
     kept_parameters: int
-    seconds_per_task: list[float]
+    seconds_per_task: Items[float]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is of: it is gone on with only where all of it is equal."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+
+    model: str
+    pretrained: str
+    base_fingerprint: str
+    method: Method
+    tasks: Items[str]
+    watch: Items[str]
+    sources: Items[str]
+    order_seed: int | None
+    devices: Count
+    precision: str
+    config: dict[str, Setting]
+
+
+@dataclass(frozen=True)
+class Progress(Identity):
+    """``progress.json``: a run that isn't finished."""
+
+    zero_shot: Accuracies
+    stages: Items[Learned]
+
+
+@dataclass(frozen=True)
+class Finished(Identity):
+    """``sequence.json``: a run that is."""
+
+    results: dict[LabelSpace, SequenceResult]
+
+
+Found = TypeVar("Found", bound=Identity)
 
 
 def run_sequence(
@@ -82,6 +122,7 @@ def run_sequence(
     Raises:
         ConfigError: a task stands twice, or ``out`` holds a run and ``resume`` isn't set.
         CheckpointError: ``out`` holds a run with other settings.
+        OutputError: ``out`` can't be written; what is there can be gone on with.
     """
     fabric = fabric or one_device(base)
     config = config if method == "pool" else without_pool(config)
@@ -91,57 +132,66 @@ def run_sequence(
     names = [task.name for task in tested]
     if len(set(names)) < len(names):
         raise ConfigError(f"a task stands twice in: {' '.join(names)}; name each once")
-    identity = {
-        "model": base.model_name,
-        "pretrained": base.pretrained,
-        "base_fingerprint": base.fingerprint,
-        "method": method,
-        "tasks": [task.name for task in tasks],
-        "watch": [task.name for task in watch],
-        "sources": [task.source for task in tested],
-        "order_seed": order_seed,
-        "devices": fabric.world_size,
-        "config": asdict(config),
-    }
+    identity = Identity(
+        model=base.model_name,
+        pretrained=base.pretrained,
+        base_fingerprint=base.fingerprint,
+        method=method,
+        tasks=[task.name for task in tasks],
+        watch=[task.name for task in watch],
+        sources=[task.source for task in tested],
+        order_seed=order_seed,
+        devices=fabric.world_size,
+        precision=fabric.strategy.precision.precision,
+        config=asdict(config),
+    )
     if not resume and any((out / name).exists() for name in LEFT_BEHIND):
         raise ConfigError(f"{out} holds a run already; --resume goes on with it, or give another --out")
-    if (out / "sequence.json").is_file():
-        finished = _read(out / "sequence.json", identity)["results"]
-        return {space: SequenceResult(**result) for space, result in finished.items()}
+    if (out / "sequence.json").exists():
+        finished = _read(out / "sequence.json", Finished, identity).results
+        if fabric.is_global_zero:
+            (out / "progress.json").unlink(missing_ok=True)
+        return finished
 
-    progress = _read(out / "progress.json", identity) if (out / "progress.json").is_file() else None
-    zero_shot = progress["zero_shot"] if progress else evaluate(base, tested, fabric)
-    learned = [Learned(**stage) for stage in progress["stages"]] if progress else []
+    check_writable(out)
+    stages = [tasks] if method == "joint" else [[task] for task in tasks]
+    progress = _read(out / "progress.json", Progress, identity) if (out / "progress.json").exists() else None
+    zero_shot = progress.zero_shot if progress else evaluate(base, tested, fabric)
+    learned = list(progress.stages) if progress else []
     run = Run(base, config, out, tested, fabric)
     learner = LEARNERS[method](run)
-    stages = [tasks] if method == "joint" else [[task] for task in tasks]
     learner.restore([task for stage in stages[: len(learned)] for task in stage])
+    if fabric.is_global_zero:
+        learner.clear()
     for stage in stages[len(learned) :]:
         before = learned[-1].accuracies if learned else zero_shot
         learned.append(learner.learn(stage, before, resume=resume, on_step=on_stage(stage)))
         if fabric.is_global_zero:
-            _write(out / "progress.json", {**identity, "zero_shot": zero_shot, "stages": [asdict(s) for s in learned]})
-            run.unfinished.unlink(missing_ok=True)
-            learner.clear()
+            with output_errors(out):
+                run.unfinished.unlink(missing_ok=True)  # before the task is on record: the next can't go on with it
+            _write(out / "progress.json", Progress(**vars(identity), zero_shot=zero_shot, stages=learned))
+            with output_errors(out):
+                learner.clear()
     results = {space: _result(space, identity, tested, zero_shot, learned) for space in LABEL_SPACES}
     if fabric.is_global_zero:
-        _write(out / "sequence.json", {**identity, "results": {space: asdict(r) for space, r in results.items()}})
-        (out / "progress.json").unlink()
+        _write(out / "sequence.json", Finished(**vars(identity), results=results))
+        with output_errors(out):
+            (out / "progress.json").unlink()
     return results
 
 
 def _result(
-    space: LabelSpace, identity: dict, tested: Sequence[Task], zero_shot: Accuracies, learned: Sequence[Learned]
+    space: LabelSpace, identity: Identity, tested: Sequence[Task], zero_shot: Accuracies, learned: Sequence[Learned]
 ) -> SequenceResult:
     """What the stages came to, seen in one label space."""
     rows = [[stage.accuracies[space][task.name] for task in tested] for stage in learned]
-    square = [row[: len(identity["tasks"])] for row in rows]
+    square = [row[: len(identity.tasks)] for row in rows]
     return SequenceResult(
-        method=identity["method"],
-        tasks=identity["tasks"],
+        method=identity.method,
+        tasks=identity.tasks,
         tested=[task.name for task in tested],
         label_space=space,
-        seed=identity["config"]["seed"],
+        seed=identity.config["seed"],
         zero_shot=[zero_shot[space][task.name] for task in tested],
         matrix=rows,
         transfer=transfer(square),
@@ -154,23 +204,43 @@ def _result(
     )
 
 
-def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """A run's record, if it is of this very run."""
+def _read(path: Path, kind: type[Found], identity: Identity) -> Found:
+    """A run's record, if it is of this very run and whole."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        faults = differences({name: found[name] for name in identity}, json.loads(json.dumps(identity)))
-    except (ValueError, KeyError, TypeError) as exc:
+        found = read_json_file(kind, path)
+        faults = differences({f.name: getattr(found, f.name) for f in fields(Identity)}, asdict(identity))
+        if not faults:
+            _check_whole(found)
+    except (OSError, ValueError) as exc:
         raise CheckpointError(
-            f"{path}: not the record of a run ({exc}); remove the folder, or give another --out"
+            f"{path}: not the record of a run ({one_line(str(exc))}); remove the folder, or give another --out"
         ) from exc
     if faults:
-        raise CheckpointError(f"{path}: is of a run with {'; '.join(faults)}; give the same settings, or another --out")
+        raise CheckpointError(
+            f"{path}: is of a run with {one_line('; '.join(faults))}; give the same settings, or another --out"
+        )
     return found
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
+def _check_whole(found: Identity) -> None:
+    """Raises:
+    ValueError: a label space or a task without its accuracies, or more stages than there are.
+    """
+    spaces = set(LABEL_SPACES)
+    if isinstance(found, Finished) and found.results.keys() != spaces:
+        raise ValueError(f"its results are not of {' and '.join(LABEL_SPACES)}")
+    if isinstance(found, Progress):
+        tested = {*found.tasks, *found.watch}
+        for accuracies in (found.zero_shot, *(stage.accuracies for stage in found.stages)):
+            if accuracies.keys() != spaces or any(own.keys() != tested for own in accuracies.values()):
+                raise ValueError("its accuracies are not those of all tasks in both label spaces")
+        if len(found.stages) > (1 if found.method == "joint" else len(found.tasks)):
+            raise ValueError(f"{len(found.stages)} stages of {len(found.tasks)} tasks")
+
+
+def _write(path: Path, record: Identity) -> None:
     with replacing(path) as staged:
-        staged.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        staged.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
 
 
 def transfer(matrix: Sequence[Sequence[float]]) -> float | None:

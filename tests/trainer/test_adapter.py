@@ -33,6 +33,15 @@ def test_the_same_adapter_is_the_same_bytes_and_leaves_no_other_file(adapter, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_adapters_of_one_lineage_have_the_same_layers(adapter, tmp_path):
+    layer = adapter.modules()[0]
+    tensors = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(f"{layer}.")}
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    save_adapter(dataclasses.replace(child_of(adapter, "b", [adapter]), tensors=tensors), tmp_path / "b.safetensors")
+    with pytest.raises(BrokenChain, match=f"has no experts on {layer}"):
+        load_lineage(tmp_path, adapter.base_fingerprint)
+
+
 def test_any_flipped_bit_is_refused(adapter, tmp_path):
     """One bit in each of 60 places all over the file: header, metadata and tensors."""
     path = tmp_path / "a.safetensors"
@@ -100,3 +109,73 @@ def test_lineage_refuses_two_tasks_learned_side_by_side(adapter, tmp_path):
     save_adapter(adapter, tmp_path / "a.safetensors")
     with pytest.raises(BrokenChain):
         load_lineage(tmp_path, adapter.base_fingerprint)
+
+
+def sealed(adapter, path, **changes):
+    """The file of an adapter that says something else, with the hash that fits."""
+    changed = dataclasses.replace(adapter, **changes)
+    save_adapter(changed, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"task": "../escape"}, "task name"),
+        ({"task": "x" * 300}, "at most 200 bytes"),
+        ({"class_names": ("one",)}, "two or more"),
+        ({"class_names": ("a", "a")}, "stands twice"),
+        ({"class_names": ("a", "\x1b[2J")}, "without control characters"),
+        ({"class_names": ("a", 3)}, "class_names.1: Input should be a valid string"),
+        ({"templates": ("a photo",)}, "exactly one {}"),
+        ({"templates": ()}, "at least one"),
+        ({"parents": ("x",)}, "parents.0"),
+        ({"scaling": float("nan")}, "scaling"),
+        ({"scaling": "1"}, "scaling: Input should be a valid number"),
+        ({"seed": True}, "seed: Input should be a valid integer"),
+        ({"seed": 2**63}, "seed"),
+        ({"accuracy": {"after": {"digits": 101.0}}}, "less than or equal to 100"),
+        ({"config": {"lr": [1]}}, "config.lr"),
+        ({"activation_counts": {"m": [-1]}}, "activation_counts.m.0"),
+    ],
+)
+def test_what_no_fit_writes_is_refused_though_its_hash_fits(adapter, tmp_path, changes, says):
+    with pytest.raises(AdapterCorrupt) as caught:
+        load_adapter(sealed(adapter, tmp_path / "a.safetensors", **changes))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda t: t.fill_(float("nan")), "not finite"),
+        (lambda t: t.index_fill_(0, torch.tensor([0]), float("inf")), "not finite"),
+        (lambda t: t.half(), "expected a float32 matrix"),
+        (lambda t: t[:0], "expected a float32 matrix"),
+        (lambda t: t[0], "expected a float32 matrix"),
+        (lambda t: t[:1], "of one rank"),
+    ],
+)
+def test_tensors_that_are_no_experts_are_refused(adapter, tmp_path, spoil, says):
+    name = next(name for name in adapter.tensors if name.endswith(".lora_A"))
+    tensors = adapter.tensors | {name: spoil(adapter.tensors[name].clone())}
+    with pytest.raises(AdapterCorrupt, match=says):
+        load_adapter(sealed(adapter, tmp_path / "a.safetensors", tensors=tensors))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 10**5, '{"a":' * 10**5, "9" * 5000, '"\\ud800"', " " * (3 << 20), "[{}]", "NaN"]
+)
+def test_metadata_that_is_no_json_of_ours_is_refused(tmp_path, text):
+    save_file({"m.lora_A": torch.ones(1, 1)}, tmp_path / "a.safetensors", {"clipweld": text})
+    with pytest.raises(AdapterCorrupt):
+        load_adapter(tmp_path / "a.safetensors")
+
+
+def test_a_header_that_no_adapter_has_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "a.safetensors", "wb") as file:
+        file.write((1 << 26).to_bytes(8, "little"))
+        file.truncate(1 << 27)
+    with pytest.raises(AdapterCorrupt, match="a header of 67,108,864 bytes"):
+        load_adapter(tmp_path / "a.safetensors")

@@ -1,7 +1,9 @@
 import copy
 import json
+import pickle
 import shutil
 import warnings
+import zipfile
 
 import open_clip
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from trainer.backbone import check_supported, encode_classes, fingerprint, load_backbone, with_weights
 from trainer.errors import UnknownModel, UnsupportedModel, WeightsError
+from trainer.weights_file import OPENAI_SHA256, sha256_of
 
 
 def test_mini_is_an_ordinary_open_clip_model(mini):
@@ -109,8 +112,8 @@ def quick(tmp_path):
 
 
 @pytest.fixture
-def torchscript(mini, tmp_path):
-    """Weights as OpenAI published them: a TorchScript archive with three numbers besides."""
+def torchscript(mini, tmp_path, monkeypatch):
+    """Weights as OpenAI published them: a known TorchScript archive with three numbers besides."""
     model = copy.deepcopy(mini.model)
     del model.attn_mask
     for name in ("input_resolution", "context_length", "vocab_size"):
@@ -121,6 +124,7 @@ def torchscript(mini, tmp_path):
         warnings.simplefilter("ignore")  # tracing has much to say
         archive = torch.jit.trace_module(model, {"encode_image": torch.zeros(1, 3, 64, 64)}, check_trace=False)
     archive.save(str(tmp_path / "ViT.pt"))
+    monkeypatch.setattr("trainer.weights_file.OPENAI_SHA256", {sha256_of(tmp_path / "ViT.pt")})
     return str(tmp_path / "ViT.pt")
 
 
@@ -137,3 +141,69 @@ def test_weights_of_another_activation_are_refused(quick, torchscript, tmp_path)
     assert load_backbone("mini", str(shipped))
     with pytest.raises(WeightsError, match=r"with GELU, model mini-quickgelu has QuickGELU; give --model mini$"):
         load_backbone(quick, str(shipped))
+
+
+def test_openai_s_own_files_are_known_by_their_hash():
+    assert "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f" in OPENAI_SHA256  # ViT-B-16
+    assert len(OPENAI_SHA256) == 9
+
+
+def test_a_torchscript_archive_of_anyone_else_is_not_run(quick, torchscript, monkeypatch):
+    monkeypatch.setattr("trainer.weights_file.OPENAI_SHA256", OPENAI_SHA256)
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it was run"))
+    with pytest.raises(WeightsError, match="is a program, and this is none of OpenAI's own; give a checkpoint"):
+        load_backbone(quick, torchscript)
+
+
+class Bomb:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+@pytest.mark.parametrize("ending", ["pt", "bin", "pth", "ckpt", "npz", "npy", "safetensors"])
+@pytest.mark.parametrize("layout", ["zip", "legacy", "pickle"])
+def test_a_pickle_is_never_run(tmp_path, layout, ending):
+    file, target = tmp_path / f"weights.{ending}", tmp_path / "run"
+    if layout == "pickle":
+        file.write_bytes(pickle.dumps({"state_dict": Bomb(target)}))
+    else:
+        torch.save({"state_dict": Bomb(target)}, file, _use_new_zipfile_serialization=layout == "zip")
+    with pytest.raises(WeightsError, match="could not be loaded") as caught:
+        load_backbone("mini", str(file))
+    assert "\n" not in str(caught.value)
+    assert not target.exists()
+
+
+def test_compressed_and_expanded_tensors_are_refused_before_they_take_memory(mini, tmp_path):
+    file, bomb = tmp_path / "weights.pt", tmp_path / "bomb.pt"
+    torch.save({"positional_embedding": torch.zeros(4 << 20)}, file)
+    with zipfile.ZipFile(file) as whole, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as smaller:
+        for name in whole.namelist():
+            smaller.writestr(name, whole.read(name))
+    assert bomb.stat().st_size < file.stat().st_size / 100
+    with pytest.raises(WeightsError, match="compressed or overlap"):
+        load_backbone("mini", str(bomb))
+    torch.save({"visual.positional_embedding": torch.zeros(1).expand(10**7, 10**4)}, file)
+    with pytest.raises(WeightsError, match="is larger than the file"):
+        load_backbone("mini", str(file))
+
+
+def test_whole_checkpoints_of_torch_are_read(mini, tmp_path):
+    for zipped in (True, False):
+        torch.save(
+            {"state_dict": mini.model.state_dict()}, tmp_path / "weights.pt", _use_new_zipfile_serialization=zipped
+        )
+        assert load_backbone("mini", str(tmp_path / "weights.pt")).fingerprint == mini.fingerprint
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "{}", '{"model_cfg": 3}', "\xff"])
+def test_a_configuration_beside_the_weights_that_is_none_is_named(tmp_path, text):
+    shutil.copy("trainer/mini/mini.safetensors", tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(WeightsError, match=r"open_clip_config\.json beside them can't be read"):
+        load_backbone("mini", str(tmp_path / "open_clip_model.safetensors"))

@@ -12,6 +12,8 @@ import time
 
 import pytest
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
 
 from trainer.checkpoint import Checkpoint, differences
 from trainer.config import train_config
@@ -104,18 +106,22 @@ class Stopped(Exception):
     pass
 
 
+def stop_at_three(step):
+    if step.number == 3:
+        raise Stopped
+
+
 @pytest.fixture
-def interrupted(mini, tmp_path, monkeypatch):
-    """A file with two of four steps of emoji, and the settings."""
+def saved_each_step(monkeypatch):
     monkeypatch.setattr("trainer.checkpoint.SAVE_EVERY_S", 0)
     monkeypatch.setattr("trainer.checkpoint.SHARE", 0)
+
+
+@pytest.fixture
+def interrupted(mini, tmp_path, saved_each_step):
+    """A file with two of four steps of emoji, and the settings."""
     config = train_config("mini", iterations=4, shots=2, batch_size=8)
     path = tmp_path / "unfinished"
-
-    def stop_at_three(step):
-        if step.number == 3:
-            raise Stopped
-
     with pytest.raises(Stopped):
         fit(load_task("emoji"), mini, [], config, test_on=[], unfinished=path, on_step=stop_at_three)
     return path, config
@@ -145,6 +151,32 @@ def test_other_settings_and_other_tasks_are_refused_by_name(mini, interrupted):
         fit(load_task("flags"), mini, [], other, test_on=[], unfinished=path, resume=True)
 
 
+def test_other_precision_is_refused(mini, interrupted):
+    path, config = interrupted
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    with pytest.raises(CheckpointError, match="precision 32-true, not bf16-mixed"):
+        fit(load_task("emoji"), mini, [], config, test_on=[], fabric=fabric, unfinished=path, resume=True)
+
+
+@pytest.mark.usefixtures("saved_each_step")
+def test_float16_goes_on_with_the_scale_of_its_losses(mini, tmp_path):
+    config = train_config("mini", iterations=4, shots=2, batch_size=8)
+    path = tmp_path / "unfinished"
+
+    def learn(**how):
+        # Too large a scale: the first two steps halve it, and change nothing else.
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**22))
+        fabric = Fabric(accelerator="cpu", devices=1, plugins=precision)
+        return fit(load_task("emoji"), mini, [], config, test_on=[], fabric=fabric, **how).adapter, precision.scaler
+
+    whole, scaler = learn()
+    with pytest.raises(Stopped):
+        learn(unfinished=path, on_step=stop_at_three)
+    resumed, again = learn(unfinished=path, resume=True)
+    assert again.get_scale() == scaler.get_scale() == 2.0**20
+    assert resumed.sha256 == whole.sha256
+
+
 @pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"\xff" * 64])
 def test_a_checkpoint_that_is_not_whole_is_refused(mini, interrupted, damage):
     path, config = interrupted
@@ -156,7 +188,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(mini, interrupted, damage):
 def test_saving_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
     clock = iter([0.0, 4.9, 5.1, 6.1, 26.0, 26.2, 26.3])
     monkeypatch.setattr("trainer.checkpoint.time.monotonic", lambda: next(clock))
-    checkpoint = Checkpoint(tmp_path / "c", {})
+    checkpoint = Checkpoint(tmp_path / "c", {}, Precision())
     weights = torch.nn.Linear(2, 2)
 
     class Trainee:
@@ -170,6 +202,18 @@ def test_saving_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
         saved.append(checkpoint.path.stat().st_mtime_ns if checkpoint.path.exists() else None)
     assert saved[0] is None
     assert saved[1] == saved[2] != saved[3]
+
+
+@pytest.mark.usefixtures("saved_each_step")
+def test_training_goes_on_where_it_cannot_be_saved(mini, tmp_path, caplog):
+    (tmp_path / "a file").touch()
+    config = train_config("mini", iterations=3, shots=2, batch_size=4)
+    path = tmp_path / "a file" / "unfinished"
+    fitted = fit(load_task("emoji"), mini, [], config, test_on=[], unfinished=path)
+    assert fitted.adapter.sha256 == fit(load_task("emoji"), mini, [], config, test_on=[]).adapter.sha256
+    assert [record.message.partition("; make room")[0] for record in caplog.records] == [
+        f"training goes on, but isn't saved: {path}: can't be written (File exists)"
+    ]
 
 
 def test_a_run_that_is_finished_is_not_run_again(mini, tmp_path):

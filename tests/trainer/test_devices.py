@@ -92,3 +92,18 @@ def test_bfloat16_learns_and_leaves_a_float32_adapter(tmp_path):
     adapter = load_adapter(tmp_path / "emoji.safetensors")
     assert {tensor.dtype for tensor in adapter.tensors.values()} == {torch.float32}
     assert any(tensor.abs().sum() > 0 for name, tensor in adapter.tensors.items() if name.endswith("lora_B"))
+
+
+@pytest.mark.slow
+def test_every_process_stops_where_training_diverges_and_nothing_is_left(tmp_path):
+    command = [sys.executable, "-m", "trainer", "fit", "--model", "mini", "--task", "emoji", "--accelerator", "cpu"]
+    command += ["--devices", "2", "--iterations", "20", "--shots", "2", "--batch-size", "4", "--lr", "1e20"]
+    done = subprocess.run(
+        [*command, "--adapters", tmp_path / "adapters"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if "NaN or infinite is" in line]
+    assert (done.returncode, len(set(said))) == (1, 1), done.stderr
+    assert "lower --lr than 1e+20" in said[0]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.safetensors*"))

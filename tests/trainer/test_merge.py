@@ -56,3 +56,9 @@ def test_merge_refuses_layers_that_are_absent_or_of_another_shape(module):
     weights = {"mlp.c_fc.weight": torch.zeros(5, 4), "attn.in_proj_weight": torch.zeros(9, 4)}
     with pytest.raises(WrongBase, match=module):
         merge(weights, [adapter_of(experts(module, 3, 3))])
+
+
+def test_a_product_of_any_size_is_refused_before_it_is_made():
+    tensors = {"mlp.c_fc.lora_A": torch.ones(1, 10**6), "mlp.c_fc.lora_B": torch.ones(10**6, 1)}  # four terabytes
+    with pytest.raises(WrongBase, match=r"is \(1000000, 1000000\), mlp.c_fc.weight is \(5, 4\)"):
+        merge({"mlp.c_fc.weight": torch.zeros(5, 4)}, [adapter_of(tensors)])

@@ -14,7 +14,7 @@ import torch
 
 from trainer.adapter import Adapter, save_adapter
 from trainer.config import train_config
-from trainer.errors import AdapterCorrupt, ReportError
+from trainer.errors import AdapterCorrupt, OutputError, ReportError
 from trainer.report import write, write_report
 from trainer.report.accuracy import short, spread_out
 from trainer.report.canvas import Picture
@@ -374,8 +374,8 @@ def test_a_folder_without_runs_says_what_writes_them(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda record: "{", "Expecting"),
-        (lambda record: "[]", "lacks config, model"),
+        (lambda record: "{", "EOF while parsing"),
+        (lambda record: "[]", "should be an object"),
         (lambda record: json.dumps({**record, "results": {}}), "lack the label space 'task'"),
         (lambda record: json.dumps({"matrix": []}), "lacks config, model, pretrained, results"),
         (lambda record: json.dumps({**record, "order_seed": "x"}), "order_seed"),
@@ -420,7 +420,7 @@ def test_an_interrupted_write_leaves_the_earlier_report_as_it_was(tmp_path, monk
     pictures = [Picture(name, "", b"png", 1, 1) for name in ("comparison-task.png", f"{'x' * 300}.png")]
     monkeypatch.setattr(write, "view", lambda section, prefix: SimpleNamespace(pictures=pictures))
     monkeypatch.setattr(write, "render", lambda views: "later")
-    with pytest.raises(ReportError, match=re.escape(f"{root}: the report can't be written there")):
+    with pytest.raises(OutputError, match=re.escape(f"{root}/figures/xxx")):
         write_report(root)
     assert (root / "report.html").read_text() == "earlier"
     assert sorted(path.name for path in root.rglob("*")) == ["figures", "report.html", "sequence.json"]

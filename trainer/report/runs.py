@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from statistics import mean
@@ -10,6 +9,7 @@ from typing import Any
 
 from trainer.adapter import Adapter, load_adapter
 from trainer.errors import ReportError
+from trainer.records import Json, read_json_file
 from trainer.sequence import SequenceResult
 
 RECORD = "sequence.json"
@@ -24,7 +24,7 @@ class Run:
         name: its folder, relative to the folder that is reported on.
         order_seed: what drew the order of the tasks; None where it was given.
         validation: measured on training images that were held out, not on test images.
-        config: the settings of the run, the number of devices among them.
+        config: the settings of the run, the number of devices and their precision among them.
         results: by label space: "task" (an image's classes are those of its own task), and "union" (of all tasks).
     """
 
@@ -100,7 +100,7 @@ def read_runs(root: Path) -> list[Run]:
 
 def _read(path: Path, root: Path) -> Run:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json_file(Json, path)
         missing = {"model", "pretrained", "config", "results"} - set(record)
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
@@ -118,7 +118,7 @@ def _read(path: Path, root: Path) -> Run:
             pretrained=str(record["pretrained"]),
             order_seed=record.get("order_seed"),
             validation=any(source.endswith(VALIDATION) for source in record.get("sources", ())),
-            config={**record["config"], **{name: record[name] for name in ("devices",) if name in record}},
+            config={**record["config"], **{name: record[name] for name in ("devices", "precision") if name in record}},
             results=results,
         )
     except (OSError, ValueError, TypeError, AttributeError) as exc:

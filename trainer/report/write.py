@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from trainer.errors import ReportError
-from trainer.files import replacing
+from trainer.files import output_errors, replacing
 from trainer.report.canvas import Picture
 from trainer.report.groups import sections
 from trainer.report.page import render, view
@@ -28,17 +27,15 @@ def write_report(run: Path) -> Path:
         the page's path.
 
     Raises:
-        ReportError: no such folder, no record below it, a record that can't be read, or the page can't be written.
+        ReportError: no such folder, no record below it, or a record that can't be read.
+        OutputError: the page or a figure can't be written.
         AdapterError: an adapter beside a record is not what was written.
     """
     run = Path(run)
     found = sections(read_runs(run))
     views = [view(section, f"section{number}-" if len(found) > 1 else "") for number, section in enumerate(found, 1)]
     page = render(views)
-    try:
-        _publish(run, page, [picture for one in views for picture in one.pictures])
-    except OSError as exc:
-        raise ReportError(f"{run}: the report can't be written there ({exc.strerror or exc})") from exc
+    _publish(run, page, [picture for one in views for picture in one.pictures])
     return run / "report.html"
 
 
@@ -51,4 +48,5 @@ def _publish(run: Path, page: str, pictures: Sequence[Picture]) -> None:
             stack.enter_context(replacing(path)).write_bytes(content)
     for path in figures.iterdir():
         if FIGURE_NAME.fullmatch(path.name) and path not in files:
-            path.unlink()
+            with output_errors(path):
+                path.unlink()

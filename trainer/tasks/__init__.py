@@ -69,11 +69,19 @@ def load_task(
 
 
 def find_learned(adapter: Adapter, data: Path = DATA) -> Task | None:
-    """The task of an adapter, if its images are still to be found; a folder's task remembers its folder."""
-    for reference in filter(None, (adapter.config.get("source"), adapter.task)):
+    """The task of an adapter, if its images are still to be found; a folder's task remembers its folder.
+
+    The adapter may come from anyone: below the folder that it names nothing is looked at unless the class folders there
+    are its own.
+    """
+    source, known = adapter.config.get("source"), {*shipped.names(), *mtil.names()}
+    for reference in filter(None, (source if isinstance(source, str) else None, adapter.task)):
         try:
+            is_folder = reference not in known and Path(reference).is_dir()
+            if is_folder and folder.class_names(Path(reference)) != adapter.class_names:
+                continue
             task = load_task(reference, data, rename=adapter.task, templates=adapter.templates)
-        except TaskError:
+        except (TaskError, OSError, ValueError):  # a name that no folder can have raises the last two
             continue
         if task.class_names == adapter.class_names:
             return task

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import random
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from PIL import Image
+from torch import Tensor
 
 from trainer.errors import TaskInvalid, UnreadableImage
+from trainer.records import one_line, printable
+from trainer.wording import MAX_NAME_BYTES, check_words, task_name
 
 SPLITS = ("train", "test")
 
@@ -42,25 +45,41 @@ class Images:
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        try:
+        with self._reading(index):
             image = self.open(index)
             image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
-            raise UnreadableImage(
-                f"image {self.name_of(index)} can't be read ({exc}); replace or remove the file, or leave it out with "
-                "--skip-unreadable"
-            ) from exc
         return image, self.labels[index]
+
+    def pixels(self, index: int, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
+        """Decode and preprocess one image: float32 (3, S, S).
+
+        Raises:
+            UnreadableImage: names the file.
+        """
+        image, _ = self[index]
+        with self._reading(index):
+            return preprocess(image)
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
         return (self[index] for index in range(len(self)))
 
-    def readable(self, tell: Callable[[str], None]) -> Images:
-        """Without those that can't be decoded, each of which ``tell`` is told of. Decodes all, keeps none."""
+    @contextmanager
+    def _reading(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as exc:  # on damaged files, Pillow's readers raise any
+            reason = " ".join(str(exc).split()) or type(exc).__name__
+            raise UnreadableImage(
+                f"image {self.name_of(index)} can't be read ({reason}); replace or remove the file, or leave it out "
+                "with --skip-unreadable"
+            ) from exc
+
+    def readable(self, preprocess: Callable[[Image.Image], Tensor], tell: Callable[[str], None]) -> Images:
+        """Without those that can't be read, each of which ``tell`` is told of. Reads all, keeps none."""
 
         def fault(index: int) -> str | None:
             try:
-                self[index]
+                self.pixels(index, preprocess)
             except UnreadableImage as exc:
                 return str(exc).rpartition("; ")[0]  # what is wrong, without the advice
             return None
@@ -111,39 +130,30 @@ class Task:
     source: str
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w .-]*", self.name):
-            raise TaskInvalid(f"task name {self.name!r} ({self.source}): use letters, digits, spaces, '_', '-' and '.'")
-        if len(self.class_names) < 2:
-            raise TaskInvalid(
-                f"task {self.name!r} ({self.source}) has {len(self.class_names)} class; it takes two or more"
-            )
-        doubled = sorted({name for name in self.class_names if self.class_names.count(name) > 1})
-        if doubled:
-            raise TaskInvalid(f"task {self.name!r} ({self.source}): class name {doubled[0]!r} stands twice; rename one")
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise TaskInvalid(
-                    f"task {self.name!r}: template {template!r} must hold exactly one {{}} for the class name"
-                )
-        if not self.templates:
-            raise TaskInvalid(
-                f"task {self.name!r}: no prompt templates; give at least one, such as 'a photo of a {{}}'"
-            )
+        try:
+            task_name(self.name)
+            check_words(self.class_names, self.templates)
+            printable(self.source)
+        except ValueError as exc:
+            raise TaskInvalid(f"task {self.name[:MAX_NAME_BYTES]!r} ({one_line(self.source)}): {exc}") from exc
 
     def prompts(self) -> list[str]:
         """Every class name in the first template."""
         return [self.templates[0].replace("{}", name) for name in self.class_names]
 
 
-def skip_unreadable(task: Task, tell: Callable[[str], None]) -> Task:
-    """The same task without the images that can't be decoded, each of which ``tell`` is told of.
+def skip_unreadable(task: Task, preprocess: Callable[[Image.Image], Tensor], tell: Callable[[str], None]) -> Task:
+    """The same task without the images that can't be read, each of which ``tell`` is told of.
 
-    A split is looked through when it is loaded first, which takes as long as decoding all of it.
+    A split is looked through when it is loaded first, which takes as long as reading all of it.
+
+    Args:
+        preprocess: the model's, which refuses some that can be decoded.
     """
 
     @functools.cache
     def load(split: str) -> Images:
-        images = task.load(split).readable(tell)
+        images = task.load(split).readable(preprocess, tell)
         if not len(images):
             raise TaskInvalid(f"task {task.name!r} ({task.source}): not one of its {split} images can be read")
         return images

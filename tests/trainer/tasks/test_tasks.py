@@ -1,4 +1,5 @@
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from trainer.tasks import (
     Images,
     Task,
     catalogue,
+    find_learned,
     load_task,
     load_tasks,
     sample,
@@ -107,11 +109,11 @@ def test_unreadable_image_is_named(bolts):
         list(load_task(str(bolts)).load("test"))
 
 
-def test_unreadable_images_are_named_and_left_out_when_that_is_asked_for(bolts):
+def test_unreadable_images_are_named_and_left_out_when_that_is_asked_for(bolts, mini):
     bad = bolts / "train" / "rivet" / "2.png"
     bad.write_bytes(bad.read_bytes()[:40])
     told = []
-    task = skip_unreadable(load_task(str(bolts)), told.append)
+    task = skip_unreadable(load_task(str(bolts)), mini.preprocess, told.append)
     assert list(task.load("train").labels) == [0] * 4 + [1] * 4 + [2] * 3
     assert len(list(task.load("train"))) == 11
     assert len(told) == 1
@@ -119,11 +121,11 @@ def test_unreadable_images_are_named_and_left_out_when_that_is_asked_for(bolts):
     assert "--skip-unreadable" not in told[0]
 
 
-def test_a_split_of_which_nothing_is_left_is_refused(bolts):
+def test_a_split_of_which_nothing_is_left_is_refused(bolts, mini):
     for path in (bolts / "test").rglob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(TaskInvalid, match="not one of its test images"):
-        skip_unreadable(load_task(str(bolts)), lambda fault: None).load("test")
+        skip_unreadable(load_task(str(bolts)), mini.preprocess, lambda fault: None).load("test")
 
 
 def test_a_large_folder_is_listed_not_opened(bolts, monkeypatch):
@@ -131,7 +133,7 @@ def test_a_large_folder_is_listed_not_opened(bolts, monkeypatch):
         os.link(bolts / "train/rivet/0.png", bolts / f"train/rivet/link{number}.png")
     opened = []
     real = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real(path))
+    monkeypatch.setattr(Image, "open", lambda file, **known: opened.append(file) or real(file, **known))
     task = load_task(str(bolts))
     drawn = task.load("train").few_shot(3, seed=0)
     assert (len(task.load("train")), len(drawn), opened) == (1012, 9, [])
@@ -203,3 +205,47 @@ def test_validation_takes_from_the_training_images_alone(digits):
     assert names[0] | names[1] == names[2]
     assert not names[0] & names[1]
     assert set(check.labels) == set(every.labels)
+
+
+def test_links_in_circles_are_not_followed(bolts):
+    (bolts / "train" / "rivet" / "loop").symlink_to(bolts)
+    (bolts / "train" / "rivet" / "self").symlink_to(".")
+    assert len(load_task(str(bolts)).load("train")) == 12
+
+
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(bolts):
+    os.mkfifo(bolts / "test" / "rivet" / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match=r"pipe\.jpg.*not a regular file"):
+        list(load_task(str(bolts)).load("test"))
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "templates.txt"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkfifo,
+        lambda file: file.symlink_to("/dev/zero"),
+        os.mkdir,
+        lambda file: file.write_bytes(b"\xff\xfe"),
+        lambda file: (file.touch(), os.truncate(file, 1 << 40)),
+        lambda file: file.write_text("a\x1b[2J {}\nb\nc"),
+    ],
+)
+def test_lists_that_are_no_text_are_refused(bolts, name, make):
+    (bolts / name).unlink(missing_ok=True)
+    make(bolts / name)
+    with pytest.raises(TaskInvalid):
+        load_task(str(bolts))
+
+
+def test_the_folder_an_adapter_names_is_looked_into_only_if_its_classes_are_there(bolts, monkeypatch):
+    adapter = SimpleNamespace(
+        task="bolts", class_names=("eye bolt", "hex bolt", "rivet"), templates=("a {}",), config={"source": str(bolts)}
+    )
+    assert find_learned(adapter).source == str(bolts)
+    monkeypatch.setattr("trainer.tasks.folder.os.walk", lambda *_, **__: pytest.fail("it was looked into"))
+    adapter.class_names = ("eyelet", "other")
+    assert find_learned(adapter) is None
+    for source in (7, "\x00", "x" * 5000, "/", "\ud800"):
+        adapter.config = {"source": source}
+        assert find_learned(adapter) is None

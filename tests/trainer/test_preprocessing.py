@@ -1,0 +1,59 @@
+import os
+import warnings
+
+import pytest
+from PIL import Image
+
+import client._images
+from trainer.errors import UnreadableImage
+from trainer.preprocessing import FORMATS, open_image
+from trainer.tasks import Images
+
+
+def pixels(path, mini):
+    return Images([0], open=lambda index: open_image(path), name_of=lambda index: str(path)).pixels(0, mini.preprocess)
+
+
+def test_formats_are_the_clients():
+    assert client._images.FORMATS == FORMATS
+
+
+def test_what_is_no_regular_file_is_refused_not_waited_for(tmp_path, mini):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    for name in ("pipe.jpg", "zero.jpg"):
+        with pytest.raises(UnreadableImage, match=rf"{name} can't be read \(it is not a regular file\)"):
+            pixels(tmp_path / name, mini)
+
+
+def test_a_program_is_no_image(tmp_path, mini):
+    Image.new("RGB", (10, 10)).save(tmp_path / "program.jpg", "EPS")
+    with pytest.raises(UnreadableImage, match="cannot identify image file"):
+        pixels(tmp_path / "program.jpg", mini)
+
+
+@pytest.mark.parametrize("size", [(12, 12), (20, 20)])  # Pillow warns from its limit on, and raises from twice that
+@pytest.mark.parametrize("warnings_are", ["error", "ignore"])
+def test_more_pixels_than_the_limit_are_refused(tmp_path, mini, monkeypatch, size, warnings_are):
+    Image.new("RGB", size).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter(warnings_are, Image.DecompressionBombWarning)
+        with pytest.raises(UnreadableImage, match=r"large\.png can't be read \(.*pixels"):
+            pixels(tmp_path / "large.png", mini)
+
+
+def test_more_pixels_than_the_limit_after_resizing_are_refused(tmp_path, mini):
+    Image.new("L", (1, 60_000)).save(tmp_path / "long.png")
+    with pytest.raises(UnreadableImage, match=r"1 x 60000 pixels are more than 89,478,485 with a shortest side of 64"):
+        pixels(tmp_path / "long.png", mini)
+
+
+def test_a_jpeg_of_too_many_scans_is_refused(tmp_path, mini):
+    path = tmp_path / "scans.jpg"
+    Image.new("RGB", (50, 40)).save(path, progressive=True)
+    data = path.read_bytes()
+    last = data.rfind(b"\xff\xda")
+    path.write_bytes(data[:last] + data[last:-2] * 101 + data[-2:])
+    with pytest.raises(UnreadableImage, match=r"scans\.jpg can't be read \(it has more than 100 scans\)"):
+        pixels(path, mini)

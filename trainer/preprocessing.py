@@ -1,0 +1,84 @@
+"""From an image file to what the image tower takes: open_clip's transform, within limits that the client has too.
+
+A file is one of `FORMATS`, an image has at most ``PIL.Image.MAX_IMAGE_PIXELS`` pixels (89 million) before and after
+resizing, and a file at most 8 bytes for each of that many pixels (716 MB). A JPEG has at most 100 scans.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import stat
+from pathlib import Path
+
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torchvision.transforms import Compose
+
+# What pictures come in. Pillow knows more, among them EPS: programs, which it has Ghostscript run.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_SCANS = 100  # of a JPEG, each of which takes as long as a whole image; cameras and editors write about ten
+# JPEG's markers, but for those without a segment: stuffing, TEM, and where decoding can restart.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image file; its pixels are not decoded yet.
+
+    Raises:
+        OSError: it can't be read, or is no image of a known format.
+        ValueError: not a regular file, too large, or too many pixels or scans.
+    """
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")
+    most = 8 * _max_pixels()
+    if status.st_size > most:
+        raise ValueError(f"it has {status.st_size:,} bytes, expected at most {most:,}")
+    data = Path(path).read_bytes()
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS and _scans(data) > MAX_SCANS:
+        raise ValueError(f"it has more than {MAX_SCANS} scans")
+    return check_pixels(image)
+
+
+def check_pixels(image: Image.Image) -> Image.Image:
+    """The image, if it is not empty nor larger than Pillow's limit.
+
+    Raises:
+        ValueError: says by how much.
+    """
+    if not 0 < image.width * image.height <= _max_pixels():
+        raise ValueError(f"{image.width} x {image.height} pixels, expected 1 to {_max_pixels():,}")
+    return image
+
+
+def preprocessing(config: PreprocessCfg) -> Compose:
+    """open_clip's transform, PIL image -> float32 tensor (3, size, size); ValueError for what would be too large."""
+    size = config.size[0] if isinstance(config.size, (tuple, list)) else config.size
+    check = functools.partial(_check_resized, size=size if config.resize_mode == "shortest" else 0)
+    return Compose([check, *image_transform_v2(config, is_train=False).transforms])
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has; what stands in its other segments or behind its end doesn't count."""
+    scans, place = 0, 2
+    while (marker := _MARKER.search(data, place)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
+
+
+def _check_resized(image: Image.Image, size: int) -> Image.Image:
+    """The image, if it stays within the limit when its shortest side becomes ``size``."""
+    shortest, longest = sorted(check_pixels(image).size)
+    if size * (size * longest // shortest) > _max_pixels():
+        raise ValueError(
+            f"{image.width} x {image.height} pixels are more than {_max_pixels():,} with a shortest side of {size}"
+        )
+    return image
+
+
+def _max_pixels() -> float:
+    return Image.MAX_IMAGE_PIXELS or float("inf")
