@@ -10,9 +10,8 @@ import numpy as np
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from exporter.parity import TIE, to_uint8
+from exporter.parity import TIE, check_unit, to_uint8
 from trainer.adapter import Adapter
 from trainer.backbone import Backbone, encode_classes
 from trainer.tasks import Images, Task
@@ -160,23 +159,28 @@ def recorded_accuracies(adapters: Sequence[Adapter], served: Sequence[dict]) -> 
 def _scores(
     backbone: Backbone, encoders: Sequence[Encoder], task: Task, images: Images, report: Callable[[str], None]
 ) -> list[np.ndarray]:
-    """Cosines (num_images, num_classes) of every encoder; each image is read once."""
+    """Cosines (num_images, num_classes) of every encoder; each image is read once.
+
+    Raises:
+        NotFinite: a feature is no unit vector.
+    """
     classes = [encoder.classes(task.class_names, task.templates) for encoder in encoders]
+    for weights in classes:
+        check_unit(weights, f"class names of {task.name}")
     rows = [[] for _ in encoders]
     for done, pixels in _batches(backbone, images):
         report(f"{task.name}: {done:,} of {len(images):,} images")
         for encoder, weights, found in zip(encoders, classes, rows, strict=True):
-            found.append(encoder.images(pixels) @ weights.T)
+            features = encoder.images(pixels)
+            check_unit(features, f"test images of {task.name} up to {done}")
+            found.append(features @ weights.T)
     return [np.concatenate(found) for found in rows]
 
 
 def _batches(backbone: Backbone, images: Images) -> Iterator[tuple[int, np.ndarray]]:
-    def prepare(image: Image.Image) -> torch.Tensor:
-        return backbone.preprocess(image.convert("RGB"))
-
     for start in range(0, len(images), BATCH_SIZE):
         stop = min(start + BATCH_SIZE, len(images))
-        pixels = torch.stack([prepare(images[index][0]) for index in range(start, stop)])
+        pixels = torch.stack([images.pixels(index, backbone.preprocess) for index in range(start, stop)])
         yield stop, to_uint8(pixels, backbone.mean, backbone.std)
 
 

@@ -18,6 +18,7 @@ from exporter.manifest import manifest, to_text
 from exporter.parity import Parity, check_parity, check_same_graph, measure_parity
 from exporter.pbtxt import config
 from exporter.precision import Towers
+from exporter.records import Card
 from exporter.repository import (
     CONFIG_FILE,
     EXACT,
@@ -26,6 +27,7 @@ from exporter.repository import (
     MODEL_FILE,
     TOWERS,
     Repository,
+    changing,
     towers,
     write,
 )
@@ -64,7 +66,7 @@ class Build:
     folder: Path
     backbone: Backbone
     adapters: Sequence[Adapter]
-    card: dict
+    card: Card
     parity: Parity
     precision: Precision = Precision.fp32
     cast: Cast | None = None
@@ -123,7 +125,6 @@ class Builder:
             model = card_model(card) if kind == "card" else self._towers.exact(kind, weights, branches)
             text = config(self._repository.name, kind, model)
             self._repository.check_config(kind, text)
-            (folder / kind).mkdir(parents=True)
             write(folder / kind / MODEL_FILE, to_bytes(model))
             write(folder / kind / CONFIG_FILE, text.encode())
             del model  # of hundreds of megabytes
@@ -164,9 +165,10 @@ class Builder:
                 continue
             same = self._towers.cast(kind, base_weights, base / kind / MODEL_FILE)
             check_same_graph(same, model, f"{kind} tower in {self._precision.value}")
-            kept = build.folder / EXACT / kind
-            kept.mkdir(parents=True)
-            exact.rename(kept / MODEL_FILE)
+            kept = build.folder / EXACT / kind / MODEL_FILE
+            with changing(kept):
+                kept.parent.mkdir(parents=True)
+                exact.rename(kept)
             write(exact, to_bytes(model))
         served = in_onnx_runtime(build.backbone, *towers(build.folder))
         build.cast = Cast(

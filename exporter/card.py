@@ -13,24 +13,26 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from exporter import onnx_file
 from exporter.config import IR_VERSION, OPSET, PRODUCER
 from exporter.errors import RepositoryError, UnsupportedModel
+from exporter.records import CARD_FORMAT, Card, Task
+from trainer.records import MAX_BYTES, one_line, read_json
 
 if TYPE_CHECKING:  # reading a card needs neither torch nor open_clip
     from trainer.adapter import Adapter
     from trainer.backbone import Backbone
 
-FORMAT = 1
 RESIZE_MODES = ("shortest", "squash")
 CARD_INPUT, CARD_OUTPUT = "index", "card"
 _TEXT = "cards"
 
 
-def describe(name: str, version: int, backbone: Backbone, adapters: Sequence[Adapter]) -> dict:
+def describe(name: str, version: int, backbone: Backbone, adapters: Sequence[Adapter]) -> Card:
     """All that a client must know about a version, and its lineage.
 
     Raises:
-        UnsupportedModel: a tokenizer or resize mode that the client does not have.
+        UnsupportedModel: a tokenizer or resize mode that the client does not have, or more words than are read.
     """
     if backbone.resize_mode not in RESIZE_MODES:
         raise UnsupportedModel(
@@ -38,8 +40,8 @@ def describe(name: str, version: int, backbone: Backbone, adapters: Sequence[Ada
             f"{' and '.join(RESIZE_MODES)}; take another model"
         )
     bias = getattr(backbone.model, "logit_bias", None)
-    return {
-        "format": FORMAT,
+    card: Card = {
+        "format": CARD_FORMAT,
         "model": name,
         "version": version,
         "image": {
@@ -58,6 +60,11 @@ def describe(name: str, version: int, backbone: Backbone, adapters: Sequence[Ada
         },
         "tasks": [_task(adapter) for adapter in adapters],
     }
+    try:
+        read_json(Card, _to_text(card))
+    except ValueError as exc:
+        raise UnsupportedModel(f"the card of {name} could not be read again ({exc}); merge fewer tasks") from exc
+    return card
 
 
 def tokenizer_sha256(backbone: Backbone) -> str:
@@ -79,14 +86,13 @@ def tokenizer_sha256(backbone: Backbone) -> str:
     return hashlib.sha256(gzip.decompress(Path(default_bpe()).read_bytes())).hexdigest()
 
 
-def card_model(card: dict) -> ModelProto:
+def card_model(card: Card) -> ModelProto:
     """ONNX: ``index`` int32 (batch, 1) -> ``card`` string (batch, 1). Every index answers the one card.
 
     An index out of range is clamped: it may not fail the requests that Triton batches with it.
     """
-    text = json.dumps(card, sort_keys=True, ensure_ascii=False)
     zero = numpy_helper.from_array(np.array(0, np.int32), "zero")
-    cards = helper.make_tensor(_TEXT, TensorProto.STRING, [1], [text.encode()])
+    cards = helper.make_tensor(_TEXT, TensorProto.STRING, [1], [_to_text(card).encode()])
     graph = helper.make_graph(
         [
             helper.make_node("Clip", [CARD_INPUT, "zero", "zero"], ["row"], name="only_row"),
@@ -103,27 +109,31 @@ def card_model(card: dict) -> ModelProto:
     return model
 
 
-def read_card(file: Path) -> dict:
+def read_card(file: Path) -> Card:
     """The card inside a ``model.onnx``, without running it.
 
     Raises:
-        RepositoryError: not a card of a format that this clipweld reads.
+        RepositoryError: not a card as this clipweld writes it.
     """
     try:
-        model = onnx.load(file)
-        text = next(t.string_data[0] for t in model.graph.initializer if t.name == _TEXT)
-        card = json.loads(text)
-        known = card["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError, StopIteration, onnx.checker.ValidationError) as exc:
-        raise RepositoryError(f"card {file}: can't be read ({exc}); restore it, or remove the version") from exc
-    except Exception as exc:  # protobuf's DecodeError has a different home in each of its implementations
-        raise RepositoryError(f"card {file}: not ONNX ({exc}); restore it, or remove the version") from exc
-    if not known:
-        raise RepositoryError(f"card {file}: format {card['format']!r}, this clipweld reads {FORMAT}; upgrade it")
-    return card
+        if file.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{file.stat().st_size:,} bytes, at most {MAX_BYTES:,} are read")
+        model = onnx_file.load(file)
+        texts = [text for tensor in model.graph.initializer if tensor.name == _TEXT for text in tensor.string_data]
+        if len(texts) != 1:
+            raise ValueError(f"{len(texts)} cards in it")
+        return read_json(Card, texts[0])
+    except (OSError, ValueError) as exc:
+        raise RepositoryError(
+            f"card {file}: can't be read ({one_line(str(exc))}); restore it, or remove the version"
+        ) from exc
 
 
-def _task(adapter: Adapter) -> dict:
+def _to_text(card: Card) -> str:
+    return json.dumps(card, sort_keys=True, ensure_ascii=False)
+
+
+def _task(adapter: Adapter) -> Task:
     return {
         "name": adapter.task,
         "class_names": list(adapter.class_names),

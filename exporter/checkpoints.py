@@ -12,6 +12,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.transformer import QuickGELU
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -147,8 +148,9 @@ def _staged(out: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
             yield Path(staging) / out.name
             (Path(staging) / out.name).replace(out)
-    except OSError as exc:
-        raise CheckpointError(f"checkpoint {out}: {exc.strerror}; give another --out") from exc
+    except (OSError, SafetensorError) as exc:  # the latter for what the former says elsewhere
+        why = getattr(exc, "strerror", None) or exc
+        raise CheckpointError(f"checkpoint {out}: can't be written ({why}); make room, or give another --out") from exc
 
 
 def has_quick_gelu(backbone: Backbone) -> bool:

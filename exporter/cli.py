@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -15,19 +16,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from exporter.config import Precision
-from exporter.errors import ExporterError, GateClosed, RepositoryError
+from exporter import printing
+from exporter.config import MODEL_NAME, Precision
+from exporter.errors import ExporterError, GateClosed
 from trainer.errors import TrainerError
+from trainer.printing import printing as to_stdout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.table import Table
-
-    from exporter.accuracy import Accuracy, Agreement
-    from exporter.repository import Repository
-    from exporter.switch import Switched
-    from exporter.unmerged import Unmerged
+    from exporter.gate import Gate
+    from exporter.release import Checks
+    from trainer.adapter import Adapter
 
 app = typer.Typer(
     name="exporter",
@@ -36,12 +36,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _model_name(name: str) -> str:
+    if not re.fullmatch(MODEL_NAME, name):
+        raise typer.BadParameter(f"{name[:100]!r}: letters, digits, - and _ only")
+    return name
+
+
 REPOSITORY = Path("model_repository")
+FOR_A_VERSION = ("precision", "min_agreement", "min_accuracy", "max_drop", "validate", "data", "force")
 PARITY_IMAGES = 16
 DEFAULT_SERVER = "127.0.0.1:8001"
 
 RepositoryOption = Annotated[Path, typer.Option(help="The Triton model repository.")]
-NameOption = Annotated[str, typer.Option(help="Common name of the three models.")]
+NameOption = Annotated[str, typer.Option(help="Common name of the three models.", callback=_model_name)]
 UrlOption = Annotated[
     list[str] | None,
     typer.Option(help=f"A server to switch, by gRPC or http://; again for more. Left out: {DEFAULT_SERVER}, if there."),
@@ -62,7 +71,8 @@ class Target(str, Enum):
 def main() -> None:
     """The console script: one line and status 1 for errors that have a reason; a bug keeps its traceback."""
     try:
-        app()
+        with to_stdout():
+            app()
     except (ExporterError, TrainerError) as exc:
         print(f"exporter: {' '.join(str(exc).split())}", file=sys.stderr)
         sys.exit(1)
@@ -70,6 +80,7 @@ def main() -> None:
 
 @app.command()
 def merge(
+    context: typer.Context,
     to: Annotated[Target, typer.Option(help="What to write: the next version, or the weights for another library.")],
     model: Annotated[str, typer.Option(help="open_clip's name of the model, or mini.")] = "ViT-B-16",
     pretrained: Annotated[
@@ -116,19 +127,12 @@ def merge(
     """
     if (to is Target.onnx) != (out is None):
         raise typer.BadParameter("--out belongs to all that is not --to onnx, and must be given there")
-    if not name.replace("-", "").replace("_", "").isalnum():
-        raise typer.BadParameter(f"--name {name!r}: letters, digits, - and _ only")
-    if unmerged:
-        others = {
-            f"--to {to.value}": to is not Target.onnx,
-            f"--precision {precision.value}": precision is not Precision.fp32,
-            "--min-accuracy": min_accuracy is not None,
-            "--max-drop": max_drop is not None,
-            "--validate": bool(validate),
-            "--force": force,
-        }
-        if given := [option for option, is_given in others.items() if is_given]:
-            raise typer.BadParameter(f"--unmerged is --to onnx in fp32, without a gate; leave out {', '.join(given)}")
+    if to is not Target.onnx:
+        _refuse(context, f"--to {to.value} writes no version", "repository", "name", "unmerged", *FOR_A_VERSION)
+    elif unmerged:
+        _refuse(context, "--unmerged is in fp32, without a gate", *FOR_A_VERSION)
+    elif precision is Precision.fp32:
+        _refuse(context, "fp32 is what a lower --precision must agree with", "min_agreement")
     from trainer.adapter import load_lineage
     from trainer.backbone import load_backbone
 
@@ -142,53 +146,35 @@ def merge(
             status.update("merging")
             loads, step = save(to.value, backbone, lineage, out)
             result = {"out": str(out), "model": loads, "tasks": tasks, "load": step}
-            _print(result, as_json, f"{out}: {_learned(tasks)}. Load it with {step}")
+            _print(result, as_json, f"{out}: {printing.learned(tasks)}. Load it with {step}")
             return
-        from exporter.gate import Gate
-        from exporter.release import Checks, release
         from exporter.repository import Repository
-        from exporter.unmerged import release_unmerged
-        from trainer.tasks import find_learned, load_task, sample, shipped_tasks
+        from trainer.tasks import sample
 
         images, prompts = sample(PARITY_IMAGES)
+        found = Repository(repository, name)
         if unmerged:
-            apart = release_unmerged(backbone, lineage, Repository(repository, name), images, prompts, status.update)
-            _print(apart.to_dict(), as_json, f"{repository}: {_unmerged(apart)}")
+            from exporter.unmerged import release_unmerged
+
+            apart = release_unmerged(backbone, lineage, found, images, prompts, status.update)
+            _print(apart.to_dict(), as_json, f"{repository}: {printing.unmerged(apart)}")
             return
-        validation = [load_task(given, data) for given in validate or ()]
-        learned = [task for adapter in lineage if (task := find_learned(adapter, data))]
-        checks = Checks(
-            Gate(min_accuracy, max_drop, min_agreement, force),
-            validation,
-            compared_on=[*validation, *learned] or shipped_tasks(),
-        )
+        from exporter.gate import Gate
+        from exporter.release import release
+
+        checks = _checks(Gate(min_accuracy, max_drop, min_agreement, force), lineage, validate or [], data)
         try:
-            result = release(
-                backbone,
-                lineage,
-                Repository(repository, name),
-                images,
-                prompts,
-                status.update,
-                precision=precision,
-                checks=checks,
+            released = release(
+                backbone, lineage, found, images, prompts, status.update, precision=precision, checks=checks
             )
         except GateClosed as exc:
             status.stop()
-            Console(stderr=True).print(_accuracy_table(exc.accuracies, exc.agreements))
+            Console(stderr=True).print(printing.accuracy_table(exc.accuracies, exc.agreements))
             raise
-    line = (
-        f"{repository}: {name} version {result.version}, {_learned(tasks)}; ONNX Runtime is within "
-        f"{result.parity.max_abs:.1e} of PyTorch, the graph is the base's own"
-        + (f", then cast to {precision.value}" if result.cast else "")
-        + f"; {result.seconds:.1f} s. "
-        + ("It is served" if result.served == result.version else f"Serve it: exporter promote {result.version}")
-        + (f". FORCED though {'; '.join(result.forced)}" if result.forced else "")
-    )
-    agreements = result.cast.agreement if result.cast else ()
-    if not as_json and (result.accuracy or agreements):
-        Console().print(_accuracy_table(result.accuracy, agreements))
-    _print(result.to_dict(), as_json, line)
+    agreements = released.cast.agreement if released.cast else ()
+    if not as_json and (released.accuracy or agreements):
+        Console().print(printing.accuracy_table(released.accuracy, agreements))
+    _print(released.to_dict(), as_json, f"{repository}: {printing.released(released, tasks)}")
 
 
 @app.command()
@@ -202,8 +188,8 @@ def serve(
 ) -> None:
     """Run a local Triton on loopback until Ctrl-C, or while COMMAND runs, and exit with its status.
 
-    COMMAND finds the server in CLIPWELD_URL (gRPC) and CLIPWELD_HTTP_URL. With CLIPWELD_ADMIN_KEY set, only who sends
-    that key may switch versions; exporter promote and rollback do, where it is set.
+    COMMAND finds the server in CLIPWELD_URL (gRPC) and CLIPWELD_HTTP_URL. Only those may switch versions who have the
+    repository's key, in CLIPWELD_ADMIN_KEY or in its store: exporter promote and rollback send it.
 
     Example: exporter serve --port 0 -- client classify cat.jpg --labels "cat, dog"
     """
@@ -241,22 +227,13 @@ def versions(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = Fa
 
     Example: exporter versions
     """
-    from rich.table import Table
-
     from exporter.repository import repositories
 
-    rows = [_summary(r, version) for r in repositories(repository) for version in r.versions()]
+    rows = [printing.summary(r, version) for r in repositories(repository) for version in r.versions()]
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
-    table = Table("model", "version", "", "tasks, accuracy %", "precision", "made", "base")
-    for row in rows:
-        base = f"{row['base']['model_name']} ({row['base']['pretrained']}) {row['base']['fingerprint'][:8]}"
-        state = "served" if row["served"] else "standing" if row["standing"] else "resting"
-        accuracy = {entry["task"]: f" {entry['after']:.1f}" for entry in row["accuracy"] if entry["after"] is not None}
-        tasks = ", ".join(f"{task}{accuracy.get(task, '')}" for task in row["tasks"]) or "none: the base"
-        table.add_row(row["model"], str(row["version"]), state, tasks, row["precision"], row["date"][:10], base)
-    Console().print(table)
+    Console().print(printing.versions_table(rows))
 
 
 @app.command()
@@ -310,7 +287,7 @@ def promote(
         result = promote_version(
             Repository(repository, name), version, _servers(url), timeout_s=timeout, report=status.update
         )
-    _print(result.to_dict(), as_json, _switched(result))
+    _print(result.to_dict(), as_json, printing.switched(result))
 
 
 @app.command()
@@ -330,7 +307,7 @@ def rollback(
 
     with Console(stderr=True).status("rolling back") as status:
         result = roll_back(Repository(repository, name), _servers(url), timeout_s=timeout, report=status.update)
-    _print(result.to_dict(), as_json, _switched(result))
+    _print(result.to_dict(), as_json, printing.switched(result))
 
 
 @app.command()
@@ -352,48 +329,22 @@ def prune(
     _print(result.to_dict(), as_json, f"{name}: removed {removed}; kept {kept}")
 
 
-def _summary(repository: Repository, version: int) -> dict:
-    manifest = repository.manifest(version)
-    try:
-        return {
-            "model": manifest["model"],
-            "version": version,
-            "tasks": [entry["task"] for entry in manifest["lineage"]],
-            "base": manifest["base"],
-            "served": version == repository.served,
-            "standing": version in repository.standing(),
-            "date": manifest["date"],
-            "precision": manifest["precision"],
-            "unmerged": repository.is_unmerged(version),
-            "lineage": manifest["lineage"],
-            "parity": manifest["parity"],
-            "accuracy": manifest["accuracy"],
-            "cast": manifest["cast"],
-            "forced": manifest["forced"],
-        }
-    except KeyError as exc:
-        raise RepositoryError(f"manifest {repository.manifest_file(version)}: lacks {exc}; merge again") from exc
+def _refuse(context: typer.Context, why: str, *names: str) -> None:
+    """Have options that would change nothing be wrong usage."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    if given := [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"{why}; leave out {options}")
 
 
-def _accuracy_table(accuracies: Sequence[Accuracy], agreements: Sequence[Agreement]) -> Table:
-    """What was measured, a task a row."""
-    from rich.table import Table
+def _checks(gate: Gate, lineage: Sequence[Adapter], validate: Sequence[str], data: Path) -> Checks:
+    """What a version must pass, on the tasks that were asked for and those that it has learned."""
+    from exporter.release import Checks
+    from trainer.tasks import find_learned, load_task, shipped_tasks
 
-    table = Table("task", title="Test images, %")
-    if accuracies:
-        for column in ("right before", "right after", "change"):
-            table.add_column(column, justify="right")
-    if agreements:
-        table.add_column("answered as in float32", justify="right")
-    known = {accuracy.task: accuracy for accuracy in accuracies}
-    agreeing = {agreement.task: agreement for agreement in agreements}
-    for task in dict.fromkeys([*known, *agreeing]):
-        before, after = (known[task].before, known[task].after) if task in known else (None, None)
-        row = ["" if value is None else f"{value:.1f}" for value in (before, after)]
-        row.append("" if before is None or after is None else f"{after - before:+.1f}")
-        same = f"{100 * agreeing[task].top1:.1f} of {agreeing[task].images}" if task in agreeing else ""
-        table.add_row(task, *(row if accuracies else ()), *([same] if agreements else ()))
-    return table
+    validation = [load_task(given, data) for given in validate]
+    learned = [task for adapter in lineage if (task := find_learned(adapter, data))]
+    return Checks(gate, validation, compared_on=[*validation, *learned] or shipped_tasks())
 
 
 def _servers(urls: list[str] | None) -> list[str]:
@@ -405,27 +356,6 @@ def _servers(urls: list[str] | None) -> list[str]:
     with suppress(OSError), socket.create_connection((host, int(port)), timeout=2):
         return [DEFAULT_SERVER]
     return []
-
-
-def _switched(result: Switched) -> str:
-    before = f" (before: {result.previous})" if result.previous not in (None, result.version) else ""
-    where = f"on {', '.join(result.servers)}" if result.servers else "from the next start on: no server runs here"
-    standing = ", ".join(map(str, result.standing))
-    served = f"{result.model} version {result.version} is served{before} {where}"
-    return f"{served}; standing: {standing}; {result.seconds:.1f} s"
-
-
-def _unmerged(result: Unmerged) -> str:
-    numbers = ", ".join(map(str, result.versions))
-    apart = max(parity.max_abs for parity in result.parity)
-    return (
-        f"{result.model} versions {numbers}, each with as many adapters in its graph; ONNX Runtime is within "
-        f"{apart:.1e} of PyTorch with them merged; {result.seconds:.1f} s. Serve them: exporter serve"
-    )
-
-
-def _learned(tasks: list[str]) -> str:
-    return f"learned {', '.join(tasks)}" if tasks else "the base, no adapters"
 
 
 def _print(result: dict, as_json: bool, line: str) -> None:

@@ -1,4 +1,4 @@
-"""What every ONNX file of ours is written in, and what keeps a server's model control to its administrator."""
+"""What every ONNX file of ours is written in."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ OPSET = 18
 IR_VERSION = 9
 PRODUCER = "clipweld"
 
-# With this in the environment, servers that are started want it for model control, and commands that switch them send
-# it: whoever reaches a server may ask it, but not change it.
-ADMIN_KEY_VARIABLE = "CLIPWELD_ADMIN_KEY"
-ADMIN_HEADER = "clipweld-admin-key"
-RESTRICTED = "model-repository,shared-memory,trace,logging"
+MODEL_NAME = "[A-Za-z0-9_-]{1,100}"  # common to the three models: part of folders' names and of addresses
 
 
 class Precision(str, Enum):
@@ -29,3 +25,7 @@ class Precision(str, Enum):
     fp32 = "fp32"
     fp16 = "fp16"
     int8 = "int8"
+
+
+# Of a feature's length, which is 1: what normalising in a lower precision may leave.
+UNIT_TOLERANCE = 1e-2

@@ -4,6 +4,7 @@ ExporterError
 ├── UnsupportedModel        an architecture, tokenizer or resize mode that can't be served faithfully
 ├── ParityError
 │   ├── AnswersDiffer       ONNX Runtime and PyTorch disagree
+│   ├── NotFinite           a weight or an answer is NaN, infinite, or no unit vector
 │   └── GraphsDiffer        merged and base differ in more than weights
 ├── GateClosed              a version is worse than was allowed
 ├── RepositoryError
@@ -49,6 +50,10 @@ class ParityError(ExporterError):
 
 class AnswersDiffer(ParityError):
     """ONNX Runtime and PyTorch disagree on real images and prompts."""
+
+
+class NotFinite(ParityError):
+    """A weight or an answer is NaN, infinite, or beyond its precision."""
 
 
 class GraphsDiffer(ParityError):

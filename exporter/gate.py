@@ -44,7 +44,7 @@ class Gate:
         if agreements is not None:
             images = sum(agreement.images for agreement in agreements)
             share = sum(agreement.top1 * agreement.images for agreement in agreements) / max(1, images)
-            if share < self.min_agreement:
+            if not share >= self.min_agreement:  # NaN fails, here and below
                 wanted = f"{100 * self.min_agreement:g}% wanted"
                 faults.append(f"its answers are those of float32 on {share:.1%} of {images} images ({wanted})")
         if faults and not self.force:
@@ -61,11 +61,11 @@ class Gate:
         if asked and after is None:
             return [f"nobody measured {task}: give its images with --validate"]
         faults = []
-        if self.min_accuracy is not None and after < self.min_accuracy:
+        if self.min_accuracy is not None and not after >= self.min_accuracy:
             faults.append(f"{task} is at {after:.1f}% ({self.min_accuracy:g}% wanted)")
         if self.max_drop is not None and task in earlier:
             if before is None:
                 faults.append(f"nobody measured {task} before: give its images with --validate")
-            elif round(before - after, 6) > self.max_drop:
+            elif not round(before - after, 6) <= self.max_drop:
                 faults.append(f"{task} falls by {before - after:.1f} points ({self.max_drop:g} allowed)")
         return faults

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
+import numpy as np
 import onnx
 import onnx_ir
 import torch
@@ -23,8 +24,9 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.export import Dim
 
+from exporter import onnx_file
 from exporter.config import IR_VERSION, OPSET, PRODUCER
-from exporter.errors import UnsupportedModel
+from exporter.errors import NotFinite, UnsupportedModel
 from exporter.towers import ImageTower, TextTower, plain
 from trainer.backbone import Backbone
 
@@ -66,7 +68,7 @@ def hollow(file: Path, names: Container[str]) -> ModelProto:
     Args:
         names: of the weights.
     """
-    model = onnx.load(file)
+    model = onnx_file.load(file)
     weights = [tensor for tensor in model.graph.initializer if tensor.name in names]
     for tensor in weights:
         model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -83,6 +85,7 @@ def fill(graph: ModelProto, state_dict: Mapping[str, Tensor]) -> ModelProto:
 
     Raises:
         UnsupportedModel: the tower is too large for one ONNX file.
+        NotFinite: a weight is NaN, infinite, or too large for its precision; names it.
     """
     filled = copy.deepcopy(graph)
     values = list(graph.graph.input[1:])
@@ -90,7 +93,14 @@ def fill(graph: ModelProto, state_dict: Mapping[str, Tensor]) -> ModelProto:
     size = graph.ByteSize()
     for value in values:
         dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        array = state_dict[value.name].detach().to("cpu", torch.float32).numpy().astype(dtype, copy=False)
+        weight = state_dict[value.name].detach().to("cpu", torch.float32).numpy()
+        with np.errstate(over="ignore"):  # is refused below
+            array = weight.astype(dtype, copy=False)
+        if not np.isfinite(array).all():
+            raise NotFinite(
+                f"tower {graph.graph.input[0].name!r}: weight {value.name} reaches {np.abs(weight).max():.3g}, "
+                f"expected finite {dtype.name}; merge with --precision fp32, or learn the task again with a lower --lr"
+            )
         size += array.nbytes
         if size > PROTOBUF_LIMIT:
             raise UnsupportedModel(

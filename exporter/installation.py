@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from exporter.errors import TritonMissing
 
+SHARED_MEMORY = Path("/dev/shm")
+SCRATCH = "backends-"
 OUR_BACKEND = Path(__file__).parent / "backends" / "onnxruntime" / "model.py"
 
 
@@ -26,17 +30,22 @@ class Installation:
         backends: its ``--backend-directory``.
         description: which one it is, for people.
         environment: variables it needs beside those of this process.
+        link: where it has to find the repository: its Python backend passes paths through a shell, unquoted.
     """
 
     binary: Path
     backends: Path
     description: str
     environment: dict[str, str] = field(default_factory=dict)
+    link: Path | None = None
 
 
 @contextmanager
-def installation() -> Iterator[Installation]:
+def installation(prefix: str) -> Iterator[Installation]:
     """The Triton to use; what had to be assembled for it is removed at the end.
+
+    Args:
+        prefix: of the names of what a server has for itself, ``clipweld-...-``: temporary folder and shared memory.
 
     Raises:
         TritonMissing: there is none; says how to get one.
@@ -46,19 +55,20 @@ def installation() -> Iterator[Installation]:
         yield native
         return
     package = _pytriton()
-    with tempfile.TemporaryDirectory(prefix="clipweld-backends-") as folder:
-        assemble_backends(package, Path(folder))
+    with _scratch(prefix) as folder:
+        assemble_backends(package, folder)
         libraries = [str(package.parents[1] / "nvidia_pytriton.libs"), os.environ.get("LD_LIBRARY_PATH", "")]
         path = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
         yield Installation(
             binary=package / "bin" / "tritonserver",
-            backends=Path(folder),
+            backends=folder,
             description="the nvidia-pytriton package's tritonserver with clipweld's Python-based onnxruntime backend",
             # The backend's processes take the first python3 on PATH: it must be the one that has onnxruntime.
             environment={
                 "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
                 "PATH": os.pathsep.join(filter(None, path)),
             },
+            link=folder / "models",
         )
 
 
@@ -99,6 +109,56 @@ def assemble_backends(package: Path, folder: Path) -> None:
     for file in (*(package / "backends" / "python").glob("*triton_python*"), stub):
         shutil.copy(file, python)
     shutil.copy(OUR_BACKEND, onnxruntime / "model.py")
+
+
+@contextmanager
+def _scratch(prefix: str) -> Iterator[Path]:
+    """A temporary folder, locked while it is in use; one without a lock is of a server whose process was killed."""
+    for stale in Path(tempfile.gettempdir()).glob(f"clipweld-*-{SCRATCH}*"):
+        with suppress(OSError), _locked(stale, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if stale.stat().st_uid == os.getuid():
+                _kill_users(stale)
+                remove_shared_memory(stale.name.rpartition(SCRATCH)[0])
+                shutil.rmtree(stale)
+    with ExitStack() as stack:
+        yield _claimed(prefix, stack)
+
+
+def _claimed(prefix: str, stack: ExitStack) -> Path:
+    """A new folder, locked."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{SCRATCH}"))
+        with suppress(FileNotFoundError):  # before it had its lock, another server took it for one that was left
+            stack.enter_context(_locked(folder, fcntl.LOCK_EX))
+            if folder.exists():
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                return folder
+
+
+def remove_shared_memory(prefix: str) -> None:
+    """Remove what a Triton that has ended left there."""
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
+
+
+def _kill_users(backends: Path) -> None:
+    """Kill a Triton with these backends, and its processes: told to end while it loads, it leaves them behind."""
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            arguments = line.read_bytes().split(b"\0")
+            program, folder = arguments[0], os.fsencode(backends)
+            if program.startswith(folder + b"/") or b"--backend-directory=" + folder in arguments:
+                os.kill(int(line.parent.name), signal.SIGKILL)
+
+
+@contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _pytriton() -> Path:

@@ -6,11 +6,11 @@ import copy
 from collections.abc import Container, Sequence
 from dataclasses import replace
 
-import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor
 
+from exporter import onnx_file
 from exporter.branches import fold_branches
 from exporter.manifest import check_files
 from exporter.repository import TOWERS, Repository
@@ -49,7 +49,7 @@ def read_weights(repository: Repository, version: int, names: Container[str]) ->
     tensors = {
         tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
         for kind in TOWERS
-        for tensor in onnx.load(repository.exact_file(kind, version)).graph.initializer
+        for tensor in onnx_file.load(repository.exact_file(kind, version)).graph.initializer
     }
     return {name: tensor for name, tensor in fold_branches(tensors).items() if name in names}
 

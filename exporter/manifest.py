@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -12,18 +13,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exporter import onnx_file
 from exporter.config import OPSET
 from exporter.errors import VersionDamaged
+from exporter.records import MANIFEST_FORMAT, File, Manifest
 from exporter.repository import KINDS, MODEL_FILE, Repository
 
 if TYPE_CHECKING:  # reading a manifest needs neither torch nor open_clip
     from exporter.build import Build
 
-FORMAT = 1
 TOOLS = ("clipweld", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 
-def manifest(build: Build, architecture: str) -> dict:
+def manifest(build: Build, architecture: str) -> Manifest:
     """Everything about a version that its files don't say themselves, and their hashes.
 
     Args:
@@ -33,7 +35,7 @@ def manifest(build: Build, architecture: str) -> dict:
     card = build.card
     models = sorted(build.folder.rglob(MODEL_FILE))
     return {
-        "format": FORMAT,
+        "format": MANIFEST_FORMAT,
         "model": card["model"],
         "version": build.number,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -63,10 +65,10 @@ def check_files(repository: Repository, number: int) -> None:
     """Hold a version's files, in the store and where they stand, against its manifest.
 
     Raises:
-        VersionDamaged: a file is missing or not what was written.
+        VersionDamaged: a file is missing, not what was written, or one that leads to others.
         RepositoryError: the manifest can't be read.
     """
-    expected = repository.manifest(number).get("files", {})
+    expected = repository.manifest(number)["files"]
     for part in dict.fromkeys((*KINDS, *expected)):
         stored = repository.store / str(number) / part / MODEL_FILE
         standing = repository.model(part) / str(number) / MODEL_FILE
@@ -74,7 +76,8 @@ def check_files(repository: Repository, number: int) -> None:
         if part in KINDS and standing.exists() and not (stored.exists() and standing.samefile(stored)):
             files.append(standing)
         for file in files:
-            _check_file(file, expected.get(part, {}).get("sha256"))
+            _check_file(file, expected.get(part))
+        onnx_file.load(stored)
 
 
 def hash_of(file: Path) -> str:
@@ -86,14 +89,25 @@ def hash_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_file(file: Path, expected: str | None) -> None:
+def _check_file(file: Path, expected: File | None) -> None:
+    """Type and size come first: a link or a device has no end."""
+    if expected is None:
+        raise VersionDamaged(f"{file}: the manifest doesn't say what it must be; merge again")
     try:
+        found = file.lstat()
+        if not stat.S_ISREG(found.st_mode) or file.parent.is_symlink():
+            raise VersionDamaged(f"{file}: is a link, or not a regular file; merge again, or restore it")
+        if found.st_size != expected["bytes"]:
+            raise VersionDamaged(
+                f"{file}: has {found.st_size:,} bytes, the manifest says {expected['bytes']:,}: it was altered or cut "
+                "off; merge again, or restore it"
+            )
         digest = hash_of(file)
     except OSError as exc:
         raise VersionDamaged(f"{file}: can't be read ({exc.strerror}); merge again, or restore it") from exc
-    if digest != expected:
+    if digest != expected["sha256"]:
         raise VersionDamaged(
-            f"{file}: its SHA-256 is {digest[:8]}, the manifest says {str(expected)[:8]}: it was altered "
+            f"{file}: its SHA-256 is {digest[:8]}, the manifest says {expected['sha256'][:8]}: it was altered "
             "or cut off; merge again, or restore it"
         )
 

@@ -13,7 +13,8 @@ from onnx import ModelProto
 from PIL import Image
 from torch import Tensor
 
-from exporter.errors import AnswersDiffer, GraphsDiffer
+from exporter.config import UNIT_TOLERANCE
+from exporter.errors import AnswersDiffer, GraphsDiffer, NotFinite
 from trainer.backbone import Backbone
 
 BATCHES = (1, 3, 8)
@@ -55,6 +56,9 @@ def measure_parity(
         backbone: holds the weights that the files should hold.
         images: at least one; all in batches of 8, some in batches of 1 and 3.
         prompts: at least two; texts go to ONNX cut to the longest of their batch, to PyTorch in full.
+
+    Raises:
+        NotFinite: a feature is no unit vector, or NaN; says whose.
     """
     pixels = torch.stack([backbone.preprocess(image.convert("RGB")) for image in images])
     tokens = backbone.tokenizer(list(prompts))
@@ -62,6 +66,10 @@ def measure_parity(
     want_text = backbone.model.encode_text(tokens, normalize=True).numpy()
     got_image = _run_batches(image_file, to_uint8(pixels, backbone.mean, backbone.std))
     got_text = _run_batches(text_file, tokens.to(torch.int32).numpy(), cut=True)
+    for what, want, got in (("image", want_image, got_image), ("prompt", want_text, got_text)):
+        check_unit(want, f"{what}s in PyTorch")
+        for size, features in zip(BATCHES, got, strict=True):
+            check_unit(features, f"{what}s in ONNX Runtime, in batches of {size}")
     pairs = [(want_image, got_image), (want_text, got_text)]
     scores = want_image @ want_text.T
     rows = np.arange(len(scores))
@@ -72,6 +80,26 @@ def measure_parity(
         cosine_min=min(float((want[: len(got)] * got).sum(axis=1).min()) for want, gots in pairs for got in gots),
         top1_agreement=float((scores[rows, best] - scores[rows, chosen] <= TIE).mean()),
     )
+
+
+def check_unit(features: np.ndarray, of: str) -> None:
+    """Refuse features float32 (batch, embed_dim) that are not all of length one, or NaN.
+
+    Args:
+        of: what the rows are.
+
+    Raises:
+        NotFinite: names the first such row.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # is refused below
+        lengths = np.linalg.norm(features, axis=1)
+        usable = np.abs(lengths - 1) <= UNIT_TOLERANCE  # false for NaN
+    if not usable.all():
+        row = int(np.flatnonzero(~usable)[0])
+        raise NotFinite(
+            f"features of {of}: expected length 1, got {lengths[row]:g} for number {row} of {len(features)}; "
+            "merge with --precision fp32, or learn the task again with a lower --lr"
+        )
 
 
 def check_parity(parity: Parity, version: str) -> None:

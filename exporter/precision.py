@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 from onnx import ModelProto
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from exporter.config import IR_VERSION, OPSET, PRODUCER, Precision
 from exporter.graph import fill, hollow, trace_image_tower, trace_text_tower
 from trainer.adapter import Adapter
 from trainer.backbone import Backbone
+from trainer.errors import OutputError
 
 _BLOCK = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.")
 _AFTER_ATTENTION = ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")
@@ -74,8 +76,8 @@ def quantize(file: Path) -> ModelProto:
     # Imported here: it takes a second.
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 
-    with tempfile.TemporaryDirectory(prefix="clipweld-int8-") as folder, _quiet():
-        folded, quantized = Path(folder) / "folded.onnx", Path(folder) / "quantized.onnx"
+    with _temporary_folder() as folder, _quiet():
+        folded, quantized = folder / "folded.onnx", folder / "quantized.onnx"
         quant_pre_process(file, folded, skip_symbolic_shape=True)
         quantize_dynamic(
             folded,
@@ -116,10 +118,28 @@ def float_products(tower: ModelProto) -> list[str]:
 
 
 @contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder for as long as the block runs.
+
+    Raises:
+        OutputError: something can't be written to it.
+    """
+    place = "temporary files"
+    try:
+        place = f"temporary folder {tempfile.gettempdir()}"
+        with tempfile.TemporaryDirectory(prefix="clipweld-int8-") as folder:
+            yield Path(folder)
+    except (OSError, onnx.checker.ValidationError, DecodeError) as exc:
+        # onnxruntime and onnx write on a full disk without a word, and what they wrote can't be read back.
+        reason = exc.strerror or exc if isinstance(exc, OSError) else "files are cut off"
+        raise OutputError(f"{place}: can't be written ({reason}); make room, or name another folder in TMPDIR") from exc
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what onnxruntime has to say of every tensor that is not float."""
+    """Silence what onnxruntime has to say of every tensor that is not float, and before an error of ours."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from exporter.config import Precision
 from exporter.errors import OtherBase, RepositoryError
 from exporter.gate import Gate
 from exporter.lineage import merged_backbone
+from exporter.manifest import check_files
 from exporter.parity import Parity
 from exporter.repository import BASE_VERSION, Repository, towers
 from trainer.adapter import Adapter
@@ -107,7 +108,7 @@ def release(
         _check_repository(repository, backbone, adds)
         describe(repository.name, BASE_VERSION, backbone, adapters)  # refuses what clients can't follow, early
         served, there = repository.served, repository.versions()
-        known = repository.manifest(served).get("accuracy", []) if served else []
+        known = repository.manifest(served)["accuracy"] if served else []
         earlier = {entry["task"] for entry in known} | validated
         recorded = [a for a in recorded_accuracies(adapters, known) if a.task not in validated]
         gate.check(recorded, earlier)  # again below: here it is minutes sooner
@@ -128,17 +129,25 @@ def release(
                 builder.cast(build, base, checks.compared_on)
             build.accuracies = recorded
             if validated:
+                if served:
+                    check_files(repository, served)
                 before = repository.store / str(served) if served else base
                 encoders = [in_onnx_runtime(merged, *towers(folder)) for folder in (before, build.folder)]
                 build.accuracies = recorded + measure_accuracy(merged, *encoders, checks.validation, report)
             build.forced = gate.check(build.accuracies, earlier, build.cast and build.cast.agreement)
             builds.append(build)
-        for build in builds:
-            builder.finish(build)
-        if served is None:
-            for number in (builds[-1].number, BASE_VERSION):  # cut off in between, the newest is served all the same
-                repository.put_in(number, staging)
-            repository.record(repository.standing())
+        try:
+            for build in builds:
+                builder.finish(build)
+            if served is None:
+                for number in (builds[-1].number, BASE_VERSION):  # killed in between, the newest is served all the same
+                    repository.put_in(number, staging)
+                repository.record(repository.standing())
+        except BaseException:
+            for build in builds:
+                repository.take_out(build.number, staging)
+                repository.remove(build.number)
+            raise
     newest = builds[-1]
     return Release(
         model=repository.name,

@@ -8,7 +8,6 @@ pin one version for both towers and move to another between calls, so no answer 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +20,8 @@ import numpy as np
 import tritonclient.grpc
 import tritonclient.http
 
-from exporter.config import ADMIN_HEADER, ADMIN_KEY_VARIABLE
+from exporter.admin import HEADER, KEY_VARIABLE, admin_key
+from exporter.config import UNIT_TOLERANCE
 from exporter.errors import NothingToRollBackTo, PromotionFailed, ServerUnreachable
 from exporter.manifest import check_files
 from exporter.repository import BASE_VERSION, KINDS, TOWERS, Repository
@@ -71,25 +71,29 @@ class Pruned:
 
 
 class Server:
-    """A running Triton, through its model control, with the administrator's key if the environment has one.
+    """A running Triton, through its model control.
 
     Args:
         url: ``http://host:port``, or ``host:port`` or ``grpc://host:port`` for gRPC.
+        key: the administrator's, where there is one.
         timeout_s: how long a model may take to load, and a request to be answered.
 
     Raises:
         ServerUnreachable: nobody answers there, or its model control is not for us.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, key: str | None, timeout_s: float) -> None:
+        if "@" in url:  # not shown: what stands before it may be a password
+            raise ServerUnreachable("server address: has a user's name in it; give host:port or http://host:port alone")
         self.url, self._timeout_s = url, timeout_s
         scheme, _, address = url.rpartition("://")
         self._triton: ModuleType = tritonclient.http if scheme == "http" else tritonclient.grpc
         limits = {"network_timeout": timeout_s} if scheme == "http" else {}
         self._client = self._triton.InferenceServerClient(address, **limits)
-        key, prefix = os.environ.get(ADMIN_KEY_VARIABLE), "" if scheme == "http" else "triton-grpc-protocol-"
-        self._headers = {f"{prefix}{ADMIN_HEADER}": key} if key else {}
-        with self._errors(ServerUnreachable, f"is there an exporter serve, another --url, or a {ADMIN_KEY_VARIABLE}?"):
+        prefix = "" if scheme == "http" else "triton-grpc-protocol-"
+        self._headers = {f"{prefix}{HEADER}": key} if key else {}
+        step = f"is there an exporter serve of this very repository, another --url, or a {KEY_VARIABLE}?"
+        with self._errors(ServerUnreachable, step):
             self._client.get_model_repository_index(headers=self._headers)
 
     def close(self) -> None:
@@ -126,6 +130,27 @@ class Server:
                 f"{model.name} version {version} at {self.url} has another card than {repository.store}; does it serve "
                 "another repository?"
             )
+
+    def check_answers(self, repository: Repository, version: int) -> None:
+        """Ask both towers once: what passed every check where it was made may overflow on this machine.
+
+        Raises:
+            PromotionFailed: an answer is no unit vector, or NaN.
+        """
+        card = repository.card(version)
+        size, length = card["image"]["size"], card["text"]["context_length"]
+        for kind, name, array in (
+            ("image", "image", np.zeros((1, size, size, 3), np.uint8)),
+            ("text", "tokens", np.zeros((1, length), np.int32)),
+        ):
+            model = repository.model(kind)
+            features = self._infer(model, version, name, array).as_numpy(f"{kind}_features")
+            norm = float(np.linalg.norm(features))
+            if not abs(norm - 1) <= UNIT_TOLERANCE:  # NaN fails
+                raise PromotionFailed(
+                    f"{model.name} version {version} at {self.url} answers features of length {norm:g}, expected 1; "
+                    "promote one merged with --precision fp32"
+                )
 
     def _infer(self, model: Path, version: int, name: str, array: np.ndarray):
         value = self._triton.InferInput(name, array.shape, {"uint8": "UINT8", "int32": "INT32"}[array.dtype.name])
@@ -166,7 +191,7 @@ def promote(
         PromotionFailed: a server could not load it; what was served before is.
     """
     repository.check_released()
-    with repository.writing() as staging, _connected(urls, timeout_s) as servers:
+    with repository.writing() as staging, _connected(repository, urls, timeout_s) as servers:
         history = repository.history()
         return _switch(repository, version, [*history, version], servers, staging, report)
 
@@ -184,7 +209,7 @@ def rollback(
         NothingToRollBackTo: the version served now was the first.
     """
     repository.check_released()
-    with repository.writing() as staging, _connected(urls, timeout_s) as servers:
+    with repository.writing() as staging, _connected(repository, urls, timeout_s) as servers:
         history = [version for version in repository.history() if version in repository.versions()]
         if len(history) < 2:
             raise NothingToRollBackTo(
@@ -201,12 +226,12 @@ def prune(repository: Repository, keep: int) -> Pruned:
         keep: how many of the newest are kept.
     """
     repository.check_released()
-    with repository.writing() as staging:
+    with repository.held():
         versions = repository.versions()
         kept = {*versions[-keep:], *repository.standing(), BASE_VERSION} & set(versions)
         removed = [version for version in versions if version not in kept]
         for version in removed:
-            repository.remove(version, staging)
+            repository.remove(version)
         return Pruned(repository.name, removed, sorted(kept))
 
 
@@ -224,7 +249,9 @@ def _switch(
     check_files(repository, version)
     previous, stood = repository.served, repository.standing()
     following = [number for place, number in enumerate(following) if place == 0 or following[place - 1] != number]
-    repository.record(repository.history(), following)
+    history = repository.history()
+    if following != history:
+        repository.record(history, following)
     try:
         report(f"version {version}: loading")
         repository.put_in(version, staging, TOWERS)
@@ -232,6 +259,7 @@ def _switch(
         for server in servers:
             for kind in TOWERS:
                 server.wait(repository.model(kind), version)
+            server.check_answers(repository, version)
         repository.put_in(version, staging, ("card",))
         _reload(repository, servers, ("card",))
         for server in servers:
@@ -253,7 +281,6 @@ def _switch(
             repository.take_out(old, staging, kinds)
         if gone:
             _reload(repository, servers, kinds)
-    repository.record(following)
     urls = [server.url for server in servers]
     took = time.perf_counter() - began
     return Switched(repository.name, version, previous, repository.standing(), urls, took)
@@ -266,10 +293,10 @@ def _reload(repository: Repository, servers: Sequence[Server], kinds: Sequence[s
 
 
 @contextmanager
-def _connected(urls: Sequence[str], timeout_s: float) -> Iterator[list[Server]]:
+def _connected(repository: Repository, urls: Sequence[str], timeout_s: float) -> Iterator[list[Server]]:
     with ExitStack() as stack:
-        servers = []
+        servers, key = [], admin_key(repository.path) if urls else None
         for url in urls:
-            servers.append(Server(url, timeout_s))
+            servers.append(Server(url, key, timeout_s))
             stack.callback(servers[-1].close)
         yield servers

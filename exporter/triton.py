@@ -21,12 +21,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.config import ADMIN_HEADER, ADMIN_KEY_VARIABLE, RESTRICTED
+from exporter.admin import HEADER, RESTRICTED, new_admin_key
 from exporter.errors import CommandMissing, PortTaken, TritonFailed
-from exporter.installation import Installation, installation
+from exporter.installation import Installation, installation, remove_shared_memory
 
 HOST = "127.0.0.1"
-SHARED_MEMORY = Path("/dev/shm")
 STOP_TIMEOUT_S = 15.0
 PR_SET_PDEATHSIG = 1
 
@@ -76,8 +75,8 @@ def serve(
         TritonFailed: a model failed to load (in Triton's own words), or loading took too long.
     """
     port, http_port = _claim_ports(port, http_port)
-    with installation() as triton:
-        prefix = f"clipweld-{os.getpid()}-{port}-"
+    prefix = f"clipweld-{os.getpid()}-{port}-"
+    with installation(prefix) as triton:
         process = _start(triton, _arguments(triton, repository, port, http_port, prefix))
         lines: deque[str] = deque(maxlen=2000)
         reader = threading.Thread(target=_read, args=(process, lines, log), daemon=True)
@@ -89,8 +88,7 @@ def serve(
             _stop(process)
             reader.join(timeout=STOP_TIMEOUT_S)
             process.stdout.close()
-            for region in SHARED_MEMORY.glob(f"{prefix}*"):
-                region.unlink(missing_ok=True)
+            remove_shared_memory(prefix)
 
 
 def run_beside(server: Server, command: Sequence[str]) -> int:
@@ -133,9 +131,13 @@ def wait_until_stopped(server: Server) -> None:
 
 
 def _arguments(triton: Installation, repository: Path, port: int, http_port: int, prefix: str) -> list[str]:
+    place = repository.resolve()
+    if triton.link:
+        triton.link.symlink_to(place)
+        place = triton.link
     return [
         str(triton.binary),
-        f"--model-repository={repository.resolve()}",
+        f"--model-repository={place}",
         f"--backend-directory={triton.backends}",
         # Explicit, so that versions can be switched later; * loads everything at the start.
         "--model-control-mode=explicit",
@@ -152,15 +154,14 @@ def _arguments(triton: Installation, repository: Path, port: int, http_port: int
         f"--grpc-port={port}",
         "--exit-timeout-secs=10",
         f"--backend-config=python,shm-region-prefix-name={prefix}",
-        *_restrictions(),
+        *_restrictions(new_admin_key(repository)),
     ]
 
 
-def _restrictions() -> list[str]:
-    """What wants the administrator's key, where there is one."""
-    key = os.environ.get(ADMIN_KEY_VARIABLE)
-    flags = ("--grpc-restricted-protocol", "--http-restricted-api") if key else ()
-    return [f"{flag}={RESTRICTED}:{ADMIN_HEADER}={key}" for flag in flags]
+def _restrictions(key: str) -> list[str]:
+    """What wants the administrator's key."""
+    flags = ("--grpc-restricted-protocol", "--http-restricted-api")
+    return [f"{flag}={RESTRICTED}:{HEADER}={key}" for flag in flags]
 
 
 def _start(triton: Installation, arguments: list[str]) -> subprocess.Popen:

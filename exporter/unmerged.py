@@ -92,11 +92,11 @@ def release_unmerged(
             some = adapters[:count]
             merged = on_weights(backbone, merge(backbone.model.state_dict(), some))
             builds.append(builder.build(staging / str(count), count, merged, some, unmerged=True))
-        sibling.clear(staging)
-        for build in builds:
-            builder.finish(build)
-        for build in builds:
-            sibling.put_in(build.number, staging)
+        with sibling.replacing(staging):
+            for build in builds:
+                builder.finish(build)
+            for build in builds:
+                sibling.put_in(build.number, staging)
     return Unmerged(
         sibling.name,
         [build.number for build in builds],

@@ -65,8 +65,12 @@ def main(
     out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def write_adapters(backbone: Backbone, tasks: int, experts: int, folder: Path) -> None:
-    """Adapter files of one lineage, of small random experts on every layer of both towers."""
+def write_adapters(backbone: Backbone, tasks: int, experts: int, folder: Path, spread: float = 0.01) -> None:
+    """Adapter files of one lineage, of random experts on every layer of both towers.
+
+    Args:
+        spread: standard deviation of their entries.
+    """
     shapes = {}
     for name, weight in backbone.model.state_dict().items():
         block, _, _ = name.rpartition(".attn.in_proj_weight")
@@ -78,8 +82,8 @@ def write_adapters(backbone: Backbone, tasks: int, experts: int, folder: Path) -
     for number in range(tasks):
         tensors = {}
         for module, (d_out, d_in) in shapes.items():
-            tensors[f"{module}.lora_A"] = torch.randn(experts, d_in, generator=random) * 0.01
-            tensors[f"{module}.lora_B"] = torch.randn(d_out, experts, generator=random) * 0.01
+            tensors[f"{module}.lora_A"] = torch.randn(experts, d_in, generator=random) * spread
+            tensors[f"{module}.lora_B"] = torch.randn(d_out, experts, generator=random) * spread
         adapter = Adapter(
             task=f"task{number:02}",
             class_names=("cat", "dog"),

@@ -14,6 +14,7 @@ import tritonclient.grpc
 from onnx import TensorProto, helper
 
 from exporter import graph, release
+from exporter.admin import HEADER, admin_key
 from exporter.repository import Repository
 from exporter.triton import serve
 from trainer.adapter import Adapter
@@ -123,6 +124,18 @@ class Served:
     server: object
     repository: Repository
     client: tritonclient.grpc.InferenceServerClient
+
+    def load(self, model: str) -> None:
+        """Have Triton read a model's folder again."""
+        self.client.load_model(model, headers=self._headers)
+
+    def unload(self, model: str) -> None:
+        """Have Triton serve a model no more."""
+        self.client.unload_model(model, headers=self._headers)
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {f"triton-grpc-protocol-{HEADER}": admin_key(self.repository.path)}
 
     def infer(self, model: str, inputs: dict[str, np.ndarray], version: int | str = "") -> dict[str, np.ndarray]:
         """One request; the outputs by name."""

@@ -26,13 +26,13 @@ def load(served, write_model):
     def load(name, config, **graph):
         written.append(name)
         write_model(served.repository.path, name, config, **graph)
-        served.client.load_model(name)
+        served.load(name)
         return name
 
     yield load
     for name in written:
         shutil.rmtree(served.repository.path / name, ignore_errors=True)
-        served.client.unload_model(name)
+        served.unload(name)
 
 
 REFUSED = {
@@ -113,12 +113,12 @@ def test_external_data_folder_is_legal(served, write_model, load):
     (version / "model.onnx").mkdir()
     (version / "graph").rename(version / "model.onnx" / "model.onnx")
     try:
-        served.client.load_model(name)
+        served.load(name)
         x = np.ones((1, 2), np.float32)
         np.testing.assert_array_equal(served.infer(name, {"x": x})["y"], x + 1)
     finally:
         shutil.rmtree(served.repository.path / name)
-        served.client.unload_model(name)
+        served.unload(name)
 
 
 def test_strings_go_in_and_out(served, load):

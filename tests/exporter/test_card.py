@@ -15,6 +15,7 @@ from open_clip.tokenizer import HFTokenizer
 from exporter.card import card_model, describe, read_card
 from exporter.errors import RepositoryError, UnsupportedModel
 from exporter.graph import to_bytes
+from trainer.records import MAX_VALUES
 
 
 def test_card_of_a_merge(mini, make_adapter):
@@ -79,17 +80,24 @@ def test_other_resize_modes_are_refused_by_name(mini):
         describe("clip", 1, replace(mini, resize_mode="longest"), [])
 
 
+def test_more_words_than_are_read_are_refused_before_they_are_written(mini, make_adapter):
+    wide = replace(make_adapter("birds"), class_names=tuple(map(str, range(MAX_VALUES // 2))))
+    describe("clip", 2, mini, [wide])
+    with pytest.raises(UnsupportedModel, match=r"the card of clip could not be read again .* merge fewer tasks"):
+        describe("clip", 2, mini, [wide, wide])
+
+
 @pytest.mark.parametrize("content", [b"", b"not onnx", None])
 def test_a_file_that_is_no_card_is_refused(tmp_path, content):
     file = tmp_path / "model.onnx"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(RepositoryError, match=r"card .*model\.onnx"):
+    with pytest.raises(RepositoryError, match=r"model\.onnx: (can.t be read|not ONNX)"):
         read_card(file)
 
 
 def test_a_card_of_a_later_format_is_refused(tmp_path):
     file = tmp_path / "model.onnx"
     file.write_bytes(to_bytes(card_model({"format": 2})))
-    with pytest.raises(RepositoryError, match="format 2, this clipweld reads 1"):
+    with pytest.raises(RepositoryError, match="its fields are not those of this clipweld's format"):
         read_card(file)

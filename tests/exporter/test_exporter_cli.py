@@ -107,6 +107,22 @@ def test_wrong_usage_is_status_2(arguments, monkeypatch):
     assert run(*arguments, monkeypatch=monkeypatch) == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--to", "onnx", "--min-agreement", "1"], "fp32 is what a lower --precision must agree with; leave out"),
+        (["--to", "onnx", "--precision", "fp32", "--min-agreement", "1"], "leave out --min-agreement"),
+        (["--to", "peft", "--out", "x", "--force", "--max-drop", "0"], "leave out --max-drop, --force"),
+        (["--to", "open_clip", "--out", "x", "--precision", "int8"], "--to open_clip writes no version; leave out"),
+        (["--to", "peft", "--out", "x", "--unmerged"], "--to peft writes no version; leave out --unmerged"),
+        (["--to", "transformers", "--out", "x", "--repository", "y"], "leave out --repository"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(arguments, reason, monkeypatch, capsys):
+    assert run("merge", *arguments, monkeypatch=monkeypatch) == 2
+    assert reason in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(("to", "out", "loads"), [
     ("open_clip", "merged.safetensors", "open_clip.create_model('mini', pretrained="),
     ("transformers", "merged", "transformers.CLIPModel.from_pretrained("),

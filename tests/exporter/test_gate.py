@@ -51,6 +51,12 @@ def test_a_larger_drop_is_refused_and_named():
     assert "--force" in said
 
 
+@pytest.mark.parametrize("gate", [Gate(min_accuracy=10), Gate(max_drop=100)])
+def test_a_figure_that_is_no_number_passes_no_gate(gate):
+    assert "nan" in judged(gate, Accuracy("digits", 50.0, float("nan"), "training"))
+    assert "nan" in judged(Gate(), agreements=[Agreement("digits", float("nan"), 8)])
+
+
 def test_a_new_task_may_be_worse_than_before_but_must_reach_the_minimum():
     new = Accuracy("flags", 50.0, 40.0, "training")
     assert judged(Gate(max_drop=0), new) == ""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import gc
 import os
 import shutil
-import signal
 import threading
 
 import numpy as np
@@ -22,34 +19,6 @@ from exporter.repository import KINDS, Repository
 from exporter.switch import promote, prune, rollback
 from exporter.triton import serve
 from exporter.unmerged import release_unmerged
-
-CHANGES = ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync", "open")
-CHILD_TIMEOUT_S = 60
-
-
-def killed_at(change: int, action) -> bool:
-    """Do something in a process of its own that is killed when about to make its n-th change; whether it was."""
-    child = os.fork()
-    if child == 0:
-        try:
-            gc.disable()  # what earlier tests left behind may wait for threads that a forked child doesn't have
-            signal.alarm(CHILD_TIMEOUT_S)
-            left = iter(range(change))
-            for name in CHANGES:
-                setattr(os, name, functools.partial(_counting, getattr(os, name), left))
-            action()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL), "it failed by itself, or hung"
-    return os.WIFSIGNALED(status)
-
-
-def _counting(call, left, *arguments, **settings):
-    if next(left, None) is None:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return call(*arguments, **settings)
 
 
 def state(repository):
@@ -124,7 +93,7 @@ def quick(monkeypatch):
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("what", ["first merge", "merge", "promote", "promote back", "rollback", "prune"])
 def test_killed_at_any_change_nothing_is_lost_and_the_next_run_ends_the_same(
-    what, mini, make_adapter, samples, tmp_path
+    what, mini, make_adapter, samples, tmp_path, killed_at
 ):
     first = make_adapter("digits")
     lineage = [first, make_adapter("letters", (first,), seed=5)]
@@ -189,7 +158,7 @@ def test_killed_at_any_change_nothing_is_lost_and_the_next_run_ends_the_same(
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_killed_at_any_change_unmerged_versions_neither_harm_the_others_nor_stop_triton(
-    mini, make_adapter, samples, tmp_path
+    mini, make_adapter, samples, tmp_path, killed_at
 ):
     first = make_adapter("digits")
     lineage = [first, make_adapter("letters", (first,), seed=5)]
@@ -218,7 +187,7 @@ def test_killed_at_any_change_unmerged_versions_neither_harm_the_others_nor_stop
     assert change > 20
 
 
-def test_the_kill_is_real(tmp_path):
+def test_the_kill_is_real(tmp_path, killed_at):
     def action():
         os.mkdir(tmp_path / "a")
         os.mkdir(tmp_path / "b")

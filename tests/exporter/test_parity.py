@@ -9,9 +9,10 @@ import onnx
 import pytest
 import torch
 
-from exporter import graph
-from exporter.errors import AnswersDiffer, GraphsDiffer
-from exporter.parity import Parity, check_parity, check_same_graph, measure_parity, to_uint8
+from exporter import graph, parity
+from exporter.errors import AnswersDiffer, GraphsDiffer, NotFinite
+from exporter.parity import Parity, check_parity, check_same_graph, check_unit, measure_parity, to_uint8
+from trainer.backbone import with_weights
 
 GOOD = Parity(image_max_abs=1e-6, text_max_abs=1e-6, cosine_min=0.9999999, top1_agreement=1.0)
 
@@ -21,18 +22,18 @@ def files(repository, version):
 
 
 def test_released_base_agrees_with_pytorch(mini, released, samples):
-    parity = measure_parity(mini, *files(released[0], 1), *samples)
-    assert max(parity.image_max_abs, parity.text_max_abs) < 2e-6
-    assert parity.cosine_min > 0.99999
-    assert parity.top1_agreement == 1
+    measured = measure_parity(mini, *files(released[0], 1), *samples)
+    assert max(measured.image_max_abs, measured.text_max_abs) < 2e-6
+    assert measured.cosine_min > 0.99999
+    assert measured.top1_agreement == 1
 
 
 def test_other_weights_are_told_apart(mini, released, samples):
-    parity = measure_parity(mini, *files(released[0], 2), *samples)
-    assert parity.image_max_abs > 1e-3
-    assert parity.text_max_abs > 1e-3
+    measured = measure_parity(mini, *files(released[0], 2), *samples)
+    assert measured.image_max_abs > 1e-3
+    assert measured.text_max_abs > 1e-3
     with pytest.raises(AnswersDiffer, match="disagree"):
-        check_parity(parity, "clip version 2")
+        check_parity(measured, "clip version 2")
 
 
 @pytest.mark.parametrize(
@@ -104,3 +105,50 @@ def test_any_other_difference_is_refused(mini, graphs, change):
     change(merged)
     with pytest.raises(GraphsDiffer, match="text tower: merged and base differ in their"):
         check_same_graph(base, merged, "text tower")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("kind", "name", "what"), [("image", "visual.ln_post.weight", "images"), ("text", "ln_final.bias", "prompts")]
+)
+def test_answers_that_are_no_numbers_are_refused_whatever_pytorch_says(
+    mini, released, samples, tmp_path, kind, name, what, value
+):
+    repository, weights = released[0], dict(mini.model.state_dict())
+    weights[name] = weights[name].clone()
+    weights[name][3] = value
+    with pytest.raises(NotFinite, match=rf"weight {name} reaches .* expected finite float32"):
+        graph.fill(graph.hollow(repository.file(kind, 1), weights), weights)
+    model = onnx.load(repository.file(kind, 1))
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.raw_data = weights[name].numpy().tobytes()
+    onnx.save(model, tmp_path / "broken.onnx")
+    chosen = [tmp_path / "broken.onnx" if k == kind else repository.file(k, 1) for k in ("image", "text")]
+    with pytest.raises(NotFinite, match=rf"features of {what} in ONNX Runtime, in batches of 1: .* for number 0"):
+        measure_parity(mini, *chosen, *samples)
+    alike = with_weights(mini, weights)  # both wrong in the same way
+    with pytest.raises(NotFinite, match=f"features of {what} in PyTorch"):
+        measure_parity(alike, *chosen, *samples)
+
+
+def test_one_answer_that_is_no_number_in_the_largest_batches_alone_is_refused(mini, released, samples, monkeypatch):
+    run = parity._run_batches
+
+    def spoiled(*args, **settings):
+        results = run(*args, **settings)
+        results[-1] = results[-1].copy()
+        results[-1][-1, 0] = np.nan
+        return results
+
+    monkeypatch.setattr(parity, "_run_batches", spoiled)
+    with pytest.raises(NotFinite, match=r"in batches of 8: expected length 1, got nan for number 8 of 9"):
+        measure_parity(mini, *files(released[0], 1), *samples)
+
+
+@pytest.mark.parametrize("length", [0.0, 0.98, 1.02, np.nan, np.inf, 1e30])
+def test_features_are_unit_vectors(length):
+    features = np.eye(3, dtype=np.float32)
+    check_unit(features, "images")
+    features[2, 2] = length
+    with pytest.raises(NotFinite, match=r"features of images: .* for number 2 of 3"):
+        check_unit(features, "images")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -12,16 +14,18 @@ import torch
 from client import ZeroShotClassifier
 from exporter import build
 from exporter.config import Precision
-from exporter.errors import AnswersDiffer, GateClosed, GraphsDiffer, VersionDamaged
+from exporter.errors import AnswersDiffer, GateClosed, GraphsDiffer, NotFinite, VersionDamaged
 from exporter.gate import Gate
 from exporter.graph import fill, to_bytes
 from exporter.parity import check_same_graph
-from exporter.precision import quantize
+from exporter.precision import Towers, quantize
 from exporter.release import Checks, release
 from exporter.repository import EXACT, KINDS, Repository
 from exporter.switch import promote
 from exporter.triton import serve
 from exporter.verify import verify
+from trainer.backbone import with_weights
+from trainer.errors import OutputError
 from trainer.tasks import load_task
 
 CHECKS = Checks(Gate(min_agreement=0.9), compared_on=[load_task("clipart")])
@@ -131,6 +135,20 @@ def test_a_cast_that_would_differ_from_the_bases_is_refused(
     assert repository.versions() == [1, 2]
 
 
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.99])
+def test_files_cut_off_by_a_full_disk_are_no_int8(cast, share, caplog):
+    file = cast[0].file("image", 2)
+    limit = int(share * file.stat().st_size)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # the kernel refuses what is written beyond it
+    try:
+        with pytest.raises(OutputError, match=r"temporary folder .* can't be written .* make room"):
+            quantize(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not caplog.text
+
+
 @pytest.mark.usefixtures("traced")
 def test_too_little_agreement_is_refused_and_forced_on_request(mini, make_adapter, samples, repository, monkeypatch):
     def compared(*_):
@@ -196,3 +214,22 @@ def test_versions_of_all_precisions_are_served_side_by_side(cast, samples, tmp_p
     np.testing.assert_allclose(answers[3], answers[2], atol=2e-2)
     np.testing.assert_allclose(answers[4], answers[2], atol=0.5)
     assert not np.array_equal(answers[4], answers[2])
+
+
+@pytest.mark.slow
+def test_what_float16_cannot_hold_is_refused_even_by_force(mini, released, samples, traced, tmp_path):
+    shutil.copytree(released[0].path.parent, tmp_path, dirs_exist_ok=True)
+    towers = Towers(mini, Precision.fp16)
+    weights = {name: weight.clone() for name, weight in mini.model.state_dict().items()}
+    name = "visual.transformer.resblocks.2.mlp.c_proj.bias"
+    weights[name][3] = 1e5
+    with pytest.raises(NotFinite, match=rf"weight {name} reaches 1e\+05, expected finite float16; .*--precision fp32"):
+        towers.cast("image", weights, released[0].file("image", 1))
+    weights[name][3] = 6e4  # fits; twice that does not
+    weights[name.replace("2", "4")][3] = 6e4
+    other = replace(with_weights(mini, weights), fingerprint="0" * 64)
+    repository = Repository(tmp_path / "another", "clip")
+    force = Checks(Gate(min_agreement=0, force=True), compared_on=[load_task("clipart")])
+    with pytest.raises(NotFinite, match="features of images in ONNX Runtime"):
+        release(other, [], repository, *samples, precision=Precision.fp16, checks=force)
+    assert repository.versions() == []

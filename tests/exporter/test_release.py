@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
 import os
 from dataclasses import replace
 
@@ -101,6 +103,28 @@ def test_a_failing_merge_leaves_nothing(mini, make_adapter, samples, repository,
     assert contents(repository) == before
     assert repository.versions() == [1, 2]
     assert sorted(os.listdir(repository.path.parent)) == FOLDERS
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("at", [1, 3, 4, 6])
+def test_a_first_merge_that_fails_as_it_is_put_in_can_be_run_again(
+    mini, make_adapter, samples, tmp_path, monkeypatch, at
+):
+    repository, links = Repository(tmp_path / "model_repository", "clip"), itertools.count(1)
+
+    def link(*args):
+        if next(links) == 2 * at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os_link(*args)
+
+    os_link = os.link
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(RepositoryError, match=r"can't be written .No space left on device.; make room"):
+        release(mini, [make_adapter("digits")], repository, *samples)
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+    assert list(repository.path.iterdir()) == []
+    release(mini, [make_adapter("digits")], repository, *samples)
+    assert repository.versions() == repository.standing() == repository.history() == [1, 2]
 
 
 @pytest.mark.usefixtures("traced")

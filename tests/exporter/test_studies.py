@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from exporter.studies import killed, release
+from exporter.studies import release
 
 
 @pytest.mark.slow
@@ -18,12 +18,3 @@ def test_what_a_release_costs(tmp_path, capsys):
     assert all(row["seconds"] > row["of_which_release"] > 0 for row in figures["merges"].values())
     assert all(row["peak_bytes"] > 2e8 for row in figures["merges"].values())
     assert "the same bytes" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments(tmp_path, capsys):
-    killed.main("mini", points=2, seed=1, out=tmp_path / "killed.json")
-    figures = json.loads((tmp_path / "killed.json").read_text())
-    assert [kill["command"] for kill in figures["kills"]] == ["promote", "merge"]
-    assert all(0 < kill["after_s"] < kill["of_s"] for kill in figures["kills"])
-    assert "2 kills" in capsys.readouterr().out

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,6 +154,14 @@ def test_a_broken_model_is_refused_at_the_start_in_one_line(repository):
     assert "\n" not in message
 
 
+def test_a_path_that_a_shell_would_take_apart_is_served(repository, tmp_path):
+    odd = tmp_path / "my models; exit 1 #$(exit 2)'"
+    shutil.copytree(repository.path.parent, odd)
+    with serve(odd / repository.path.name) as server:
+        assert server.process.poll() is None
+    assert (odd / repository.path.name).is_dir()
+
+
 def test_a_taken_port_is_named(repository):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -204,15 +214,38 @@ def test_native_triton_is_preferred_where_it_has_the_backend(tmp_path, monkeypat
     library = tmp_path / "backends" / "onnxruntime" / "libtriton_onnxruntime.so"
     library.parent.mkdir(parents=True)
     library.touch()
-    with installation.installation() as found:
+    with installation.installation("clipweld-0-0-") as found:
         assert (found.binary, found.backends) == (binary, tmp_path / "backends")
         assert "NVIDIA's onnxruntime backend" in found.description
+
+
+def test_what_a_killed_server_left_is_removed_and_what_others_use_is_not(tmp_path, monkeypatch):
+    """Told to end while it loads, Triton leaves its processes behind, and they keep their shared memory."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    region = installation.SHARED_MEMORY / f"clipweld-{os.getpid()}-0-of-a-test"
+    with installation.installation(f"clipweld-{os.getpid()}-1-") as others:
+        stale = tmp_path / f"clipweld-{os.getpid()}-0-backends-of-a-test"
+        stale.mkdir()
+        program = shutil.copy(shutil.which("sleep"), stale)
+        orphan = subprocess.Popen([program, "60"])
+        while not Path(f"/proc/{orphan.pid}/cmdline").read_bytes():  # the kernel has not quite begun the program yet
+            time.sleep(0.01)
+        region.touch()
+        with installation.installation(f"clipweld-{os.getpid()}-2-"):
+            assert orphan.wait(10) == -signal.SIGKILL
+            assert not region.exists()
+            assert not stale.exists()
+            assert others.backends.is_dir()
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_any_triton_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(installation, "find_native", lambda: None)
     monkeypatch.setattr(installation.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(TritonMissing, match=r"pip install 'clipweld\[serve\]'"), installation.installation():
+    with (
+        pytest.raises(TritonMissing, match=r"pip install 'clipweld\[serve\]'"),
+        installation.installation("clipweld-0-0-"),
+    ):
         pytest.fail("must not be found")
 
 

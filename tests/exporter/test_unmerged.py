@@ -167,6 +167,23 @@ def test_one_that_fails_leaves_the_one_before(mini, lineage, samples, changeable
     assert contents(changeable.path.parent) == before
 
 
+def test_one_that_fails_while_it_takes_the_place_of_the_one_before_leaves_that(
+    mini, lineage, samples, changeable, monkeypatch
+):
+    before = contents(changeable.path.parent)
+    put_in = Repository.put_in
+
+    def full(repository, version, *rest):
+        if version == 5:
+            raise RepositoryError("disk full")
+        put_in(repository, version, *rest)
+
+    monkeypatch.setattr(Repository, "put_in", full)
+    with pytest.raises(RepositoryError, match="disk full"):
+        release_unmerged(mini, lineage, changeable, *samples)
+    assert contents(changeable.path.parent) == before
+
+
 def test_verify_proves_it_from_its_files_alone(apart, changeable, samples):
     result = verify(sibling_of(apart[0]), 2, *samples)
     assert result.parity.max_abs <= MAX_ABS
@@ -200,7 +217,9 @@ def test_what_is_refused_says_why_and_writes_nothing(mini, lineage, samples, cha
 
 def test_merged_versions_of_that_name_are_not_replaced(mini, lineage, samples, repository):
     for path in (repository.store, *map(repository.model, ("image", "text", "card"))):
-        path.rename(path.with_name(path.name.replace("clip", "clip-unmerged")))
+        path = path.rename(path.with_name(path.name.replace("clip", "clip-unmerged")))
+        for manifest in path.glob("*/manifest.json"):
+            manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"model": "clip-unmerged"}))
     before = contents(repository.path.parent)
     with pytest.raises(RepositoryError, match=r"'clip-unmerged' has merged versions, .*give another --name"):
         release_unmerged(mini, lineage, repository, *samples)
@@ -229,8 +248,8 @@ def test_the_command(released, lineage, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "others",
     [
-        ["--to", "peft", "--out", "x"],
         ["--precision", "int8"],
+        ["--min-agreement", "1"],
         ["--min-accuracy", "50"],
         ["--max-drop", "0"],
         ["--validate", "emoji"],
@@ -241,7 +260,7 @@ def test_what_does_not_go_with_it_is_wrong_usage(others, monkeypatch, capsys):
     arguments = ["merge", "--to", "onnx", "--unmerged", *others]
     assert run(*arguments, monkeypatch=monkeypatch) == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "--unmerged is --to onnx in fp32, without a gate; leave out" in said
+    assert "--unmerged is in fp32, without a gate; leave out" in said
     assert others[0] in said.rpartition("leave out")[2]
 
 

@@ -21,7 +21,8 @@ def rehash(repository, version):
     """Make a manifest fit altered files: an accident no more, but a forgery."""
     manifest = repository.manifest(version)
     for kind in KINDS:
-        manifest["files"][kind]["sha256"] = hashlib.sha256(repository.file(kind, version).read_bytes()).hexdigest()
+        content = repository.file(kind, version).read_bytes()
+        manifest["files"][kind] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     repository.manifest_file(version).write_text(json.dumps(manifest))
 
 

@@ -1,0 +1,107 @@
+"""What the commands print: a line or a table of each result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the help needs none of it
+    from rich.table import Table
+
+    from exporter.accuracy import Accuracy, Agreement
+    from exporter.release import Release
+    from exporter.repository import Repository
+    from exporter.switch import Switched
+    from exporter.unmerged import Unmerged
+
+
+def summary(repository: Repository, version: int) -> dict:
+    """What a version is, as ``exporter versions --json`` says it."""
+    manifest = repository.manifest(version)
+    return {
+        "model": manifest["model"],
+        "version": version,
+        "tasks": [entry["task"] for entry in manifest["lineage"]],
+        "base": manifest["base"],
+        "served": version == repository.served,
+        "standing": version in repository.standing(),
+        "date": manifest["date"],
+        "precision": manifest["precision"],
+        "unmerged": manifest["unmerged"],
+        "lineage": manifest["lineage"],
+        "parity": manifest["parity"],
+        "accuracy": manifest["accuracy"],
+        "cast": manifest["cast"],
+        "forced": manifest["forced"],
+    }
+
+
+def versions_table(rows: Sequence[dict]) -> Table:
+    """Summaries, a version a row."""
+    from rich.table import Table
+
+    table = Table("model", "version", "", "tasks, accuracy %", "precision", "made", "base")
+    for row in rows:
+        base = f"{row['base']['model_name']} ({row['base']['pretrained']}) {row['base']['fingerprint'][:8]}"
+        state = "served" if row["served"] else "standing" if row["standing"] else "resting"
+        accuracy = {entry["task"]: f" {entry['after']:.1f}" for entry in row["accuracy"] if entry["after"] is not None}
+        tasks = ", ".join(f"{task}{accuracy.get(task, '')}" for task in row["tasks"]) or "none: the base"
+        table.add_row(row["model"], str(row["version"]), state, tasks, row["precision"], row["date"][:10], base)
+    return table
+
+
+def accuracy_table(accuracies: Sequence[Accuracy], agreements: Sequence[Agreement]) -> Table:
+    """What was measured, a task a row."""
+    from rich.table import Table
+
+    table = Table("task", title="Test images, %")
+    if accuracies:
+        for column in ("right before", "right after", "change"):
+            table.add_column(column, justify="right")
+    if agreements:
+        table.add_column("answered as in float32", justify="right")
+    known = {accuracy.task: accuracy for accuracy in accuracies}
+    agreeing = {agreement.task: agreement for agreement in agreements}
+    for task in dict.fromkeys([*known, *agreeing]):
+        before, after = (known[task].before, known[task].after) if task in known else (None, None)
+        row = ["" if value is None else f"{value:.1f}" for value in (before, after)]
+        row.append("" if before is None or after is None else f"{after - before:+.1f}")
+        same = f"{100 * agreeing[task].top1:.1f} of {agreeing[task].images}" if task in agreeing else ""
+        table.add_row(task, *(row if accuracies else ()), *([same] if agreements else ()))
+    return table
+
+
+def released(result: Release, tasks: Sequence[str]) -> str:
+    """The end of a merge that wrote a version."""
+    return (
+        f"{result.model} version {result.version}, {learned(tasks)}; ONNX Runtime is within "
+        f"{result.parity.max_abs:.1e} of PyTorch, the graph is the base's own"
+        + (f", then cast to {result.precision.value}" if result.cast else "")
+        + f"; {result.seconds:.1f} s. "
+        + ("It is served" if result.served == result.version else f"Serve it: exporter promote {result.version}")
+        + (f". FORCED though {'; '.join(result.forced)}" if result.forced else "")
+    )
+
+
+def switched(result: Switched) -> str:
+    """The end of a promotion or a way back."""
+    before = f" (before: {result.previous})" if result.previous not in (None, result.version) else ""
+    where = f"on {', '.join(result.servers)}" if result.servers else "from the next start on: no server runs here"
+    standing = ", ".join(map(str, result.standing))
+    served = f"{result.model} version {result.version} is served{before} {where}"
+    return f"{served}; standing: {standing}; {result.seconds:.1f} s"
+
+
+def unmerged(result: Unmerged) -> str:
+    """The end of a merge that left the adapters in the graph."""
+    numbers = ", ".join(map(str, result.versions))
+    apart = max(parity.max_abs for parity in result.parity)
+    return (
+        f"{result.model} versions {numbers}, each with as many adapters in its graph; ONNX Runtime is within "
+        f"{apart:.1e} of PyTorch with them merged; {result.seconds:.1f} s. Serve them: exporter serve"
+    )
+
+
+def learned(tasks: Sequence[str]) -> str:
+    """What a version has learned."""
+    return f"learned {', '.join(tasks)}" if tasks else "the base, no adapters"

@@ -1,0 +1,106 @@
+"""Model control is for whoever may write the repository, and for nobody else."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import stat
+import urllib.error
+import urllib.request
+
+import pytest
+
+from exporter.admin import HEADER, KEY_FILE, admin_key, new_admin_key
+from exporter.errors import RepositoryError, ServerUnreachable
+from exporter.repository import Repository, store_of
+from exporter.switch import promote, rollback
+from exporter.triton import serve
+
+
+@pytest.fixture(scope="module")
+def keyed(released, tmp_path_factory):
+    """A repository of its own and its running server, started without a word about keys."""
+    path = tmp_path_factory.mktemp("keyed") / "models"
+    shutil.copytree(released[0].path, path)
+    shutil.copytree(store_of(released[0].path), store_of(path))
+    with serve(path) as server:
+        yield Repository(path, "clip"), server
+
+
+@pytest.fixture(autouse=True)
+def _no_key_in_the_environment(monkeypatch):
+    monkeypatch.delenv("CLIPWELD_ADMIN_KEY", raising=False)
+
+
+def model_with_code(file):
+    """The body of a load request that brings a model along, whose Python writes a file where Triton runs."""
+    config = {
+        "backend": "python",
+        "input": [{"name": "x", "data_type": "TYPE_INT32", "dims": [1]}],
+        "output": [{"name": "y", "data_type": "TYPE_INT32", "dims": [1]}],
+    }
+    code = f"open({str(file)!r}, 'w').close()\nclass TritonPythonModel:\n    def execute(self, requests): return []\n"
+    encoded = base64.b64encode(code.encode()).decode()
+    return json.dumps({"parameters": {"config": json.dumps(config), "file:1/model.py": encoded}}).encode()
+
+
+@pytest.mark.parametrize("key", [None, "guessed"])
+def test_a_web_page_runs_no_code(keyed, tmp_path, key):
+    """What a browser on this machine sends for any page without asking first: a POST of plain text."""
+    _, server = keyed
+    headers = {"Content-Type": "text/plain", "Origin": "https://elsewhere.example"} | ({HEADER: key} if key else {})
+    body = model_with_code(tmp_path / "taken over")
+    request = urllib.request.Request(f"{server.http_url}/v2/repository/models/own/load", body, headers)
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request, timeout=30)
+    assert not (tmp_path / "taken over").exists()
+
+
+def test_with_the_key_code_would_run(keyed, tmp_path):
+    """The test above would see it."""
+    repository, server = keyed
+    headers = {HEADER: admin_key(repository.path)}
+    body = model_with_code(tmp_path / "taken over")
+    address = f"{server.http_url}/v2/repository/models/own"
+    assert urllib.request.urlopen(urllib.request.Request(f"{address}/load", body, headers), timeout=30).status == 200
+    assert (tmp_path / "taken over").exists()
+    urllib.request.urlopen(urllib.request.Request(f"{address}/unload", b"{}", headers), timeout=30)
+
+
+def test_who_may_write_the_repository_switches_it_without_being_told_a_key(keyed):
+    repository, server = keyed
+    before = repository.served
+    promote(repository, 1, [server.url])
+    assert rollback(repository, [server.http_url]).version == before
+    key = store_of(repository.path) / KEY_FILE
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert server.environment.keys() == {"CLIPWELD_URL", "CLIPWELD_HTTP_URL"}, "what it runs learns no key"
+
+
+def test_the_environments_key_goes_before_the_repositorys(keyed, monkeypatch):
+    repository, server = keyed
+    monkeypatch.setenv("CLIPWELD_ADMIN_KEY", "another")
+    assert admin_key(repository.path) == "another"
+    with pytest.raises(ServerUnreachable, match="this very repository"):
+        promote(repository, 1, [server.url])
+
+
+def test_all_servers_of_a_repository_have_one_key(tmp_path):
+    store_of(tmp_path / "models").mkdir()
+    assert admin_key(tmp_path / "models") is None
+    key = new_admin_key(tmp_path / "models")
+    assert len(key) > 40
+    assert new_admin_key(tmp_path / "models") == admin_key(tmp_path / "models") == key
+    assert [file.name for file in store_of(tmp_path / "models").iterdir()] == [KEY_FILE]
+
+
+def test_where_nothing_can_be_kept_the_server_has_a_key_all_the_same(tmp_path):
+    assert new_admin_key(tmp_path / "models") != new_admin_key(tmp_path / "models")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_that_can_not_be_read_is_named(tmp_path):
+    (store_of(tmp_path / "models") / KEY_FILE).mkdir(parents=True)
+    with pytest.raises(RepositoryError, match=r"key .*admin-key: Is a directory; ask its owner, or set CLIPWELD_ADMIN"):
+        admin_key(tmp_path / "models")
