@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -35,17 +35,14 @@ class TLS:
             if file is not None and not Path(file).is_file():
                 raise InvalidRequest(f"tls: {file} is not a file; expected certificates or a key in PEM")
 
-    def context(self, create: Callable[..., ssl.SSLContext] = ssl.create_default_context) -> ssl.SSLContext:
+    def context(self) -> ssl.SSLContext:
         """The same for Python's own sockets.
-
-        Args:
-            create: as Python's, or gevent's for its sockets.
 
         Raises:
             InvalidRequest: a file holds something else.
         """
         try:
-            context = create(cafile=self.ca)
+            context = ssl.create_default_context(cafile=self.ca)
             if self.certificate is not None:
                 context.load_cert_chain(self.certificate, self.key)
         except (ssl.SSLError, OSError) as exc:
@@ -81,12 +78,14 @@ def parse_url(url: str, tls: TLS | None = None, headers: Mapping[str, str] | Non
     Raises:
         InvalidRequest: anything else, or certificates for an address without TLS.
     """
+    if "@" in url:  # not shown: what stands before it may be a password
+        raise InvalidRequest(f"url has a user's name in it; {_EXPECTED}, and headers for who asks")
     try:
         parts = urlsplit(url if "://" in url else f"grpc://{url}")
         host, port = parts.hostname, parts.port
     except ValueError as exc:
         raise InvalidRequest(f"url {url!r} cannot be read ({exc}); {_EXPECTED}") from exc
-    extra = parts.path.strip("/") or parts.query or parts.fragment or parts.username
+    extra = parts.path.strip("/") or parts.query or parts.fragment
     if parts.scheme not in _SCHEMES or not host or not port or extra:
         raise InvalidRequest(f"url {url!r} cannot be used; {_EXPECTED}")
     protocol, encrypted = _SCHEMES[parts.scheme]

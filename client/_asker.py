@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from client._runtime import Runtime
 from client._transport import Transport
@@ -52,6 +53,20 @@ class Asker:
             reraise=True,
         )
         return await retrying(self._once, request)
+
+    @asynccontextmanager
+    async def holding(self, lock: Any) -> AsyncGenerator[None, None]:
+        """Hold a lock or a semaphore of the runtime.
+
+        Raises:
+            RequestTimeout: others held it until the call's deadline.
+        """
+        while not await self._runtime.acquire(lock, self._left()):
+            pass  # _left says when it is time
+        try:
+            yield
+        finally:
+            lock.release()
 
     async def _once(self, request: Callable[[float], Awaitable[_T]]) -> _T:
         return await request(min(self._timeout_s, self._left()))

@@ -167,7 +167,7 @@ def bench(
 
 
 def _connected(address: Address, timeout_s: float, stack: ExitStack) -> Asker:
-    transport = BlockingTransport(address, timeout_s)
+    transport = BlockingTransport(address)
     stack.callback(lambda: run(transport.close()))
     return Asker(transport, BlockingRuntime(), timeout_s, 0, None)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from client._images import INTERPOLATIONS, RESIZE_MODES
+from client._json import read_json
 from client.errors import ContractMismatch, UnknownTask
 
 CARD_FORMAT = 1
+MAX_BYTES = 4 << 20  # of a card: the class names of hundreds of tasks
+MAX_SIDE, MAX_WIDTH = 8192, 1 << 16  # pixels; tokens, and numbers of a feature: far beyond any CLIP
+MAX_LOGIT_SCALE = 1e6
+
+_T = TypeVar("_T")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Card:
         return by_name[name]
 
 
-def read_card(text: str | bytes, where: str) -> Card:
+def read_card(text: bytes, where: str) -> Card:
     """Read a card from JSON.
 
     Args:
@@ -88,11 +94,11 @@ def read_card(text: str | bytes, where: str) -> Card:
         where: what error messages call it.
 
     Raises:
-        ContractMismatch: not JSON, another format, or something missing.
+        ContractMismatch: not JSON, too large, another format, something missing, or of a type or size that it can't be.
     """
     try:
-        fields = json.loads(text)
-        card_format = fields["format"]
+        fields = read_json(text, MAX_BYTES)
+        card_format = _get(fields, "format", int)
         if card_format != CARD_FORMAT:
             raise ContractMismatch(
                 f"card of {where} has format {card_format}, this client reads format {CARD_FORMAT}; "
@@ -101,7 +107,7 @@ def read_card(text: str | bytes, where: str) -> Card:
         return _card(fields)
     except KeyError as exc:
         raise ContractMismatch(f"card of {where} has no {exc.args[0]!r}; export the model again") from exc
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, OverflowError, RecursionError) as exc:
         raise ContractMismatch(f"card of {where} cannot be read: {exc}; export the model again") from exc
 
 
@@ -123,32 +129,85 @@ def check_card(card: Card, tokenizer_sha256: str, where: str) -> None:
             )
 
 
-def _card(fields: Mapping[str, Any]) -> Card:
-    image, text, base = fields["image"], fields["text"], fields["base"]
+def _card(fields: dict[str, Any]) -> Card:
+    image, text, base = (_get(fields, name, dict) for name in ("image", "text", "base"))
+    logit_scale = _get(fields, "logit_scale", float)
+    if not 0 < logit_scale <= MAX_LOGIT_SCALE:  # NaN is not
+        raise ValueError(f"logit_scale is {logit_scale}, expected above 0, at most {MAX_LOGIT_SCALE:,}")
     return Card(
-        model=fields["model"],
-        version=int(fields["version"]),
-        image_size=int(image["size"]),
-        resize_mode=image["resize_mode"],
-        interpolation=image["interpolation"],
-        context_length=int(text["context_length"]),
-        tokenizer_sha256=text["tokenizer_sha256"],
-        embed_dim=int(fields["embed_dim"]),
-        logit_scale=float(fields["logit_scale"]),
-        base_model_name=base["model_name"],
-        base_pretrained=base["pretrained"],
-        base_fingerprint=base["fingerprint"],
-        tasks=tuple(map(_task, fields["tasks"])),
+        model=_text(fields, "model"),
+        version=_count(fields, "version", 2**63 - 1),
+        image_size=_count(image, "size", MAX_SIDE),
+        resize_mode=_text(image, "resize_mode"),
+        interpolation=_text(image, "interpolation"),
+        context_length=_count(text, "context_length", MAX_WIDTH),
+        tokenizer_sha256=_text(text, "tokenizer_sha256"),
+        embed_dim=_count(fields, "embed_dim", MAX_WIDTH),
+        logit_scale=logit_scale,
+        base_model_name=_text(base, "model_name"),
+        base_pretrained=_text(base, "pretrained"),
+        base_fingerprint=_text(base, "fingerprint"),
+        tasks=tuple(map(_task, _get(fields, "tasks", list))),
     )
 
 
-def _task(fields: Mapping[str, Any]) -> Task:
-    accuracy = fields["accuracy"] or {}
+def _task(fields: Any) -> Task:
+    accuracy = _get(fields, "accuracy", dict)
+    templates = _texts(fields, "templates")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"template {template!r} must hold exactly one {{}}")
     return Task(
-        name=fields["name"],
-        class_names=tuple(fields["class_names"]),
-        templates=tuple(fields["templates"]),
-        accuracy_before=accuracy.get("before"),
-        accuracy_after=accuracy.get("after"),
-        adapter_sha256=fields["adapter_sha256"],
+        name=_text(fields, "name"),
+        class_names=_texts(fields, "class_names"),
+        templates=templates,
+        accuracy_before=_percent(accuracy, "before"),
+        accuracy_after=_percent(accuracy, "after"),
+        adapter_sha256=_text(fields, "adapter_sha256"),
     )
+
+
+def _get(fields: Any, name: str, kind: type[_T]) -> _T:
+    """A value of one type exactly, but for whole numbers, which are float too."""
+    if type(fields) is not dict:
+        raise TypeError(f"a {type(fields).__name__} where {name!r} should be in an object")
+    value = fields[name]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{name!r} is a {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def _count(fields: Any, name: str, most: int) -> int:
+    value = _get(fields, name, int)
+    if not 1 <= value <= most:
+        raise ValueError(f"{name!r} is out of range, expected 1 to {most:,}")
+    return value
+
+
+def _percent(fields: Any, name: str) -> float | None:
+    if fields.get(name) is None:
+        return None
+    value = _get(fields, name, float)
+    if not 0 <= value <= 100:
+        raise ValueError(f"{name!r} is {value}, expected 0 to 100")
+    return value
+
+
+def _text(fields: Any, name: str) -> str:
+    return _printable(_get(fields, name, str), name)
+
+
+def _texts(fields: Any, name: str) -> tuple[str, ...]:
+    texts = _get(fields, name, list)
+    if not texts:
+        raise ValueError(f"{name!r} is empty")
+    return tuple(_printable(_get({name: text}, name, str), name) for text in texts)
+
+
+def _printable(text: str, name: str) -> str:
+    """What a terminal shows as it is: labels are printed."""
+    if not text.strip() or _UNPRINTABLE.search(text):
+        raise ValueError(f"{name!r} is blank or has control characters: {text[:100]!r}")
+    return text

@@ -67,7 +67,7 @@ class ZeroShotClassifier(_Classifier):
         model: name of the served model.
         version: which one to use. "latest": the newest that is ready, for each call as a whole; a server that switches
             is followed within a second, and where it drops a version in the middle of a call, what that had not
-            answered is asked again.
+            answered is asked again. So it is where a server comes back with another version of the same number.
         timeout_s: how long one request to the server may take, in seconds.
         retries: how often a request that got no answer is asked again, after pauses that grow and vary.
         headers: sent with every request, such as ``{"authorization": "Bearer ..."}``.

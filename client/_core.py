@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from client._results import Classification, Prediction, ServerInfo
 from client._runtime import Runtime
 from client._tokenizer import default_tokenizer
 from client._transport import Transport
-from client.errors import BadImage, VersionGone
+from client.errors import BadImage, ServerError, VersionGone
 
 # Images in a request, requests on their way at a time, and batches that are read and resized meanwhile. One request is
 # answered while the next waits at the server. More would not help: Triton joins what waits into one batch, and on CPUs
@@ -64,10 +65,11 @@ class Question:
 
 @dataclass
 class _Call:
-    """One call of a user: its way to the server, and the version that it is on."""
+    """One call of a user: its way to the server, the version that it is on, and when that was last seen to be it."""
 
     asker: Asker
     release: Release
+    seen: float
 
 
 class Core:
@@ -83,32 +85,32 @@ class Core:
         model: str,
         version: int | None,
         runtime: Runtime,
-        connect: Callable[[Address, float], Transport],
+        connect: Callable[[Address], Transport],
         timeout_s: float,
         retries: int,
     ) -> None:
         self._address, self._model, self._version = address, model, version
         self._runtime, self._connect = runtime, connect
         self._timeout_s, self._retries = timeout_s, retries
-        self._opening, self._encoding = runtime.lock(), runtime.lock()
+        self._connecting, self._opening, self._encoding = threading.Lock(), runtime.lock(), runtime.lock()
         self._transport: Transport | None = None
         self._release: Release | None = None
         self._looked = 0.0
-        self._label_features: LRUCache[Any, np.ndarray] = LRUCache(FEATURES_BYTES, getsizeof=lambda array: array.nbytes)
+        self._forget()
 
     async def close(self) -> None:
-        async with self._opening:
-            if self._transport is not None:
-                await self._transport.close()
-            self._transport = self._release = None
-            self._label_features.clear()
+        with self._connecting:
+            transport, self._transport, self._release = self._transport, None, None
+            self._forget()
+        if transport is not None:
+            await transport.close()
 
     async def server_info(self, deadline_s: float | None) -> ServerInfo:
-        asker = await self._asker(deadline_s)
+        asker = self._asker(deadline_s)
         return ServerInfo(*await asker.ask(asker.transport.server))
 
     async def versions(self, deadline_s: float | None) -> list[int]:
-        return await ready_versions(await self._asker(deadline_s), self._model)
+        return await ready_versions(self._asker(deadline_s), self._model)
 
     async def card(self, deadline_s: float | None) -> Card:
         return (await self._begin(deadline_s)).release.card
@@ -153,7 +155,7 @@ class Core:
             for found in pixels:
                 if isinstance(found, BadImage):
                     raise found
-            async with turn:
+            async with call.asker.holding(turn):
                 return await release.image_features(call.asker, np.stack(good))
 
         parts = [np.empty((0, release.card.embed_dim), np.float32)]
@@ -171,7 +173,7 @@ class Core:
         good = [found for found in pixels if not isinstance(found, BadImage)]
         scores = iter(())
         if good:
-            async with turn:
+            async with call.asker.holding(turn):
                 image = await release.image_features(call.asker, np.stack(good))
             scores = iter(image @ text.T)
         return [
@@ -189,13 +191,20 @@ class Core:
         The mean over its prompts' features, normalised again, as CLIP does it.
         """
         key = (release.card, labels, templates)
-        async with self._encoding:  # whoever asks for the same meanwhile waits for it
+        async with asker.holding(self._encoding):  # whoever asks for the same meanwhile waits for it
             features = self._label_features.get(key)
             if features is None:
                 prompts = prompts_of(labels, templates)
                 encoded = await self._text_features(asker, release, prompts)
                 features = encoded.reshape(len(labels), len(templates), -1).mean(axis=1)
-                features /= np.linalg.norm(features, axis=1, keepdims=True)
+                lengths = np.linalg.norm(features, axis=1, keepdims=True)
+                if not lengths.all():
+                    label = labels[int(lengths.argmin())]
+                    raise ServerError(
+                        f"model {release.model!r} version {release.version}: the features of the prompts for label "
+                        f"{label!r} cancel each other out; give other templates, or one alone"
+                    )
+                features /= lengths
                 if features.nbytes <= FEATURES_BYTES:
                     self._label_features[key] = features
         return features
@@ -208,7 +217,7 @@ class Core:
         order = np.argsort(-lengths, kind="stable")
 
         async def work(rows: list[int], turn: Any) -> np.ndarray:
-            async with turn:
+            async with asker.holding(turn):
                 return await release.text_features(asker, tokens[rows, : lengths[rows].max()])
 
         features, done = np.empty((len(texts), card.embed_dim), np.float32), 0
@@ -242,47 +251,80 @@ class Core:
 
     async def _on_one_version(self, call: _Call, work: Callable[[Release], Awaitable[_T]]) -> _T:
         """Do work on the call's version; on the one that follows where that vanished, unless the caller named it."""
-        for _ in range(MOVES):
+        for _ in range(1 + MOVES):
             release = call.release
             try:
-                return await work(release)
+                done = await work(release)
+                if await self._still(call, release):
+                    return done
             except VersionGone:
                 if self._version is not None:
                     raise
-                call.release = await self._opened(call.asker, gone=release)
-        return await work(call.release)
+            call.release, call.seen = await self._opened(call.asker, gone=release)
+        raise VersionGone(
+            f"model {self._model!r} at {self._address} changed {1 + MOVES} times during one request; is somebody "
+            "rewriting its repository?"
+        )
+
+    async def _still(self, call: _Call, release: Release) -> bool:
+        """Whether what was just answered came from this release, and not from another of its number.
+
+        A server that is restarted, on a backup say, may mean something else by it, and connections come back by
+        themselves. A call looks at the card again after an interruption, and now and then.
+        """
+        if call.release is not release:
+            return False
+        if self._fresh(call.asker, call.seen):
+            return True
+        began = time.monotonic()
+        if not await self._is_served(call.asker, release):
+            return False
+        call.seen = began
+        return True
+
+    def _fresh(self, asker: Asker, seen: float) -> bool:
+        return asker.transport.lost < seen and time.monotonic() - seen < LOOK_AGAIN_S
+
+    async def _is_served(self, asker: Asker, release: Release) -> bool:
+        served = await release.is_served(asker)
+        if not served:
+            self._forget()  # some may be the other's
+        return served
+
+    def _forget(self) -> None:
+        self._label_features: LRUCache[Any, np.ndarray] = LRUCache(FEATURES_BYTES, getsizeof=lambda array: array.nbytes)
 
     async def _begin(self, deadline_s: float | None) -> _Call:
-        asker = await self._asker(deadline_s)
-        return _Call(asker, await self._opened(asker))
+        asker = self._asker(deadline_s)
+        return _Call(asker, *await self._opened(asker))
 
-    async def _opened(self, asker: Asker, gone: Release | None = None) -> Release:
-        """The release in use: the one that was named, or the newest, looked for now and then."""
-        async with self._opening:
+    async def _opened(self, asker: Asker, gone: Release | None = None) -> tuple[Release, float]:
+        """The release in use: the one that was named, or the newest, looked at now and then; and when it was."""
+        async with asker.holding(self._opening):
             current = None if self._release is gone else self._release
-            if current is not None and (self._version or time.monotonic() - self._looked < LOOK_AGAIN_S):
-                return current
-            self._release = await self._newest(asker, current)
-            self._looked = time.monotonic()
-            return self._release
+            if current is None or not self._fresh(asker, self._looked):
+                began = time.monotonic()
+                current = await self._newest(asker, current)
+                self._release, self._looked = current, began
+            return current, self._looked
 
     async def _newest(self, asker: Asker, current: Release | None) -> Release:
-        """The release that was named, or the newest ready; ``current`` where it is that."""
+        """The release that was named, or the newest ready; ``current`` where it is still that."""
         for attempt in range(MOVES):
             version = self._version or (await ready_versions(asker, self._model))[-1]
-            if current is not None and current.version == version:
-                return current
             try:
+                if current is not None and current.version == version and await self._is_served(asker, current):
+                    return current
                 return await open_release(asker, self._model, version)
             except VersionGone:  # between the two questions
                 if self._version or attempt == MOVES - 1:
                     raise
         raise AssertionError("unreachable")
 
-    async def _asker(self, deadline_s: float | None) -> Asker:
-        async with self._opening:
+    def _asker(self, deadline_s: float | None) -> Asker:
+        with self._connecting:
             if self._transport is None:
-                self._transport = self._connect(self._address, self._timeout_s)
+                self._transport = self._connect(self._address)
             return Asker(self._transport, self._runtime, self._timeout_s, self._retries, deadline_s)
 
     @staticmethod
@@ -296,16 +338,17 @@ def ranked(
     """The best labels of one image.
 
     Args:
-        scores: cosines (num_labels,).
+        scores: cosines (num_labels,), finite; those that rounding put beyond 1 are reported as 1.
         logit_scale: what they are multiplied with before the softmax. logit_bias, where a model has one, is the same
             for all labels and cancels out.
     """
-    logits = logit_scale * scores.astype(np.float64)
-    odds = np.exp(logits - logits.max())
+    wide = scores.astype(np.float64)
+    odds = np.exp(logit_scale * (wide - wide.max()))
     probabilities = odds / odds.sum()
     best = np.argsort(-scores, kind="stable")[:top_k]
+    cosines = scores.clip(-1, 1)
     return Classification(
-        name, tuple(Prediction(labels[i], float(probabilities[i]), float(scores[i])) for i in best), version
+        name, tuple(Prediction(labels[i], float(probabilities[i]), float(cosines[i])) for i in best), version
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client._bench import BenchResult, Timing
+from client._files import replacing
 from client.errors import ResultsError
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ def draw(result: BenchResult, path: Path) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     try:
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
+        with replacing(path) as staged, staged.open("wb") as file:
+            kind = path.suffix.removeprefix(".")
+            figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None, dpi=150)
     except (OSError, ValueError) as exc:
         raise ResultsError(f"figure {path}: cannot be written ({exc}); give a .svg or .png that can") from exc
 

@@ -7,18 +7,25 @@ the end, whole.
 from __future__ import annotations
 
 import csv
+import fcntl
 import itertools
 import json
+import math
 import os
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
+from client._json import read_json
 from client._results import Classification
 from client.errors import BadImage, ResultsError
 
+# Names of files need not be UTF-8: what isn't becomes an escape, which JSON reads back.
+AS_ESCAPES = "backslashreplace"
+MAX_LINE = 16 << 20  # bytes
 COLUMNS = ("image", "rank", "label", "probability", "score", "version", "error")
 ROWS_AT_ONCE = 10_000
 
@@ -32,7 +39,8 @@ class ResultsFile:
             the same.
 
     Raises:
-        ResultsError: another ending, a finished file, one of another question, or a place that can't be written.
+        ResultsError: another ending, a finished file, one of another question, one that another process is writing, or
+            a place that can't be written.
 
     Attributes:
         done: images that the file has an answer to, or the reason why there is none.
@@ -42,11 +50,10 @@ class ResultsFile:
     def __init__(self, path: Path, question: dict[str, Any]) -> None:
         if path.suffix not in _WRITERS:
             raise ResultsError(f"results {path}: unknown ending; expected {', '.join(_WRITERS)}")
-        if path.exists():
-            raise ResultsError(f"results {path}: there already; remove it, or give another --out")
+        self.path, self._part = path, path.with_name(f"{path.name}.part")
+        self._check_absent()
         if path.suffix == ".parquet":
             _pyarrow()
-        self.path, self._part = path, path.with_name(f"{path.name}.part")
         self.done: set[str] = set()
         self.unreadable = 0
         header = {"clipweld results": 1, "question": question}
@@ -75,35 +82,64 @@ class ResultsFile:
 
     def finish(self) -> None:
         """Write the file itself, whole, and remove what it was made of."""
-        staged = self.path.with_name(f".{self.path.name}.new")
         try:
-            self._file.close()
-            with self._part.open(encoding="utf-8") as lines:
+            self._file.flush()  # but not closed: that would let another process take it up
+            with replacing(self.path) as staged, self._part.open(encoding="utf-8") as lines:
                 next(lines)
                 _WRITERS[self.path.suffix]((json.loads(line) for line in lines), staged)
-            os.replace(staged, self.path)
+            self._part.unlink()
+            self._file.close()
         except OSError as exc:
-            staged.unlink(missing_ok=True)
             raise ResultsError(
-                f"results {self.path}: cannot be written ({exc.strerror}); make room and ask again: all answers are in "
-                f"{self._part}"
+                f"results {self.path}: cannot be written ({exc.strerror or exc}); make room and ask again: all answers "
+                f"are in {self._part}"
             ) from exc
-        self._part.unlink()
 
-    def _opened(self, header: dict[str, Any]) -> Any:
-        if not self._part.exists():
-            file = self._part.open("w", encoding="utf-8")
-            file.write(json.dumps(header) + "\n")
-            return file
-        whole = 0
+    def _check_absent(self) -> None:
+        if os.path.lexists(self.path):
+            raise ResultsError(f"results {self.path}: there already; remove it, or give another --out")
+
+    def _opened(self, header: dict[str, Any]) -> IO[str]:
+        """The file of what is done, held against other processes, at the end of its last whole line."""
+        if os.path.lexists(self._part) and not stat.S_ISREG(self._part.lstat().st_mode):
+            raise ResultsError(f"results {self._part}: not a regular file; remove it, or give another --out")
+        file = self._part.open("a", encoding="utf-8", errors=AS_ESCAPES)
+        try:
+            self._hold(file)
+            whole = self._read(header)
+            os.truncate(self._part, whole)
+            if whole == 0:
+                file.write(json.dumps(header) + "\n")
+                file.flush()
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _hold(self, file: IO[str]) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise ResultsError(
+                f"results {self._part}: another client is writing it; wait until it has finished, or give another --out"
+            ) from exc
+        self._check_absent()  # now for certain: the other may just have finished
+        if not self._part.exists() or not os.path.samestat(os.fstat(file.fileno()), self._part.stat()):
+            raise ResultsError(f"results {self._part}: another client was writing it just now; ask again")
+
+    def _read(self, header: dict[str, Any]) -> int:
+        """Take in what is done; the bytes of all whole lines."""
+        whole = number = 0
         with self._part.open("rb") as lines:
-            for number, line in enumerate(lines):
-                try:
-                    row = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError as exc:
-                    raise ResultsError(f"results {self._part}: line {number + 1} is damaged; remove the file") from exc
-                if row is None:  # cut off in the middle of it
+            while line := lines.readline(MAX_LINE):
+                if not line.endswith(b"\n") and len(line) < MAX_LINE:  # cut off in the middle of it
                     break
+                try:
+                    row = read_json(line, MAX_LINE)
+                    if number:
+                        _check_row(row)
+                except (ValueError, RecursionError) as exc:
+                    raise ResultsError(f"results {self._part}: line {number + 1} is damaged; remove the file") from exc
                 if number == 0 and row != header:
                     raise ResultsError(
                         f"results {self._part}: begun with another question (labels, task, templates, top-k, model or "
@@ -112,12 +148,8 @@ class ResultsFile:
                 if number:
                     self.done.add(row["image"])
                     self.unreadable += "error" in row
-                whole += len(line)
-        os.truncate(self._part, whole)
-        file = self._part.open("a", encoding="utf-8")
-        if whole == 0:
-            file.write(json.dumps(header) + "\n")
-        return file
+                whole, number = whole + len(line), number + 1
+        return whole
 
     def _write(self, row: dict[str, Any]) -> None:
         self.done.add(row["image"])
@@ -130,6 +162,48 @@ class ResultsFile:
             ) from exc
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to: it takes the place of ``path`` when the block ends well, else it is removed.
+
+    Raises:
+        OSError: it can't be written; ``path`` is what it was.
+    """
+    staged = path.with_name(f".{path.name}.new")
+    try:
+        yield staged
+        os.replace(staged, path)
+    except BaseException:
+        with suppress(OSError):
+            staged.unlink()
+        raise
+
+
+def _check_row(row: Any) -> None:
+    """Raises:
+    ValueError: not what ``add`` or ``add_unreadable`` writes.
+    """
+    if type(row) is dict and row.keys() == {"image", "error"}:
+        kinds = all(type(value) is str for value in row.values())
+    elif type(row) is dict and row.keys() == {"image", "version", "predictions"}:
+        kinds = (
+            (type(row["image"]), type(row["version"]), type(row["predictions"])) == (str, int, list)
+            and 0 < row["version"] < 2**31
+            and all(map(_is_prediction, row["predictions"]))
+        )
+    else:
+        kinds = False
+    if not kinds:
+        raise ValueError("not an answer")
+
+
+def _is_prediction(found: Any) -> bool:
+    if type(found) is not dict or found.keys() != {"label", "probability", "score"}:
+        return False
+    numbers = (found["probability"], found["score"])
+    return type(found["label"]) is str and all(type(n) is float and math.isfinite(n) for n in numbers)
+
+
 def _rows(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """A row for each label of each image, best first; one with the reason where there is no answer."""
     for answer in answers:
@@ -140,12 +214,12 @@ def _rows(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _write_jsonl(answers: Iterator[dict[str, Any]], path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors=AS_ESCAPES) as file:
         file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
 
 
 def _write_csv(answers: Iterator[dict[str, Any]], path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors=AS_ESCAPES, newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(_rows(answers))
@@ -158,10 +232,14 @@ def _write_parquet(answers: Iterator[dict[str, Any]], path: Path) -> None:
     text, number, real = arrow.string(), arrow.int32(), arrow.float64()
     types = (text, number, text, real, real, number, text)
     schema = arrow.schema(list(zip(COLUMNS, types, strict=True)))
-    rows = _rows(answers)
+    rows = ({name: _escaped(value) for name, value in row.items()} for row in _rows(answers))
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
             writer.write_table(arrow.Table.from_pylist(some, schema))
+
+
+def _escaped(value: Any) -> Any:
+    return value.encode(errors=AS_ESCAPES).decode() if isinstance(value, str) else value
 
 
 def _pyarrow() -> Any:

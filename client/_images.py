@@ -3,14 +3,17 @@
 Order as in open_clip: resize, crop the centre, then convert to RGB. Scaling to [0, 1], mean and std are inside the
 served model. What open_clip decides by leaving it to Pillow is decided here too: Exif orientation is not applied,
 transparency is dropped and not blended, an animation is its first frame, 16 bits of grey become 8 by Pillow's rules.
-A file that ends too early is refused, and so is one of more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, before or after
-resizing.
+
+A file is one of `FORMATS` and whole. An image has at most ``PIL.Image.MAX_IMAGE_PIXELS`` pixels (89 million) before and
+after resizing, and a file at most 8 bytes for each of that many pixels (716 MB). A JPEG has at most 100 scans.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,17 +28,9 @@ ImageLike = str | Path | bytes | Image.Image | np.ndarray
 
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 RESIZE_MODES = ("shortest", "squash")
-
-# What Pillow's readers raise on damaged or hostile files.
-_PILLOW_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+# What pictures come in. Pillow knows more, among them EPS: programs, which it has Ghostscript run.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_SCANS = 100  # of a JPEG, each of which takes as long as a whole image; cameras and editors write about ten
 
 
 def as_images(images: ImageLike | Iterable[ImageLike]) -> Iterator[ImageLike]:
@@ -59,7 +54,8 @@ def image_files(folder: Path) -> Iterator[Path]:
     Raises:
         BadImage: there is none.
     """
-    endings, found = frozenset(Image.registered_extensions()), False
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+    found = False
     for path, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
@@ -88,10 +84,10 @@ def preprocess(image: ImageLike, name: str, *, size: int, resize_mode: str, inte
     """
     opened = _open(image, name)
     width, height = (size, size) if resize_mode == "squash" else _shortest_side_to(size, *opened.size)
-    if max(opened.width * opened.height, width * height) > (Image.MAX_IMAGE_PIXELS or float("inf")):
+    if max(opened.width * opened.height, width * height) > _max_pixels():
         raise BadImage(
             f"{name} is too large: {opened.width} x {opened.height} pixels, resized {width} x {height}, "
-            f"expected at most {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS)"
+            f"expected at most {_max_pixels():,} pixels (PIL.Image.MAX_IMAGE_PIXELS)"
         )
     try:
         if opened.size != (width, height):
@@ -99,7 +95,7 @@ def preprocess(image: ImageLike, name: str, *, size: int, resize_mode: str, inte
         left, top = round((width - size) / 2), round((height - size) / 2)
         cropped = opened.crop((left, top, left + size, top + size))
         return np.array(cropped.convert("RGB"))
-    except _PILLOW_ERRORS as exc:
+    except Exception as exc:  # on damaged files, Pillow's readers raise any
         raise BadImage(f"{name} cannot be decoded: {_one_line(exc)}") from exc
 
 
@@ -112,26 +108,55 @@ def name_of(image: Any, index: int) -> str:
 
 
 def _open(image: Any, name: str) -> Image.Image:
-    if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise BadImage(f"{name} is empty: {image.width} x {image.height} pixels")
-        return image
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
-    if not isinstance(image, (str, Path, bytes)):
+    if isinstance(image, Image.Image):
+        opened = image
+    elif isinstance(image, bytes):
+        opened = _decoder(image, name)
+    elif isinstance(image, (str, Path)):
+        opened = _decoder(_read(Path(image), name), name)
+    else:
         raise BadImage(f"{name}: {_EXPECTED}")
+    if 0 in opened.size:
+        raise BadImage(f"{name} is empty: {opened.width} x {opened.height} pixels")
+    return opened
+
+
+def _read(path: Path, name: str) -> bytes:
     try:
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
-    except IsADirectoryError as exc:
-        raise BadImage(f"{name} is a directory; name the image files in it") from exc
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise BadImage(f"{name} is a directory; name the image files in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage(f"{name} is not a regular file; name an image file")
+        most = 8 * _max_pixels()
+        if status.st_size > most:
+            raise BadImage(f"{name} is too large: {status.st_size:,} bytes, expected at most {most:,}")
+        return path.read_bytes()
     except (OSError, ValueError) as exc:
         raise BadImage(f"{name} cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
+
+
+def _decoder(data: bytes, name: str) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data))
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as exc:
-        raise BadImage(f"{name} is not an image that Pillow can read ({len(data)} bytes)") from exc
-    except _PILLOW_ERRORS as exc:
+        raise BadImage(f"{name} ({len(data)} bytes) is no image; expected {', '.join(FORMATS)}") from exc
+    except Exception as exc:  # on damaged files, Pillow's readers raise any
         raise BadImage(f"{name} cannot be decoded: {_one_line(exc)}") from exc
+    if opened.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS and _scans(data) > MAX_SCANS:
+        raise BadImage(f"{name} has more than {MAX_SCANS} scans; save it anew")
+    return opened
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has; what stands in its other segments or behind its end doesn't count."""
+    scans, place = 0, 2
+    while (marker := _MARKER.search(data, place)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
@@ -151,8 +176,14 @@ def _shortest_side_to(size: int, width: int, height: int) -> tuple[int, int]:
     return int(size * width / height), size
 
 
+def _max_pixels() -> float:
+    return Image.MAX_IMAGE_PIXELS or float("inf")
+
+
 def _one_line(exc: BaseException) -> str:
     return " ".join(str(exc).split()) or type(exc).__name__
 
 
+# JPEG's markers, but for those without a segment: stuffing, TEM, and where decoding can restart.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
 _EXPECTED = "expected a path, the bytes of an image file, a PIL image or a uint8 array (height, width[, 3])"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
@@ -13,9 +14,11 @@ from client._asker import Asker
 from client._card import Card, check_card, read_card
 from client._tokenizer import default_tokenizer
 from client._transport import Transport
-from client.errors import ClientError, ContractMismatch, ModelNotFound, RequestTimeout, VersionGone
+from client.errors import ClientError, ContractMismatch, ModelNotFound, RequestTimeout, ServerError, VersionGone
 
 _PARTS = ("image", "text", "card")
+# Of a feature's length: what normalising in float16 may leave.
+UNIT_TOLERANCE = 1e-2
 
 
 async def ready_versions(asker: Asker, model: str) -> list[int]:
@@ -28,15 +31,14 @@ async def ready_versions(asker: Asker, model: str) -> list[int]:
 
 
 async def _ready_versions(transport: Transport, model: str, timeout_s: float) -> list[int]:
+    end = time.monotonic() + timeout_s
     served: dict[str, set[int]] = {}
     for name in (names := [f"{model}_{part}" for part in _PARTS]):
         with contextlib.suppress(ModelNotFound):
-            served[name] = await transport.ready_versions(name, timeout_s)
-    if len(served) < len(names):
-        there = await transport.models(timeout_s)
-        if missing := [name for name in names if name not in (served if there is None else there)]:
-            raise _no_model(transport, model, missing, there)
-    versions = set.intersection(*(served.get(name, set()) for name in names))
+            served[name] = await transport.ready_versions(name, end - time.monotonic())
+    if missing := [name for name in names if name not in served]:
+        raise _no_model(transport, model, missing, await transport.models(end - time.monotonic()))
+    versions = set.intersection(*served.values())
     if not versions:
         raise ModelNotFound(
             f"model {model!r} at {transport.address} has no version with {', '.join(_PARTS)} all ready; "
@@ -51,6 +53,7 @@ class Release:
 
     Attributes:
         card: what the version is.
+        card_text: the same, as the server has it.
         max_images: images that go into one request.
         max_texts: texts that go into one request.
     """
@@ -58,6 +61,7 @@ class Release:
     model: str
     version: int
     card: Card
+    card_text: bytes
     max_images: int
     max_texts: int
 
@@ -69,8 +73,11 @@ class Release:
 
         Returns:
             float32 (batch, embed_dim), L2-normalised.
+
+        Raises:
+            ServerError: the answer is not that.
         """
-        return await _infer(asker, self.model, self.version, "image", pixels)
+        return await self._features(asker, "image", pixels)
 
     async def text_features(self, asker: Asker, tokens: np.ndarray) -> np.ndarray:
         """Encode one request's worth of texts.
@@ -80,8 +87,28 @@ class Release:
 
         Returns:
             float32 (batch, embed_dim), L2-normalised.
+
+        Raises:
+            ServerError: the answer is not that.
         """
-        return await _infer(asker, self.model, self.version, "text", tokens)
+        return await self._features(asker, "text", tokens)
+
+    async def is_served(self, asker: Asker) -> bool:
+        """Whether the server still means the same by this version: one that was restarted may have another's files.
+
+        Raises:
+            VersionGone: it has no version of that number.
+        """
+        return await _card_text(asker, self.model, self.version) == self.card_text
+
+    async def _features(self, asker: Asker, part: str, array: np.ndarray) -> np.ndarray:
+        features = await _infer(asker, self.model, self.version, part, array)
+        if fault := _fault(features, (len(array), self.card.embed_dim)):
+            raise ServerError(
+                f"{self.model}_{part} version {self.version} at {asker.transport.address}: {fault}; go back with: "
+                "exporter rollback, and export the version again"
+            )
+        return features
 
 
 async def open_release(asker: Asker, model: str, version: int) -> Release:
@@ -95,8 +122,8 @@ async def open_release(asker: Asker, model: str, version: int) -> Release:
     available = await ready_versions(asker, model)
     if version not in available:
         raise _version_gone(asker.transport, model, version, available)
-    answer = await _infer(asker, model, version, "card", np.zeros((1, 1), dtype=np.int32))
-    card = read_card(answer[0, 0], where)
+    text = await _card_text(asker, model, version)
+    card = read_card(text, where)
     if card.version != version:
         raise ContractMismatch(f"card of {where} says version {card.version}; export the version again")
     check_card(card, default_tokenizer().sha256, where)
@@ -106,7 +133,7 @@ async def open_release(asker: Asker, model: str, version: int) -> Release:
         if size < 1:
             raise ContractMismatch(f"{part} tower of {where} takes no batches; expected max_batch_size > 0")
         limits.append(size)
-    return Release(model, version, card, *limits)
+    return Release(model, version, card, text, *limits)
 
 
 # part -> names of its input and output
@@ -119,6 +146,30 @@ async def _infer(asker: Asker, model: str, version: int, part: str, array: np.nd
             return await asker.transport.infer(f"{model}_{part}", version, array, *_TENSORS[part], timeout_s)
 
     return await asker.ask(request)
+
+
+async def _card_text(asker: Asker, model: str, version: int) -> bytes:
+    answer = await _infer(asker, model, version, "card", np.zeros((1, 1), dtype=np.int32))
+    text = answer.ravel()[0] if answer.size == 1 else None
+    if not isinstance(text, bytes):
+        raise ContractMismatch(
+            f"card of model {model!r} version {version} at {asker.transport.address} is {answer.dtype} {answer.shape}; "
+            "expected one string; export the model again"
+        )
+    return text
+
+
+def _fault(features: np.ndarray, shape: tuple[int, int]) -> str | None:
+    """What an answer is, in words, if not finite float32 unit vectors of this shape."""
+    if features.dtype != np.float32 or features.shape != shape:
+        return f"expected features float32 {shape}, got {features.dtype} {features.shape}"
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.sqrt(np.einsum("ij,ij->i", features, features))
+        usable = np.abs(lengths - 1) <= UNIT_TOLERANCE  # NaN is not
+    if usable.all():
+        return None
+    row = int(usable.argmin())
+    return f"expected features of length 1, got {lengths[row]:g} for number {row} of {len(features)}"
 
 
 async def _max_batch_size(asker: Asker, model: str, version: int, part: str) -> int:
@@ -138,24 +189,23 @@ async def _gone(transport: Transport, model: str, version: int, timeout_s: float
     Raises:
         VersionGone: it is not.
     """
+    end = time.monotonic() + timeout_s
     try:
         yield
     except RequestTimeout:
         raise
     except ClientError as exc:
-        available = await _ready_versions(transport, model, timeout_s)
+        available = await _ready_versions(transport, model, end - time.monotonic())
         if version not in available:
             raise _version_gone(transport, model, version, available) from exc.__cause__
         raise
 
 
-def _no_model(transport: Transport, model: str, missing: list[str], there: set[str] | None) -> ModelNotFound:
-    hint, listed = "", "wait until it is loaded, or ask its administrator what it serves"
-    if there is not None:
-        names = sorted(name.removesuffix("_card") for name in there if name.endswith("_card"))
-        near = difflib.get_close_matches(model, names)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        listed = f"it serves: {', '.join(names)}" if names else "it serves none; add one with: exporter merge"
+def _no_model(transport: Transport, model: str, missing: list[str], there: set[str]) -> ModelNotFound:
+    names = sorted(name.removesuffix("_card") for name in there if name.endswith("_card"))
+    near = difflib.get_close_matches(model, names)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    listed = f"it serves: {', '.join(names)}" if names else "it serves none: wait, or write one with: exporter merge"
     return ModelNotFound(f"no model {model!r} at {transport.address} (missing {', '.join(missing)}); {hint}{listed}")
 
 

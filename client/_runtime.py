@@ -8,6 +8,7 @@ without an event loop; those of asyncio suspend, as usual.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
@@ -34,10 +35,13 @@ class Runtime(Protocol):
         """Wait."""
 
     def lock(self) -> Any:
-        """A lock for ``async with``."""
+        """A lock for ``acquire``."""
 
     def semaphore(self, value: int) -> Any:
-        """A semaphore for ``async with``."""
+        """A semaphore for ``acquire``."""
+
+    async def acquire(self, lock: Any, timeout_s: float) -> bool:
+        """Take a lock or a semaphore; False if it could not be had in time."""
 
 
 class AsyncioRuntime:
@@ -63,6 +67,12 @@ class AsyncioRuntime:
     def semaphore(self, value: int) -> asyncio.Semaphore:
         return asyncio.Semaphore(value)
 
+    async def acquire(self, lock: asyncio.Lock | asyncio.Semaphore, timeout_s: float) -> bool:
+        try:
+            return await asyncio.wait_for(lock.acquire(), None if timeout_s == math.inf else timeout_s)
+        except asyncio.TimeoutError:
+            return False
+
 
 class BlockingRuntime:
     """Waits by blocking the calling thread. What is started has a thread of its own, so that it may start more."""
@@ -81,11 +91,14 @@ class BlockingRuntime:
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
-    def lock(self) -> _Blocking:
-        return _Blocking(threading.Lock())
+    def lock(self) -> threading.Lock:
+        return threading.Lock()
 
-    def semaphore(self, value: int) -> _Blocking:
-        return _Blocking(threading.Semaphore(value))
+    def semaphore(self, value: int) -> threading.Semaphore:
+        return threading.Semaphore(value)
+
+    async def acquire(self, lock: threading.Lock | threading.Semaphore, timeout_s: float) -> bool:
+        return lock.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX))
 
 
 class _InThread(Awaitable[_T]):
@@ -104,19 +117,6 @@ class _InThread(Awaitable[_T]):
     def __await__(self) -> Generator[Any, None, _T]:
         return self._future.result()
         yield  # never reached: it makes this a generator, as __await__ must be
-
-
-class _Blocking:
-    """A lock of ``threading`` for ``async with``; entering blocks."""
-
-    def __init__(self, lock: threading.Lock | threading.Semaphore) -> None:
-        self._lock = lock
-
-    async def __aenter__(self) -> None:
-        self._lock.acquire()
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        self._lock.release()
 
 
 def run(coroutine: Coroutine[Any, Any, _T]) -> _T:

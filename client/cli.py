@@ -26,6 +26,7 @@ from client._classifier import DEFAULT_URL
 from client._figure import draw
 from client._files import ResultsFile
 from client._images import as_images
+from client._printing import printing
 from client.errors import BadImage
 
 UNREADABLE_SHOWN = 20
@@ -218,13 +219,13 @@ def bench(
         timeout_s=timeout,
         track=tracked,
     )
-    if figure is not None:
-        draw(result, figure)
     if as_json:
         _print_json(result.to_dict())
     else:
         Console().print(_bench_table(result))
         Console().print(result.verdict, style="bold", highlight=False, soft_wrap=True)
+    if figure is not None:
+        draw(result, figure)
 
 
 @app.command()
@@ -304,7 +305,8 @@ def demo(
 def main() -> None:
     """Run the command line: exit 0, 1 (said why in one line on stderr) or 2 (usage)."""
     try:
-        app(prog_name="client")
+        with printing():
+            app(prog_name="client")
     except ClientError as exc:
         print(f"client: {exc}", file=sys.stderr)
         sys.exit(1)

@@ -11,7 +11,7 @@ ClientError
 ├── ContractMismatch     the served model is not one that this client understands
 ├── UnknownTask          the served version has not learned this task
 ├── BadImage             an image that cannot be read or used
-├── ResultsError         a file of results that cannot be written or gone on with
+├── ResultsError         results that cannot be written, or gone on with
 └── InvalidRequest       the call itself is wrong: labels, templates, url, ...
     └── TooManyLabels    more than a call takes
 
@@ -89,7 +89,7 @@ class BadImage(ClientError):
 
 
 class ResultsError(ClientError):
-    """A file of results that cannot be written, or that belongs to another question."""
+    """Results that cannot be written to a file or to standard output, or a file of them that belongs elsewhere."""
 
 
 class InvalidRequest(ClientError):

@@ -34,7 +34,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     Attributes:
         cards: what is served, a card by version number; change it and the server changes.
         before_infer: called with (model, version, gRPC context) before each answer; may abort, sleep, change ``cards``.
-        guarded: model control is refused, as by a server that wants its administrator's key for it.
+        tamper: called with each answer before it is sent; may change it.
         requests: (model, version, shape) of every inference answered.
         url: where it listens.
     """
@@ -42,7 +42,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, port: int = 0) -> None:
         self.cards = {1: self.card(1), 2: self.card(2)}
         self.before_infer: Callable[[str, int, grpc.ServicerContext], None] = lambda *_: None
-        self.guarded = False
+        self.tamper: Callable[[service_pb2.ModelInferResponse], object] = lambda answer: None
         self.requests: list[tuple[str, int, tuple[int, ...]]] = []
         self._server = grpc.server(futures.ThreadPoolExecutor(4))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
@@ -82,16 +82,6 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         drawn = np.stack([np.random.default_rng(seed).normal(size=EMBED_DIM) for seed in seeds])
         return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
 
-    def RepositoryIndex(self, request, context):  # noqa: N802
-        if self.guarded:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "This protocol is restricted")
-        answer = service_pb2.RepositoryIndexResponse()
-        for part in ("image", "text", "card"):
-            answer.models.add(name=f"clip_{part}")
-            for version in self.cards:
-                answer.models.add(name=f"clip_{part}", version=str(version), state="READY")
-        return answer
-
     def ModelMetadata(self, request, context):  # noqa: N802
         if not self.cards or request.name not in {"clip_image", "clip_text", "clip_card"}:
             context.abort(grpc.StatusCode.NOT_FOUND, "not found")
@@ -104,8 +94,12 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return answer
 
     def ModelStatistics(self, request, context):  # noqa: N802
-        self._abort_if_gone(request.version, context)
         answer = service_pb2.ModelStatisticsResponse()
+        if not request.name:  # of all models
+            for part in ("image", "text", "card") if self.cards else ():
+                answer.model_stats.add(name=f"clip_{part}")
+            return answer
+        self._abort_if_gone(request.version, context)
         compute = answer.model_stats.add(name=request.name, version=request.version).inference_stats.compute_infer
         asked = [r for r in self.requests if r[:2] == (request.name, int(request.version))]
         compute.count, compute.ns = len(asked), 1000 * int(request.version) * len(asked)
@@ -117,7 +111,9 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self._abort_if_gone(request.model_version, context)
         shape = tuple(request.inputs[0].shape)
         self.requests.append((request.model_name, version, shape))
-        answer = service_pb2.ModelInferResponse(model_name=request.model_name, model_version=request.model_version)
+        answer = service_pb2.ModelInferResponse(
+            id=request.id, model_name=request.model_name, model_version=request.model_version
+        )
         name = request.outputs[0].name
         if name == "card":
             text = np.array([[json.dumps(self.cards[version])]], dtype=np.object_)
@@ -128,6 +124,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
             rows = np.frombuffer(request.raw_input_contents[0], dtype=dtype).reshape(shape[0], -1)
             answer.outputs.add(name=name, datatype="FP32", shape=[shape[0], EMBED_DIM])
             answer.raw_output_contents.append(self.features(rows, version).tobytes())
+        self.tamper(answer)
         return answer
 
     def _abort_if_gone(self, version: str, context: grpc.ServicerContext) -> None:

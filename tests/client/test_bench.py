@@ -1,3 +1,4 @@
+import errno
 import json
 
 import numpy as np
@@ -87,6 +88,19 @@ def test_the_figure_is_drawn(tmp_path, ending):
     assert (tmp_path / f"overhead.{ending}").stat().st_size > 5000
     with pytest.raises(ResultsError, match=r"figure .*overhead\.xyz: cannot be written"):
         draw(RESULT, tmp_path / "overhead.xyz")
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    (tmp_path / "overhead.svg").write_text("before")
+
+    def full(file, **_):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **options: full(file))
+    with pytest.raises(ResultsError, match=r"figure .*overhead\.svg: cannot be written .*No space left on device"):
+        draw(RESULT, tmp_path / "overhead.svg")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 def test_batch_larger_than_the_servers_is_refused(fake):

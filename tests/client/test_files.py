@@ -62,7 +62,7 @@ def test_all_formats_say_the_same(fake, run, folder, tmp_path):
         code, out, err = run(*arguments, "--out", tmp_path / f"answers.{ending}")
         assert code == 0
         assert f"answers.{ending}: 30 images, 2 of them unreadable" in out
-        assert [line for line in err.splitlines() if "04.png is not an image" in line]
+        assert [line for line in err.splitlines() if "04.png (7 bytes) is no image" in line]
     table = rows(tmp_path / "answers.csv")
     assert list(table[0]) == list(COLUMNS)
     assert table == rows(tmp_path / "answers.parquet")
@@ -157,3 +157,64 @@ def test_a_full_disk_loses_no_answer(tmp_path):
             results.add_unreadable(error)
     with ResultsFile(tmp_path / "answers.csv", QUESTION) as again:
         assert again.done == {"a.png"}
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    out = tmp_path / "answers.csv"
+    with ResultsFile(out, QUESTION) as first:
+        with pytest.raises(ResultsError, match="another client is writing it; wait"):
+            ResultsFile(out, QUESTION)
+        first.finish()
+    with pytest.raises(ResultsError, match="there already"):
+        ResultsFile(out, QUESTION)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"3", b"[]", b'{"image": 3, "error": "x"}', b'{"error": "x"}', b"[" * 10**5, b"\xff",
+        b'{"image": "\xed\xa0\x80", "error": "x"}',
+        b'{"image": "a", "version": 2, "predictions": [{}]}', b'{"image": "a", "version": 2, "predictions": 7}',
+        b'{"image": "a", "version": 2, "predictions": [{"label": "a", "probability": NaN, "score": 0.1}]}',
+    ],
+)  # fmt: skip
+def test_lines_that_are_no_answers_are_named(tmp_path, line):
+    header = json.dumps({"clipweld results": 1, "question": QUESTION}).encode()
+    (tmp_path / "answers.csv.part").write_bytes(header + b"\n" + line + b"\n")
+    with pytest.raises(ResultsError, match="line 2 is damaged; remove the file"):
+        ResultsFile(tmp_path / "answers.csv", QUESTION)
+
+
+def test_what_is_left_is_never_a_pipe_or_a_link(tmp_path):
+    part = tmp_path / "answers.csv.part"
+    for make in (lambda: os.mkfifo(part), lambda: part.symlink_to("/dev/zero"), part.mkdir):
+        make()
+        with pytest.raises(ResultsError, match="not a regular file"):
+            ResultsFile(tmp_path / "answers.csv", QUESTION)
+        part.rmdir() if part.is_dir() else part.unlink()
+
+
+def test_a_line_of_too_many_values_is_refused(tmp_path):
+    part = tmp_path / "answers.csv.part"
+    with ResultsFile(tmp_path / "answers.csv", QUESTION):
+        header = part.read_bytes()
+    part.write_bytes(header + b"[" + b"[1]," * 200_000 + b"1]\n")
+    with pytest.raises(ResultsError, match="line 2 is damaged"):
+        ResultsFile(tmp_path / "answers.csv", QUESTION)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_names_that_are_no_text_are_kept_as_escapes(tmp_path, ending):
+    error = BadImage("\udcff is unreadable")
+    error.image = os.fsdecode(b"a\xff.png")
+    out = tmp_path / f"answers.{ending}"
+    with ResultsFile(out, QUESTION) as results:
+        results.add_unreadable(error)
+    with ResultsFile(out, QUESTION) as results:
+        assert results.done == {error.image}
+        results.finish()
+    if ending == "jsonl":
+        assert json.loads(out.read_text()) == {"image": error.image, "error": str(error)}
+    else:
+        assert rows(out)[0]["image"] == "a\\udcff.png"
+        assert rows(out)[0]["error"] == "\\udcff is unreadable"

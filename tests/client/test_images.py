@@ -1,4 +1,5 @@
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -192,8 +193,8 @@ def png(image: Image.Image) -> bytes:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (b"", "it is not an image that Pillow can read (0 bytes)"),
-        (b"GIF89a", "it is not an image that Pillow can read (6 bytes)"),
+        (b"", "it (0 bytes) is no image; expected AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP"),
+        (b"GIF89a", "it (6 bytes) is no image; expected AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP"),
         (png(random_image("RGB", (50, 40)))[:-300], "it cannot be decoded"),
         ("missing.png", "it cannot be read: No such file or directory"),
         ("nul\0.png", "it cannot be read: embedded null byte"),
@@ -226,3 +227,47 @@ def test_decompression_bomb_is_a_bad_image(monkeypatch, side, warnings_are):
         warnings.simplefilter(warnings_are, Image.DecompressionBombWarning)
         with pytest.raises(BadImage, match=r"^it (is too large|cannot be decoded)"):
             ours(data, size=4)
+
+
+def test_a_stated_limit_of_the_file_itself(tmp_path, monkeypatch):
+    path = tmp_path / "long.png"
+    path.write_bytes(png(random_image("RGB", (10, 10))) + bytes(1000))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadImage, match=r"^it is too large: [\d,]+ bytes, expected at most 800"):
+        ours(path)
+
+
+def test_what_is_no_regular_file_is_refused_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    for name in ("pipe.jpg", "zero.jpg"):
+        with pytest.raises(BadImage, match=r"^it is not a regular file"):
+            ours(tmp_path / name)
+
+
+def test_a_program_is_no_image(tmp_path):
+    path = tmp_path / "program.jpg"
+    random_image("RGB", (10, 10)).save(path, "EPS")
+    with pytest.raises(BadImage, match=r"is no image; expected AVIF, "):
+        ours(path)
+
+
+def progressive(scans: int) -> bytes:
+    """A JPEG whose last scan stands in it again and again."""
+    file = io.BytesIO()
+    random_image("RGB", (50, 40)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rfind(b"\xff\xda")
+    return data[:last] + data[last:-2] * (scans - data[:last].count(b"\xff\xda")) + data[-2:]
+
+
+def test_a_jpeg_of_too_many_scans_is_refused():
+    with pytest.raises(BadImage, match="it has more than 100 scans; save it anew"):
+        ours(progressive(101))
+    ours(progressive(100))
+
+
+def test_what_only_looks_like_scans_is_none():
+    data = progressive(10)
+    comment = b"\xff\xfe\x02\x02" + b"\xff\xda" * 256
+    np.testing.assert_array_equal(ours(data[:2] + comment + data[2:] + b"\xff\xda" * 200), ours(data))

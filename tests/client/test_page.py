@@ -14,6 +14,7 @@ import pytest
 
 import client
 from client import ZeroShotClassifier
+from client._images import FORMATS
 from client._page import FILES, MAX_UPLOAD_BYTES
 
 PROGRAM = [sys.executable, "-c", "from client.cli import main; main()"]
@@ -227,7 +228,7 @@ def test_head_has_no_content(page):
 @pytest.mark.parametrize(
     ("query", "body", "error"),
     [
-        ("label=a", b"no image", "this file is not an image that Pillow can read (8 bytes)"),
+        ("label=a", b"no image", f"this file (8 bytes) is no image; expected {', '.join(FORMATS)}"),
         ("", None, "labels is empty; expected at least one"),
         ("label=a&label=a", None, "label 'a' is given twice; expected each label once"),
         ("task=flags", None, "version 2, the newest now, has not learned 'flags'; choose another task"),

@@ -1,7 +1,12 @@
+import gc
+import os
 import re
 import socket
+import threading
+from contextlib import suppress
 
 import grpc
+import numpy as np
 import pytest
 
 from client import ZeroShotClassifier, errors
@@ -84,7 +89,7 @@ def test_silent_server_is_a_timeout(silent_port, scheme, connect):
 def test_http_spoken_to_a_grpc_port(fake, connect):
     with (
         connect(f"http://{fake.url}") as clip,
-        pytest.raises(ServerUnavailable, match=r"is no Triton that is ready and speaks HTTP; .* port for gRPC"),
+        pytest.raises(ServerUnavailable, match=r"no Triton that speaks HTTP and is ready for more \(.+\); .* for gRPC"),
     ):
         clip.versions()
 
@@ -96,3 +101,65 @@ def test_every_error_is_in_the_drawn_hierarchy():
     drawn = re.findall(r"^(?:[│ ]*[├└]── )?(\w+)(?: {2,}.*)?$", errors.__doc__.split("\n\n")[1], re.MULTILINE)
     assert sorted(drawn) == sorted(error.__name__ for error in raised)
     assert all(issubclass(error, errors.ClientError) for error in raised)
+
+
+def test_many_batches_over_http_need_no_more_threads_and_files_than_one(server):
+    image = np.zeros((32, 32, 3), np.uint8)
+    with ZeroShotClassifier(server.http_url) as clip:
+        list(clip.classify([image] * 80, ["a", "b"]))
+        files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+        list(clip.classify([image] * 800, ["a", "b"]))
+        assert len(os.listdir("/proc/self/fd")) <= files + 2
+        assert threading.active_count() <= threads + 2
+    assert not [thread for thread in threading.enumerate() if thread.name == "clipweld-http"]
+
+
+def test_a_classifier_that_is_let_go_leaves_no_thread(server):
+    clip = ZeroShotClassifier(server.http_url)
+    clip.versions()
+    del clip
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name == "clipweld-http"]
+
+
+@pytest.fixture
+def leaky(server):
+    """A way to the server whose connections go dead without a word, all of those there are, when told to."""
+    dead: list[threading.Event] = [threading.Event()]
+
+    def pump(source, target, silent):
+        with suppress(OSError):
+            while chunk := source.recv(2**16):
+                if not silent.is_set():
+                    target.sendall(chunk)
+
+    def accept():
+        with suppress(OSError):
+            while True:
+                ends = listening.accept()[0], socket.create_connection(("127.0.0.1", int(server.url.split(":")[-1])))
+                opened.extend(ends)
+                for source, target in (ends, ends[::-1]):
+                    threading.Thread(target=pump, args=(source, target, dead[-1]), daemon=True).start()
+
+    opened: list[socket.socket] = []
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+
+    def silence():
+        dead.append(threading.Event())
+        dead[-2].set()
+
+    yield f"grpc://127.0.0.1:{listening.getsockname()[1]}", silence
+    listening.shutdown(socket.SHUT_RDWR)
+    for end in (listening, *opened):
+        end.close()
+    thread.join()
+
+
+def test_a_connection_that_went_dead_without_a_word_is_given_up(leaky, connect):
+    url, silence = leaky
+    with connect(url, timeout_s=1, retries=1) as clip:
+        before = clip.versions()
+        silence()
+        assert clip.versions() == before
