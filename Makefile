@@ -1,6 +1,7 @@
 # make demo      learn three tasks, merge, serve, ask the client, compare speeds
 # make test      the whole test suite
 # make lint      ruff and mypy
+# make audit     what is installed, and whether it is known to be vulnerable
 # make results  all methods and ablations on the small tasks: the runs behind RESULTS.md (hours on two cores)
 # make scale    50 synthetic tasks in a row: time and memory against tasks learned
 # make mini      rebuild the small CLIP and its tasks from packages (needs npm, apt-get and hours on a CPU)
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint results scale mini install
+.PHONY: demo test audit lint results scale mini install
 
 install: $(VENV)/.installed
 
@@ -40,6 +41,10 @@ mini: install
 
 test: install
 	$(BIN)/pytest
+
+# What is installed: pinned, listed (runs/trust/sbom.json), held against known vulnerabilities where they can be had.
+audit: install
+	$(BIN)/python -m trust.dependencies
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import signal
+import sys
+import traceback
 
 os.environ.setdefault("COLUMNS", "120")  # help screens and tables of one width, whatever runs the tests
 
 import pytest
+import torch
+
+# Whatever is compiled or exported has autograd start threads from then on, and a forked child cannot train with those;
+# unless autograd was at work before.
+torch.ones(1, requires_grad=True).sum().backward()
 
 # Run in the background, a shell has its children ignore Ctrl-C, and theirs in turn; some tests send it to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+CHANGES = ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync", "open")
+CHILD_TIMEOUT_S = 60
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +80,35 @@ def server(repository):
 
     with serve(repository) as running:
         yield running
+
+
+@pytest.fixture
+def killed_at():
+    """A function that does something and is killed at its n-th change to the disk."""
+    return _killed_at
+
+
+def _killed_at(change: int, action) -> bool:
+    """Do something in a process of its own that is killed when about to make its n-th change; whether it was."""
+    child = os.fork()
+    if child == 0:
+        try:
+            gc.disable()  # what earlier tests left behind may wait for threads that a forked child doesn't have
+            signal.alarm(CHILD_TIMEOUT_S)
+            left = iter(range(change))
+            for name in CHANGES:
+                setattr(os, name, functools.partial(_counting, getattr(os, name), left))
+            action()
+            os._exit(0)
+        except BaseException:
+            os.write(sys.__stderr__.fileno(), traceback.format_exc().encode())
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL), "it failed by itself, or hung"
+    return os.WIFSIGNALED(status)
+
+
+def _counting(call, left, *arguments, **settings):
+    if next(left, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(*arguments, **settings)

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-SETUP = {"make demo", "make test", "source .venv/bin/activate"}
+SETUP = {"make demo", "make test", "make audit", "source .venv/bin/activate"}
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -89,7 +89,7 @@ def folder(tmp_path):
 
 def test_setup_commands_are_the_makefile_s():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
-    for target in ("demo", "test"):
+    for target in ("demo", "test", "audit"):
         assert f"make {target} " in README
         assert re.search(rf"^{target}: install", makefile, re.M)
 

@@ -1,7 +1,8 @@
-"""The tables of RESULTS.md are what its own commands print from the records that come with it."""
+"""The tables of RESULTS.md and TRUST.md are what their own commands print from the records that come with them."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -11,13 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+TEXT = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "TRUST.md"))
 # A comment names the command; the table follows.
-TABLES = re.findall(r"<!-- (python -m (?:trainer\.studies|benchmarks)\.\w+ .+?) -->\n\n((?:\|.+\|\n)+)", RESULTS)
+TABLES = re.findall(r"<!-- (python -m (?:trainer\.studies|benchmarks|trust)\.\w+ .+?) -->\n\n((?:\|.+\|\n)+)", TEXT)
 
 
 def test_there_are_tables():
-    assert len(TABLES) == RESULTS.count("<!-- python -m") > 2
+    assert len(TABLES) == TEXT.count("<!-- python -m") > 2
 
 
 @pytest.mark.parametrize(("command", "table"), TABLES, ids=[command for command, _ in TABLES])
@@ -25,3 +26,10 @@ def test_table_is_what_the_command_prints(command, table):
     arguments = [sys.executable, *shlex.split(command)[1:]]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == table.strip()
+
+
+def test_no_promise_was_seen_broken():
+    records = sorted((ROOT / "trust" / "records").glob("*.json"))
+    assert records
+    for record in records:
+        assert json.loads(record.read_text(encoding="utf-8"))["broken"] == [], record.name

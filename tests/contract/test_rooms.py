@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("trainer", "exporter", "client")
-SEAMS = {"trainer.adapter", "trainer.backbone", "trainer.errors", "trainer.merge", "trainer.tasks", "trainer.towers"}
+SEAMS = {
+    f"trainer.{name}"
+    for name in ("adapter", "backbone", "errors", "merge", "printing", "records", "tasks", "towers", "wording")
+}
 
 
 def imports_of(room):
