@@ -103,8 +103,20 @@ class Adapter(Metadata):
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
     """Write the file whole or not at all."""
-    metadata = _canonical({"format": FORMAT, **adapter.metadata(), "sha256": adapter.sha256}).decode()
-    write_tensors(path, adapter.tensors, {ENTRY: metadata})
+    write_tensors(path, adapter.tensors, {ENTRY: _seal(adapter)})
+
+
+def check_readable(adapter: Adapter) -> None:
+    """Raises:
+    AdapterError: ``load_adapter`` would refuse what it says besides its tensors: there is too much of it.
+    """
+    try:
+        read_json(_Sealed, _seal(adapter))
+    except ValueError as exc:
+        raise AdapterError(
+            f"task {adapter.task!r}: its adapter could not be read again ({exc}); take fewer or shorter class names, "
+            "or a lower rank"
+        ) from exc
 
 
 @dataclass(frozen=True)
@@ -201,6 +213,10 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"layer {module}: lora_A and lora_B must both be there, of one rank")
         if inputs is not None and inputs.shape[1] != lora_A.shape[1]:
             raise ValueError(f"layer {module}: inputs and lora_A must be of one width")
+
+
+def _seal(adapter: Adapter) -> str:
+    return _canonical({"format": FORMAT, **adapter.metadata(), "sha256": adapter.sha256}).decode()
 
 
 def _canonical(value: dict) -> bytes:

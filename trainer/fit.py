@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from trainer.adapter import Adapter
+from trainer.adapter import Adapter, check_readable
 from trainer.anchors import WordAnchors
 from trainer.backbone import Backbone, with_weights
 from trainer.batches import Batch, Batches
@@ -26,7 +26,7 @@ from trainer.evaluate import Accuracies, evaluate
 from trainer.finite import all_finite, first_fault, first_not_finite
 from trainer.merge import merge
 from trainer.moments import drift_loss, past_inputs, principal_inputs
-from trainer.pool import attach_pools, contrastive_loss, detach_pools, orthogonality_loss
+from trainer.pool import PoolSet, attach_pools, contrastive_loss, detach_pools, orthogonality_loss
 from trainer.tasks import Task
 from trainer.towers import cut_to_longest, encode_text
 
@@ -90,6 +90,7 @@ def fit(
 
     Raises:
         TaskAlreadyLearned: the lineage has an adapter of this task.
+        AdapterError: the adapter would say more than can be read again (``check_readable``).
         CheckpointError: ``unfinished`` holds training of another task or with other settings.
         NotFinite: training diverged, or what came of it can't be used; ``unfinished`` is from before.
     """
@@ -108,6 +109,8 @@ def fit(
         pools = attach_pools(model.model, config)
         try:
             batches = batches_of(task, model, config, fabric)
+            adapter = untrained(task, base, parents, config, before, pools)
+            check_readable(adapter)  # before hours of training
             objective = Objective(
                 model, pools, config, fabric,
                 past_columns=past_columns(lineage, base.device) if config.ago != "off" else {},
@@ -120,7 +123,18 @@ def fit(
                 tensors |= principal_inputs(task, model, pools, batches, config.drift_directions)
         finally:
             detach_pools(pools)
-    adapter = Adapter(
+    adapter = replace(adapter, activation_counts=pools.activation_counts(), tensors=tensors)
+    merged = with_weights(base, merge(weights, [adapter]))
+    accuracies = evaluate(merged, test_on, fabric)
+    adapter = replace(adapter, accuracy={"before": before["task"], "after": accuracies["task"]})
+    return Fitted(adapter, merged, accuracies, pools.num_trainable, seconds)
+
+
+def untrained(
+    task: Task, base: Backbone, parents: tuple[str, ...], config: TrainConfig, before: Accuracies, pools: PoolSet
+) -> Adapter:
+    """The adapter of a task before it is learned: all that it says then, and no tensors."""
+    return Adapter(
         task=task.name,
         class_names=task.class_names,
         templates=task.templates,
@@ -133,12 +147,8 @@ def fit(
         accuracy={"before": before["task"], "after": {}},
         config={**asdict(config), "source": task.source},
         activation_counts=pools.activation_counts(),
-        tensors=tensors,
+        tensors={},
     )
-    merged = with_weights(base, merge(weights, [adapter]))
-    accuracies = evaluate(merged, test_on, fabric)
-    adapter = replace(adapter, accuracy={"before": before["task"], "after": accuracies["task"]})
-    return Fitted(adapter, merged, accuracies, pools.num_trainable, seconds)
 
 
 @dataclass(frozen=True)

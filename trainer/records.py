@@ -59,7 +59,10 @@ def read_json(kind: type[Record], text: str | bytes) -> Record:
     text = text.encode() if isinstance(text, str) else text
     if (values := sum(map(text.count, (b",", b"[", b"{")))) > MAX_VALUES:
         raise ValueError(f"JSON of {values:,} values, at most {MAX_VALUES:,} are read")
-    _check_keys(kind, from_json(text))  # first: each error of pydantic's takes a kilobyte, and it collects them all
+    value = from_json(text)
+    if (names := _widest(value)) > MAX_NAMES:
+        raise ValueError(f"an object of {names:,} names, at most {MAX_NAMES:,} are read")
+    _check_fields(kind, value)  # first: each error of pydantic's takes a kilobyte, and it collects them all
     try:
         return _schema(kind).validate_json(text)
     except ValidationError as exc:
@@ -83,9 +86,7 @@ def read_json_file(kind: type[Record], path: Path) -> Record:
         return read_json(kind, file.read(MAX_BYTES + 1))
 
 
-def _check_keys(kind: Any, value: Any) -> None:
-    if (names := _widest(value)) > MAX_NAMES:
-        raise ValueError(f"an object of {names:,} names, at most {MAX_NAMES:,} are read")
+def _check_fields(kind: Any, value: Any) -> None:
     known = {f.name for f in fields(kind)} if is_dataclass(kind) else set(getattr(kind, "__annotations__", ()))
     if known and not (isinstance(value, dict) and value.keys() == known):
         got = value.keys() if isinstance(value, dict) else set()

@@ -6,7 +6,7 @@ import torch
 from trainer.backbone import with_weights
 from trainer.batches import Batches
 from trainer.config import train_config
-from trainer.errors import ConfigError, TaskAlreadyLearned
+from trainer.errors import AdapterError, ConfigError, TaskAlreadyLearned
 from trainer.evaluate import evaluate
 from trainer.fit import fit, past_columns
 from trainer.merge import merge
@@ -67,6 +67,12 @@ def test_past_columns_stand_side_by_side(fitted):
 def test_a_task_is_learned_once(mini, fitted, digits):
     with pytest.raises(TaskAlreadyLearned, match="digits"):
         fit(digits, mini, [fitted.adapter], train_config("mini", **QUICK), test_on=[])
+
+
+def test_what_could_not_be_read_again_is_refused_before_training(mini, digits):
+    config = train_config("mini", rank=10_000, **QUICK)
+    with pytest.raises(AdapterError, match=r"'digits': .* read again \(JSON of .* lower rank$"):
+        fit(digits, mini, [], config, test_on=[], on_step=lambda step: pytest.fail("trained"))
 
 
 def test_batches_pair_every_image_with_its_own_prompt(mini, digits):
