@@ -8,8 +8,6 @@ are content-addressed like commits: each names its parents, the hashes of every 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -24,7 +22,7 @@ from pydantic import AfterValidator, FailFast, Field
 from torch import Tensor
 
 from trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, WrongBase
-from trainer.files import ENTRY, read_tensors, write_tensors
+from trainer.files import ENTRY, canonical, content_sha256, read_tensors, write_tensors
 from trainer.records import STRICT, Count, Items, Percent, Setting, Sha256, Text, Texts, one_line, read_json
 from trainer.wording import check_words, task_name
 
@@ -77,12 +75,7 @@ class Adapter(Metadata):
     @cached_property
     def sha256(self) -> str:
         """Hash over metadata and tensors: the adapter's identity."""
-        digest = hashlib.sha256(_canonical({"format": FORMAT, **self.metadata()}))
-        for name in sorted(self.tensors):
-            tensor = self.tensors[name]
-            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()
+        return content_sha256({"format": FORMAT, **self.metadata()}, self.tensors)
 
     def modules(self) -> list[str]:
         """Paths of the adapted layers, sorted."""
@@ -216,8 +209,4 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
 
 
 def _seal(adapter: Adapter) -> str:
-    return _canonical({"format": FORMAT, **adapter.metadata(), "sha256": adapter.sha256}).decode()
-
-
-def _canonical(value: dict) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return canonical({"format": FORMAT, **adapter.metadata(), "sha256": adapter.sha256})

@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
@@ -22,8 +22,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, OutputError
-from trainer.files import ENTRY, read_tensors, write_tensors
-from trainer.records import STRICT, Count, Json, one_line, read_json
+from trainer.files import ENTRY, canonical, content_sha256, read_tensors, write_tensors
+from trainer.records import STRICT, Count, Json, Sha256, one_line, read_json
 
 # A save follows after this many seconds, or later where saving itself takes long: at most a twentieth of all time.
 SAVE_EVERY_S = 5.0
@@ -58,6 +58,13 @@ class Progress:
     scaler: dict[str, int | float]
 
 
+@dataclass(frozen=True)
+class _Sealed(Progress):
+    """The metadata of a file: with the hash that the whole must have."""
+
+    sha256: Sha256
+
+
 class Checkpoint:
     """One file of unfinished training.
 
@@ -85,9 +92,10 @@ class Checkpoint:
         tensors = {f"trainee.{name}": tensor.detach() for name, tensor in trainee.state().items()}
         for place, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{place}.{name}": value for name, value in values.items()}
-        metadata = json.dumps(asdict(Progress(step, seconds, self._identity, self._precision.state_dict())))
+        said = asdict(Progress(step, seconds, self._identity, self._precision.state_dict()))
+        sealed = {**said, "sha256": content_sha256(said, tensors)}
         try:
-            write_tensors(self.path, tensors, {ENTRY: metadata})
+            write_tensors(self.path, tensors, {ENTRY: canonical(sealed)})
             self._warned = False
         except OutputError as exc:
             if not self._warned:
@@ -109,7 +117,10 @@ class Checkpoint:
             return 0, 0.0
         try:
             text, tensors = read_tensors(self.path)
-            progress = read_json(Progress, text)
+            sealed = read_json(_Sealed, text)
+            progress = Progress(**{f.name: getattr(sealed, f.name) for f in fields(Progress)})
+            if content_sha256(asdict(progress), tensors) != sealed.sha256:
+                raise ValueError(f"it is not what its own SHA-256 {sealed.sha256[:8]} says")
         except (safetensors.SafetensorError, OSError, ValueError) as exc:
             raise self._not_whole(one_line(str(exc))) from exc
         self._check(progress.identity)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -92,3 +96,17 @@ def read_tensors(path: Path) -> tuple[str, dict[str, Tensor]]:
         if ENTRY not in metadata:
             raise ValueError(f"no {ENTRY!r} in its metadata")
         return metadata[ENTRY], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def canonical(said: dict[str, Any]) -> str:
+    """JSON that is the same text whenever it says the same."""
+    return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def content_sha256(said: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Hash over all that a file says: its metadata, and names, shapes and numbers of its tensors."""
+    digest = hashlib.sha256(canonical(said).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()

@@ -19,8 +19,7 @@ with atheris.instrument_imports(include=["trainer.adapter", "trainer.records", "
 with atheris.instrument_imports(include=["exporter.repository", "exporter.records", "exporter.manifest"]):
     from trust.readers import REFUSALS, Manifests, tiny_adapter
 
-
-from trust.mutations import sealed_adapter
+from trust.mutations import sealed_file
 
 EVERY = 500
 
@@ -37,13 +36,13 @@ def main() -> None:
     (corpus / "manifest").write_bytes(b"\1" + store.repository.manifest_file(1).read_bytes())
     runs = next(int(flag.partition("=")[2]) for flag in sys.argv if flag.startswith("-runs="))
 
-    (corpus / "metadata").write_bytes(b"\2" + json.dumps(whole.metadata()).encode())
+    (corpus / "metadata").write_bytes(b"\2" + json.dumps({"format": FORMAT, **whole.metadata()}).encode())
     tensors = {name: tensor.numpy() for name, tensor in whole.tensors.items()}
 
     def sealed(text: bytes) -> bytes:
         """What claims to be metadata, with the hash that fits, if it is JSON at all."""
         try:
-            return sealed_adapter(json.loads(text), tensors, random.Random(0), FORMAT)
+            return sealed_file(json.loads(text), tensors, random.Random(0))
         except (ValueError, RecursionError):
             return text
 

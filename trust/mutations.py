@@ -139,17 +139,15 @@ def spoilt_header(content: bytes, draw: random.Random) -> bytes:
     return safetensors_file(header, data)
 
 
-def sealed_adapter(metadata: Any, tensors: dict[str, np.ndarray], draw: random.Random, version: int) -> bytes:
-    """An adapter file that says anything, with the SHA-256 that fits: its writer's, not one that was damaged."""
+def sealed_file(metadata: Any, tensors: dict[str, np.ndarray], draw: random.Random) -> bytes:
+    """A file of ours that says anything, with the SHA-256 that fits: its writer's, not one that was damaged."""
     if isinstance(metadata, dict):
-        text = json.dumps(
-            {"format": version, **metadata}, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str
-        )
+        text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
         for name in sorted(tensors):
             digest.update(f"{name} {tensors[name].shape}\n".encode("utf-8", "surrogatepass"))
             digest.update(np.ascontiguousarray(tensors[name]).tobytes())
-        metadata = {"format": version, **metadata, "sha256": digest.hexdigest()}
+        metadata = {**metadata, "sha256": digest.hexdigest()}
     data, header = b"", {}
     for name, array in tensors.items():
         kind = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}[array.dtype.name]

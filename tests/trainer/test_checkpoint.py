@@ -185,6 +185,18 @@ def test_a_checkpoint_that_is_not_whole_is_refused(mini, interrupted, damage):
         fit(load_task("emoji"), mini, [], config, test_on=[], unfinished=path, resume=True)
 
 
+def test_one_flipped_bit_of_a_checkpoint_is_refused(mini, interrupted):
+    path, config = interrupted
+    whole, draw = path.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in (draw.randrange(header, len(whole)), whole.index(b'"step') - 1, whole.index(b"lr") + 1):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(spoilt)
+        with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+            fit(load_task("emoji"), mini, [], config, test_on=[], unfinished=path, resume=True)
+
+
 def test_saving_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
     clock = iter([0.0, 4.9, 5.1, 6.1, 26.0, 26.2, 26.3])
     monkeypatch.setattr("trainer.checkpoint.time.monotonic", lambda: next(clock))

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 
 from exporter.repository import Repository
-from trainer import adapter as adapters
-from trainer.adapter import Adapter, load_adapter, save_adapter
+from trainer.adapter import FORMAT, Adapter, load_adapter, save_adapter
 from trainer.merge import delta_weight
 from trainer.tasks import find_learned
 from trust.mutations import (
     NASTY,
     safetensors_file,
-    sealed_adapter,
+    sealed_file,
     split_safetensors,
     spoilt_bytes,
     spoilt_header,
@@ -72,7 +71,7 @@ class Adapters(Reader):
         return len(content)
 
     def _seal(self, metadata: Any, tensors: dict[str, np.ndarray], draw: random.Random) -> bytes:
-        return sealed_adapter(metadata, tensors, draw, adapters.FORMAT)
+        return sealed_file({"format": FORMAT, **metadata} if isinstance(metadata, dict) else metadata, tensors, draw)
 
     def _large(self, draw: random.Random) -> bytes:
         """Megabytes, of what takes more memory than room on disk."""

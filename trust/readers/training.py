@@ -11,15 +11,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric.plugins.precision import MixedPrecision
 from PIL import Image
+from safetensors.numpy import load_file
 
 from trainer.backbone import load_backbone
 from trainer.checkpoint import Checkpoint
 from trainer.report.runs import read_runs
 from trainer.tasks import load_task
-from trust.mutations import json_text, safetensors_file, split_safetensors, spoilt_bytes, spoilt_header, spoilt_json
+from trust.mutations import (
+    json_text,
+    safetensors_file,
+    sealed_file,
+    split_safetensors,
+    spoilt_bytes,
+    spoilt_header,
+    spoilt_json,
+)
 from trust.readers.reader import OtherMeaning, Reader, write_json
 
 
@@ -38,27 +48,36 @@ class Checkpoints(Reader):
         self._checkpoint._next_save = 0
         self._checkpoint.save_when_due(1, 2.0, self, self._optimizer)
         self._content = self._checkpoint.path.read_bytes()
+        self._tensors = load_file(self._checkpoint.path)
+        self._sealed = False
 
     def state(self) -> dict[str, torch.Tensor]:
         return dict(self._layer.named_parameters())
 
     def spoil(self, draw: random.Random) -> int:
         way = draw.randrange(3)
+        self._sealed = way == 0
         if way == 0:
-            content = spoilt_bytes(self._content, draw)
-        elif way == 1:
-            content = spoilt_header(self._content, draw)
-        else:
-            header, data = split_safetensors(self._content)
+            header, _ = split_safetensors(self._content)
             metadata = json.loads(header["__metadata__"]["clipweld"])
-            header["__metadata__"] = {"clipweld": json_text(spoilt_json(metadata, draw), draw)}
-            content = safetensors_file(header, data)
+            del metadata["sha256"]
+            content = sealed_file(spoilt_json(metadata, draw), self._tensors, draw)
+        elif way == 1:
+            content = spoilt_bytes(self._content, draw)
+        else:
+            content = spoilt_header(self._content, draw)
         self._checkpoint.path.write_bytes(content)
         return len(content)
 
     def read(self) -> None:
-        self._checkpoint.load(self, self._optimizer)
+        progress = self._checkpoint.load(self, self._optimizer)
+        loaded = all(np.array_equal(self._tensors[f"trainee.{name}"], now) for name, now in self.arrays())
+        if not self._sealed and not (loaded and progress == (1, 2.0)):
+            raise OtherMeaning("it was damaged, and is other training")
         self._optimizer.step()
+
+    def arrays(self) -> list[tuple[str, np.ndarray]]:
+        return [(name, tensor.detach().numpy()) for name, tensor in self.state().items()]
 
 
 class Runs(Reader):
