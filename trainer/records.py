@@ -41,7 +41,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Json = dict[str, Any]
-Setting = None | bool | int | float | str
+Setting = None | bool | int | float | Text
 
 
 def read_json(kind: type[Record], text: str | bytes) -> Record:

@@ -20,7 +20,7 @@ from trainer.evaluate import Accuracies, evaluate
 from trainer.files import check_writable, output_errors, replacing
 from trainer.fit import Step, one_device
 from trainer.methods import LEARNERS, Learned, Run
-from trainer.records import STRICT, Count, Items, Setting, one_line, read_json_file
+from trainer.records import STRICT, Count, Items, Percent, Setting, Sha256, Text, one_line, read_json_file
 from trainer.tasks import Task
 
 LEFT_BEHIND = ("sequence.json", "progress.json", "unfinished.safetensors", "adapters", "weights")
@@ -41,13 +41,13 @@ class SequenceResult:
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
-    method: Method
-    tasks: Items[str]
-    tested: Items[str]
+    method: Text
+    tasks: Items[Text]
+    tested: Items[Text]
     label_space: LabelSpace
     seed: int
-    zero_shot: Items[float]
-    matrix: Items[Items[float]]
+    zero_shot: Items[Percent]
+    matrix: Items[Items[Percent]]
     transfer: float | None
     average: float
     last: float
@@ -59,21 +59,24 @@ class SequenceResult:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is of: it is gone on with only where all of it is equal."""
+    """What a run is of: it is gone on with only where all of it is equal.
+
+    ``method`` is one of ours in what this trainer writes; reports compare records of others too.
+    """
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
-    model: str
-    pretrained: str
-    base_fingerprint: str
-    method: Method
-    tasks: Items[str]
-    watch: Items[str]
-    sources: Items[str]
+    model: Text
+    pretrained: Text
+    base_fingerprint: Sha256
+    method: Text
+    tasks: Items[Text]
+    watch: Items[Text]
+    sources: Items[Text]
     order_seed: int | None
     devices: Count
-    precision: str
-    config: dict[str, Setting]
+    precision: Text | None
+    config: dict[Text, Setting]
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ def test_adapters_are_the_same_on_all_ranks_and_near_those_of_a_single_process(r
         assert torch.equal(first.tensors[name], second.tensors[name])
         if name.endswith(".inputs"):  # directions are free in sign; what they add up to is not
             torch.testing.assert_close(moment(first.tensors[name]), moment(tensor), atol=2e-3, rtol=2e-2)
-        else:
-            torch.testing.assert_close(first.tensors[name], tensor, atol=2e-4, rtol=2e-2)
+        else:  # as a whole: an element whose gradient is all rounding is moved by Adam as far as any other
+            assert (first.tensors[name] - tensor).norm() < 0.05 * tensor.norm(), name
 
 
 @pytest.mark.slow

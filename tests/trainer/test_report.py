@@ -60,10 +60,13 @@ def write_run(
     }
     settings = {**asdict(train_config("mini", method, seed=seed, ago="sum", router="learned")), **config}
     results = {"task": result, "union": {**result, "label_space": "union"}} if union else {"task": result}
-    record = {"model": "mini", "pretrained": "mini", "order_seed": order_seed, "config": settings, "results": results}
-    record["devices"] = 1
+    record = {
+        "model": "mini", "pretrained": "mini", "base_fingerprint": "ab" * 32, "method": method, "tasks": list(order),
+        "watch": [], "sources": list(sources), "order_seed": order_seed, "devices": 1, "precision": "32-true",
+        "config": settings, "results": results,
+    }  # fmt: skip
     folder.mkdir(parents=True)
-    (folder / "sequence.json").write_text(json.dumps({**record, "sources": list(sources)}))
+    (folder / "sequence.json").write_text(json.dumps(record))
     return folder
 
 
@@ -377,16 +380,19 @@ def test_a_folder_without_runs_says_what_writes_them(tmp_path):
         (lambda record: "{", "EOF while parsing"),
         (lambda record: "[]", "should be an object"),
         (lambda record: json.dumps({**record, "results": {}}), "lack the label space 'task'"),
-        (lambda record: json.dumps({"matrix": []}), "lacks config, model, pretrained, results"),
+        (lambda record: json.dumps({"matrix": []}), "lacks 'base_fingerprint', 'config', 'devices', has 'matrix'"),
         (lambda record: json.dumps({**record, "order_seed": "x"}), "order_seed"),
-        (lambda record: _with(record, last=None), r"a measure, .* is not a number"),
+        (lambda record: json.dumps({**record, "model": "\x1b[2J"}), "model: .* without control characters"),
+        (lambda record: json.dumps({**record, "method": "lora"}), "not of its method and its tasks"),
+        (lambda record: _with(record, last=None), r"task.last: Input should be a valid number"),
+        (lambda record: _with(record, zero_shot=["x", 1]), r"task.zero_shot.0: Input should be a valid number"),
         (lambda record: _with(record, tested=["flags", "digits"]), "do not begin with the learned"),
-        (lambda record: _with(record, tasks=[]), "do not begin with the learned"),
+        (lambda record: _with(record, tasks=[]), "not of its method and its tasks"),
         (lambda record: _with(record, zero_shot=[1.0]), "not as long as the 2"),
         (lambda record: _with(record, matrix=[[1.0, 2.0]] * 3), "3 rows of accuracies for 2"),
-        (lambda record: _with(record, matrix=[[1.0, 2.0], [1.0, 200.0]]), "from 0 to 100"),
-        (lambda record: _with(record, matrix=[[1.0, 2.0], [1.0, float("nan")]]), "from 0 to 100"),
-        (lambda record: _with(record, matrix=7), "len"),
+        (lambda record: _with(record, matrix=[[1.0, 2.0], [1.0, 200.0]]), "less than or equal to 100"),
+        (lambda record: _with(record, matrix=[[1.0, 2.0], [1.0, float("nan")]]), "should be a finite number"),
+        (lambda record: _with(record, matrix=7), "task.matrix: Input should be a valid"),
     ],
 )
 def test_a_malformed_record_is_named_and_nothing_is_written(tmp_path, spoil, reason):

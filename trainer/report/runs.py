@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from trainer.adapter import Adapter, load_adapter
 from trainer.errors import ReportError
-from trainer.records import Json, read_json_file
-from trainer.sequence import SequenceResult
+from trainer.records import Json, one_line, read_json, read_json_file
+from trainer.sequence import Finished, SequenceResult
 
 RECORD = "sequence.json"
 VALIDATION = ", validation"  # what trainer.tasks.validation adds to a task's source
@@ -100,51 +101,39 @@ def read_runs(root: Path) -> list[Run]:
 
 def _read(path: Path, root: Path) -> Run:
     try:
-        record = read_json_file(Json, path)
-        missing = {"model", "pretrained", "config", "results"} - set(record)
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        results = {space: _result(found) for space, found in record["results"].items()}
-        if "task" not in results:
+        record = {"precision": None, **read_json_file(Json, path)}  # the first ones don't say theirs
+        found = read_json(Finished, json.dumps(record))
+        if "task" not in found.results:
             raise ValueError("its results lack the label space 'task'")
-        if len({(one.method, tuple(one.tasks)) for one in results.values()}) != 1:
-            raise ValueError("its results are not of one method and one order of tasks")
-        if not isinstance(record.get("order_seed"), (int, type(None))):
-            raise ValueError("order_seed is neither a whole number nor null")
-        return Run(
-            name=path.parent.relative_to(root).as_posix(),
-            folder=path.parent,
-            model=str(record["model"]),
-            pretrained=str(record["pretrained"]),
-            order_seed=record.get("order_seed"),
-            validation=any(source.endswith(VALIDATION) for source in record.get("sources", ())),
-            config={**record["config"], **{name: record[name] for name in ("devices", "precision") if name in record}},
-            results=results,
-        )
-    except (OSError, ValueError, TypeError, AttributeError) as exc:
+        for result in found.results.values():
+            _check(found, result)
+    except (OSError, ValueError) as exc:
         raise ReportError(
-            f"{path}: not a record that this trainer can read ({exc}); remove it, or run 'trainer sequence' again"
+            f"{path}: not a record that this trainer can read ({one_line(str(exc))}); remove it, or run "
+            "'trainer sequence' again"
         ) from exc
+    precision = {} if found.precision is None else {"precision": found.precision}
+    return Run(
+        name=path.parent.relative_to(root).as_posix(),
+        folder=path.parent,
+        model=found.model,
+        pretrained=found.pretrained,
+        order_seed=found.order_seed,
+        validation=any(source.endswith(VALIDATION) for source in found.sources),
+        config={**found.config, "devices": found.devices, **precision},
+        results=found.results,
+    )
 
 
-def _result(found: dict[str, Any]) -> SequenceResult:
-    """One label space of a record; a ValueError says what is wrong with it."""
-    required = [f.name for f in fields(SequenceResult) if f.default is MISSING and f.default_factory is MISSING]
-    missing = [name for name in required if name not in found]
-    if missing:
-        raise ValueError(f"a result lacks {', '.join(missing)}")
-    result = SequenceResult(**{f.name: found[f.name] for f in fields(SequenceResult) if f.name in found})
+def _check(found: Finished, result: SequenceResult) -> None:
+    """Raises:
+    ValueError: a result is of other tasks than its run, or its rows are too many, too few or too short.
+    """
+    if (result.method, result.tasks) != (found.method, found.tasks):
+        raise ValueError("its results are not of its method and its tasks")
     if not result.tasks or result.tested[: len(result.tasks)] != result.tasks:
         raise ValueError("the tested tasks do not begin with the learned ones")
     if len(result.matrix) not in (1, len(result.tasks)):
         raise ValueError(f"{len(result.matrix)} rows of accuracies for {len(result.tasks)} learned tasks")
-    rows = [result.zero_shot, *result.matrix]
-    if any(len(row) != len(result.tested) for row in rows):
+    if any(len(row) != len(result.tested) for row in (result.zero_shot, *result.matrix)):
         raise ValueError(f"a row of accuracies is not as long as the {len(result.tested)} tested tasks")
-    if not all(isinstance(cell, (int, float)) and 0 <= cell <= 100 for row in rows for cell in row):
-        raise ValueError("an accuracy is not a number from 0 to 100")
-    measured = (result.average, result.last, result.trainable_parameters, result.kept_parameters)
-    maybe = [value for value in (result.transfer, result.forgetting) if value is not None]
-    if not all(isinstance(value, (int, float)) for value in (*measured, *maybe, *result.seconds_per_task)):
-        raise ValueError("a measure, a count of parameters or a time is not a number")
-    return result

@@ -91,7 +91,8 @@ class Runs(Reader):
         }  # fmt: skip
         record = {
             "model": "mini", "pretrained": "mini", "base_fingerprint": "ab" * 32, "method": "pool", "tasks": ["a", "b"],
-            "watch": [], "sources": ["x", "y"], "order_seed": None, "devices": 1, "config": {"lr": 0.1, "seed": 1},
+            "watch": [], "sources": ["x", "y"], "order_seed": None, "devices": 1, "precision": None,
+            "config": {"lr": 0.1, "seed": 1},
             "results": {"task": result, "union": result | {"label_space": "union"}},
         }  # fmt: skip
         return write_json(self.folder / "sequence.json", record, draw)
