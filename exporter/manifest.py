@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import stat
@@ -18,6 +17,7 @@ from exporter.config import OPSET
 from exporter.errors import VersionDamaged
 from exporter.records import MANIFEST_FORMAT, File, Manifest
 from exporter.repository import KINDS, MODEL_FILE, Repository
+from trainer.records import sha256_of
 
 if TYPE_CHECKING:  # reading a manifest needs neither torch nor open_clip
     from exporter.build import Build
@@ -49,7 +49,7 @@ def manifest(build: Build, architecture: str) -> Manifest:
         "parity": asdict(build.parity),
         "cast": asdict(build.cast) if build.cast else None,
         "files": {
-            file.parent.relative_to(build.folder).as_posix(): {"sha256": hash_of(file), "bytes": file.stat().st_size}
+            file.parent.relative_to(build.folder).as_posix(): {"sha256": sha256_of(file), "bytes": file.stat().st_size}
             for file in models
         },
         "tools": {"python": platform.python_version(), **{tool: found for tool in TOOLS if (found := _version(tool))}},
@@ -80,15 +80,6 @@ def check_files(repository: Repository, number: int) -> None:
         onnx_file.load(stored)
 
 
-def hash_of(file: Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _check_file(file: Path, expected: File | None) -> None:
     """Type and size come first: a link or a device has no end."""
     if expected is None:
@@ -102,7 +93,7 @@ def _check_file(file: Path, expected: File | None) -> None:
                 f"{file}: has {found.st_size:,} bytes, the manifest says {expected['bytes']:,}: it was altered or cut "
                 "off; merge again, or restore it"
             )
-        digest = hash_of(file)
+        digest = sha256_of(file)
     except OSError as exc:
         raise VersionDamaged(f"{file}: can't be read ({exc.strerror}); merge again, or restore it") from exc
     if digest != expected["sha256"]:

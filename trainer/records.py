@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -110,3 +111,12 @@ def one_line(text: str) -> str:
     """A foreign text, such as an error that quotes a file, cut short for a line of ours."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's content, as records name it."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import zipfile
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_url
+
+from trainer.records import sha256_of
 
 # OpenAI's own TorchScript archives, by the hash in their addresses.
 OPENAI_SHA256 = frozenset(
@@ -57,12 +58,3 @@ def check_weights_file(file: Path) -> None:
     for name, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.nbytes > size:
             raise ValueError(f"tensor {name!r} {tuple(tensor.shape)} is larger than the file")
-
-
-def sha256_of(file: Path) -> str:
-    """Hash of a file's content."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -11,7 +11,8 @@ import torch
 
 from trainer.backbone import check_supported, encode_classes, fingerprint, load_backbone, with_weights
 from trainer.errors import UnknownModel, UnsupportedModel, WeightsError
-from trainer.weights_file import OPENAI_SHA256, sha256_of
+from trainer.records import sha256_of
+from trainer.weights_file import OPENAI_SHA256
 
 
 def test_mini_is_an_ordinary_open_clip_model(mini):

@@ -17,9 +17,10 @@ from onnx import TensorProto, helper
 from client._card import read_card
 from client.errors import ClientError
 from exporter.card import card_model
-from exporter.manifest import check_files, hash_of, to_text
+from exporter.manifest import check_files, to_text
 from exporter.printing import summary
 from exporter.repository import KINDS, Repository
+from trainer.records import sha256_of
 from trust.mutations import json_text, spoilt_bytes, spoilt_json
 from trust.readers.reader import OtherMeaning, Reader, write_json
 
@@ -54,7 +55,8 @@ class Store(Reader):
             "unmerged": False, "precision": "fp32", "opset": 18, "parity": parity,
             "cast": {"parity": parity, "agreement": [{"task": "birds", "top1": 1.0, "images": 4}]},
             "files": {
-                kind: {"sha256": hash_of(self._file(kind)), "bytes": self._file(kind).stat().st_size} for kind in KINDS
+                kind: {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+                for kind, file in ((kind, self._file(kind)) for kind in KINDS)
             },
             "tools": {"python": "3.11"},
         }  # fmt: skip
@@ -146,7 +148,7 @@ class Models(Store):
             part.rename(self._elsewhere)
             part.symlink_to(self._elsewhere)
         if way < 2:  # the manifest is the stranger's too
-            self.manifest["files"]["image"] = {"sha256": hash_of(file), "bytes": file.stat().st_size}
+            self.manifest["files"]["image"] = {"sha256": sha256_of(file), "bytes": file.stat().st_size}
             self.repository.manifest_file(1).write_text(to_text(self.manifest), encoding="utf-8")
         return 1 << 16
 
