@@ -28,11 +28,11 @@ from trainer.backbone import Backbone, with_weights
 from trainer.config import Method, TrainConfig
 from trainer.errors import CheckpointError
 from trainer.evaluate import Accuracies, evaluate
-from trainer.files import write_tensors
 from trainer.fit import Objective, Step, batches_of, checkpoint_of, fit, train
 from trainer.merge import merge
 from trainer.records import STRICT, one_line
 from trainer.tasks import Task
+from trainer.tensors import write_tensors
 
 
 @dataclass(frozen=True)

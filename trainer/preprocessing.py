@@ -11,10 +11,13 @@ import io
 import re
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from torchvision.transforms import Compose
+
+if TYPE_CHECKING:  # heavy: files are opened without it
+    from open_clip.transform import PreprocessCfg
+    from torchvision.transforms import Compose
 
 # What pictures come in. Pillow knows more, among them EPS: programs, which it has Ghostscript run.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -56,6 +59,9 @@ def check_pixels(image: Image.Image) -> Image.Image:
 
 def preprocessing(config: PreprocessCfg) -> Compose:
     """open_clip's transform, PIL image -> float32 tensor (3, size, size); ValueError for what would be too large."""
+    from open_clip.transform import image_transform_v2
+    from torchvision.transforms import Compose
+
     size = config.size[0] if isinstance(config.size, (tuple, list)) else config.size
     check = functools.partial(_check_resized, size=size if config.resize_mode == "shortest" else 0)
     return Compose([check, *image_transform_v2(config, is_train=False).transforms])

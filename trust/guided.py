@@ -14,7 +14,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["trainer.adapter", "trainer.records", "trainer.wording", "trainer.files"]):
+with atheris.instrument_imports(include=["trainer.adapter", "trainer.records", "trainer.wording", "trainer.tensors"]):
     from trainer.adapter import FORMAT, load_adapter, save_adapter
 with atheris.instrument_imports(include=["exporter.repository", "exporter.records", "exporter.manifest"]):
     from trust.readers import REFUSALS, Manifests, tiny_adapter

@@ -7,14 +7,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from trainer.adapter import Adapter
 from trainer.errors import TaskDataMissing, TaskError, UnknownTask
-from trainer.tasks import folder, mtil, shipped
+from trainer.tasks import folder, shipped
+from trainer.tasks.lists import LISTS, MTIL
 from trainer.tasks.split import validation
 from trainer.tasks.task import Images, Task, skip_unreadable
+
+if TYPE_CHECKING:
+    from trainer.adapter import Adapter
 
 __all__ = [
     "Availability",
@@ -56,11 +60,13 @@ def load_task(
     """
     if name in shipped.names():
         return shipped.load(name)
-    if name in mtil.names():
+    if name in MTIL:
+        from trainer.tasks import mtil  # and torchvision, which imports torch
+
         return mtil.load(name, data, download)
     if Path(name).is_dir() or os.sep in name:
         return folder.load(Path(name), rename, templates)
-    known = (*shipped.names(), *mtil.names())
+    known = (*shipped.names(), *MTIL)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     raise UnknownTask(
         f"unknown task {name!r}; {'near names: ' + ', '.join(near) if near else 'known: ' + ', '.join(known)}; "
@@ -74,7 +80,7 @@ def find_learned(adapter: Adapter, data: Path = DATA) -> Task | None:
     The adapter may come from anyone: below the folder that it names nothing is looked at unless the class folders there
     are its own.
     """
-    source, known = adapter.config.get("source"), {*shipped.names(), *mtil.names()}
+    source, known = adapter.config.get("source"), {*shipped.names(), *MTIL}
     for reference in filter(None, (source if isinstance(source, str) else None, adapter.task)):
         try:
             is_folder = reference not in known and Path(reference).is_dir()
@@ -101,7 +107,7 @@ def shipped_tasks() -> list[Task]:
 
 def task_lists() -> dict[str, tuple[str, ...]]:
     """Names that stand for several tasks: ``mini``, the shipped ones; MTIL's two orders, and X-TAIL's."""
-    return {"mini": shipped.names(), **mtil.LISTS}
+    return {"mini": shipped.names(), **LISTS}
 
 
 @dataclass(frozen=True)
@@ -118,13 +124,15 @@ class Availability:
 
 def catalogue(data: Path = DATA) -> list[Availability]:
     """Every known task, learnable here or not."""
-    return [_availability(name, data) for name in (*shipped.names(), *mtil.names())]
+    return [_availability(name, data) for name in (*shipped.names(), *MTIL)]
 
 
 def _availability(name: str, data: Path) -> Availability:
     try:
         task = load_task(name, data)
     except TaskDataMissing:
+        from trainer.tasks import mtil
+
         step = "provide the folder, its download is dead" if mtil.SOURCES[name].dead else "--download fetches it"
         return Availability(name, 0, 0, 0, str(data / mtil.SOURCES[name].folder), step)
     return Availability(name, len(task.class_names), len(task.load("train")), len(task.load("test")), task.source, "")

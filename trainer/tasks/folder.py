@@ -13,14 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from trainer.errors import TaskDataMissing, TaskInvalid
 from trainer.preprocessing import open_image
 from trainer.records import MAX_BYTES, one_line
 from trainer.tasks.split import split_by_seed
 from trainer.tasks.task import SPLITS, Images, Task
 
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 TEMPLATES = ("a photo of a {}",)
 
 

@@ -17,6 +17,7 @@ from torchvision import datasets
 
 from trainer.errors import TaskDataMissing
 from trainer.tasks.flowers import FLOWERS
+from trainer.tasks.lists import MTIL
 from trainer.tasks.split import split_by_seed
 from trainer.tasks.task import Images, Task
 
@@ -207,20 +208,9 @@ SOURCES = {
 }
 
 
-# The benchmark's two orders, and X-TAIL's tasks.
-LISTS = {
-    "mtil-1": tuple(SOURCES),
-    "mtil-2": (
-        "stanford-cars", "food", "mnist", "oxford-pet", "flowers", "sun397", "aircraft", "caltech101", "dtd", "eurosat",
-        "cifar100",
-    ),
-    "x-tail": tuple(name for name in SOURCES if name != "cifar100"),
-}  # fmt: skip
-
-
 def names() -> tuple[str, ...]:
     """Names of the eleven tasks."""
-    return tuple(SOURCES)
+    return MTIL
 
 
 def load(name: str, root: Path, download: bool = False) -> Task:

@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from PIL import Image
-from torch import Tensor
 
 from trainer.errors import TaskInvalid, UnreadableImage
 from trainer.records import one_line, printable
 from trainer.wording import MAX_NAME_BYTES, check_words, task_name
+
+if TYPE_CHECKING:  # heavy: a task is checked before it is imported
+    from torch import Tensor
 
 SPLITS = ("train", "test")
 
