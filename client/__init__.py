@@ -2,7 +2,7 @@
 
 >>> from client import ZeroShotClassifier
 >>> with ZeroShotClassifier(url) as clip:
-...     for answer in clip.classify(["seven.png"], labels=["the number seven", "a shoe"]):
+...     for answer in clip.classify(["samples/seven.png"], labels=["the number seven", "a shoe"]):
 ...         print(answer.best.label)
 the number seven
 

@@ -78,7 +78,7 @@ class ZeroShotClassifier(_Classifier):
 
     Example:
         >>> clip = ZeroShotClassifier(url)
-        >>> for answer in clip.classify("seven.png", labels=["the number seven", "a shoe"]):
+        >>> for answer in clip.classify("samples/seven.png", labels=["the number seven", "a shoe"]):
         ...     print(answer.best.label)
         the number seven
         >>> clip.close()
@@ -205,7 +205,7 @@ class AsyncZeroShotClassifier(_Classifier):
         ...     async with AsyncZeroShotClassifier(url) as clip:
         ...         async for answer in clip.classify(picture, labels=["the number seven", "a shoe"]):
         ...             return answer.best.label
-        >>> asyncio.run(name("seven.png"))
+        >>> asyncio.run(name("samples/seven.png"))
         'the number seven'
     """
 

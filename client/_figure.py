@@ -24,7 +24,7 @@ def draw(result: BenchResult, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as exc:
-        raise ResultsError("a figure needs matplotlib; install it with: pip install 'clipweld[figure]'") from exc
+        raise ResultsError("a figure needs matplotlib; install it with: pip install matplotlib") from exc
     settings = list(dict.fromkeys((timing.batch, timing.concurrency) for timing in result.timings))
     figure = Figure(figsize=(8.2, 0.9 + 0.75 * len(settings) + 0.25 * len(result.timings)), layout="constrained")
     axes = figure.subplots()

@@ -246,7 +246,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError as exc:
-        raise ResultsError("results in Parquet need pyarrow; install it with: pip install 'clipweld[parquet]'") from exc
+        raise ResultsError("results in Parquet need pyarrow; install it with: pip install pyarrow") from exc
     return pyarrow
 
 

@@ -97,9 +97,9 @@ def classify(
 
     Examples:
 
-    client classify cat.jpg --labels "cat, dog"
+    client classify samples/seven.png --labels "the number seven, a shoe"
 
-    client classify scans --task digits --top-k 1 --out answers.csv
+    client classify samples/scans --task digits --top-k 1 --out answers.csv
     """
     if (labels is None) == (task is None):
         raise typer.BadParameter("give exactly one of --labels and --task", param_hint="'--labels' / '--task'")

@@ -191,7 +191,7 @@ def serve(
     COMMAND finds the server in CLIPWELD_URL (gRPC) and CLIPWELD_HTTP_URL. Only those may switch versions who have the
     repository's key, in CLIPWELD_ADMIN_KEY or in its store: exporter promote and rollback send it.
 
-    Example: exporter serve --port 0 -- client classify cat.jpg --labels "cat, dog"
+    Example: exporter serve --port 0 -- client classify samples/seven.png --labels "the number seven, a shoe"
     """
     from exporter.repository import repositories
     from exporter.triton import find_command, run_beside, wait_until_stopped

@@ -167,6 +167,6 @@ def _pytriton() -> Path:
     if package is None or not (package / "bin" / "tritonserver").is_file():
         raise TritonMissing(
             "no Triton here: neither a tritonserver with an onnxruntime backend on PATH nor the nvidia-pytriton "
-            "package; pip install 'clipweld[serve]'"
+            "package; pip install nvidia-pytriton"
         )
     return package

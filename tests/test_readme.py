@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SETUP = {"make demo", "make test", "make audit", "source .venv/bin/activate"}
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
@@ -62,19 +64,9 @@ def paint(path, seed):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A new user's folder: an image of a seven, photos of bolts, a plane, and a tiny FGVC-Aircraft."""
-    from trainer.tasks import load_task
-
+    """A new user's folder: the samples as they ship, and a tiny FGVC-Aircraft."""
     folder = tmp_path / "user"
-    folder.mkdir()
-    test = load_task("digits").load("test")
-    test[list(test.labels).index(7)][0].save(folder / "seven.png")
-    for i in range(3):
-        paint(folder / f"scans/{i}.png", 50 + i)
-    for i, (split, name) in enumerate((s, n) for s in ("train", "test") for n in ("hex bolt", "eye bolt")):
-        paint(folder / "photos/bolts" / split / name / "1.jpg", i)
-    for name in ("plane.jpg", "new.jpg"):
-        paint(folder / name, 9)
+    shutil.copytree(ROOT / "samples", folder / "samples")
     data = folder / "data/fgvc-aircraft-2013b/data"
     variants = ["707-320", "A380"]
     for i, split in enumerate(("trainval", "test")):
@@ -88,7 +80,7 @@ def folder(tmp_path):
 
 
 def test_setup_commands_are_the_makefile_s():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in ("demo", "test", "audit"):
         assert f"make {target} " in README
         assert re.search(rf"^{target}: install", makefile, re.M)
@@ -103,6 +95,21 @@ def test_no_section_with_commands_is_forgotten():
         "Releases, and the way back",
         "Does it work? Measure it",
     ]
+
+
+def test_pictures_and_pages_that_the_documents_name_exist():
+    pages = [ROOT / "README.md", ROOT / "samples/README.md", *ROOT.glob("docs/*.md"), ROOT / "deploy/README.md"]
+    named = re.compile(r"(?:\]\(|[ \"'])([\w./-]+\.(?:png|jpg|svg|md|py))\b")
+    for page in pages:
+        for name in named.findall(page.read_text(encoding="utf-8")):
+            assert (page.parent / name).exists() or (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("command", ["exporter serve", "client classify"])
+def test_pictures_in_help_screens_exist(command, folder):
+    named = re.findall(r"[\w/]+\.(?:png|jpg)\b|samples/\w+", run(f"{command} --help", folder))
+    assert named
+    assert all((folder / name).exists() for name in named), named
 
 
 @pytest.mark.slow
@@ -127,7 +134,7 @@ def test_first_steps(folder):
             for example in examples
         ]
         assert "%" in said[0]
-        assert len(said[1].splitlines()) == 3
+        assert len(said[1].splitlines()) == 5
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 0
