@@ -182,7 +182,15 @@ def serve(
     command: Annotated[list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="Serve while it runs.")] = None,
     repository: RepositoryOption = REPOSITORY,
     port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0 takes free ports.")] = 8001,
-    http_port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")] = 8000,
+    http_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="HTTP port; 0 takes a free one, as leaving it out with --port 0 does.",
+            show_default="8000",
+        ),
+    ] = None,
     timeout: TimeoutOption = 120.0,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show Triton's log.")] = False,
 ) -> None:
@@ -207,7 +215,7 @@ def serve(
         if verbose:
             print(line, file=sys.stderr, flush=True)
 
-    ports = {"port": port, "http_port": http_port if port else 0}
+    ports = {"port": port, "http_port": http_port if http_port is not None else 8000 if port else 0}
     try:
         with serve_triton(repository, **ports, timeout_s=timeout, log=log) as server:
             served = ", ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in versions.items())

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from exporter.errors import TritonMissing
+from exporter.isolation import absolute_entries, python_environment
 
 SHARED_MEMORY = Path("/dev/shm")
 SCRATCH = "backends-"
@@ -29,15 +30,27 @@ class Installation:
         binary: the tritonserver.
         backends: its ``--backend-directory``.
         description: which one it is, for people.
+        folder: its own, temporary, in which it works: nothing that lies in the user's is run.
         environment: variables it needs beside those of this process.
-        link: where it has to find the repository: its Python backend passes paths through a shell, unquoted.
+        in_processes: whether every version runs in a process of its own.
     """
 
     binary: Path
     backends: Path
     description: str
+    folder: Path
     environment: dict[str, str] = field(default_factory=dict)
-    link: Path | None = None
+    in_processes: bool = False
+
+    @property
+    def models(self) -> Path:
+        """A link to the repository, for Triton's Python backend passes paths through a shell, unquoted."""
+        return self.folder / "models"
+
+    @property
+    def working_folder(self) -> Path:
+        """Empty, for the Python that Triton starts imports from it."""
+        return self.folder / "work"
 
 
 @contextmanager
@@ -50,37 +63,54 @@ def installation(prefix: str) -> Iterator[Installation]:
     Raises:
         TritonMissing: there is none; says how to get one.
     """
-    native = find_native()
-    if native is not None:
-        yield native
-        return
-    package = _pytriton()
+    binary = find_native()
+    package = None if binary else _pytriton()
     with _scratch(prefix) as folder:
-        assemble_backends(package, folder)
-        libraries = [str(package.parents[1] / "nvidia_pytriton.libs"), os.environ.get("LD_LIBRARY_PATH", "")]
-        path = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-        yield Installation(
-            binary=package / "bin" / "tritonserver",
-            backends=folder,
-            description="the nvidia-pytriton package's tritonserver with clipweld's Python-based onnxruntime backend",
-            # The backend's processes take the first python3 on PATH: it must be the one that has onnxruntime.
-            environment={
-                "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
-                "PATH": os.pathsep.join(filter(None, path)),
-            },
-            link=folder / "models",
-        )
+        found = _native(binary, folder) if package is None else _from_package(package, folder)
+        found.working_folder.mkdir()
+        yield found
 
 
-def find_native() -> Installation | None:
+def _native(binary: Path, folder: Path) -> Installation:
+    return Installation(binary, _backends_of(binary), f"{binary} with NVIDIA's onnxruntime backend", folder)
+
+
+def _from_package(package: Path, folder: Path) -> Installation:
+    assemble_backends(package, folder)
+    site = folder / "site"
+    site.mkdir()
+    libraries = [str(package.parents[1] / "nvidia_pytriton.libs"), *_given("LD_LIBRARY_PATH")]
+    path = [str(Path(sys.executable).parent), *_given("PATH")]
+    return Installation(
+        binary=package / "bin" / "tritonserver",
+        backends=folder,
+        description="the nvidia-pytriton package's tritonserver with clipweld's Python-based onnxruntime backend",
+        folder=folder,
+        # The backend's processes take the first python3 on PATH: it must be the one that has onnxruntime.
+        environment={
+            "LD_LIBRARY_PATH": os.pathsep.join(libraries),
+            "PATH": os.pathsep.join(path),
+            **python_environment(site),
+        },
+        in_processes=True,
+    )
+
+
+def _given(variable: str) -> list[str]:
+    return absolute_entries(os.environ.get(variable, ""))
+
+
+def find_native() -> Path | None:
     """A tritonserver on PATH that has NVIDIA's own ONNX Runtime backend, as in NVIDIA's container."""
-    binary = shutil.which("tritonserver")
-    if binary is None:
-        return None
-    for prefix in (Path(binary).resolve().parents[1], Path("/opt/tritonserver")):
+    found = shutil.which("tritonserver")
+    binary = Path(os.path.abspath(found)) if found else None
+    return binary if binary and _backends_of(binary) else None
+
+
+def _backends_of(binary: Path) -> Path | None:
+    for prefix in (binary.resolve().parents[1], Path("/opt/tritonserver")):
         if (prefix / "backends" / "onnxruntime" / "libtriton_onnxruntime.so").is_file():
-            backends = prefix / "backends"
-            return Installation(Path(binary), backends, f"{binary} with NVIDIA's onnxruntime backend")
+            return prefix / "backends"
     return None
 
 
@@ -141,14 +171,13 @@ def remove_shared_memory(prefix: str) -> None:
         region.unlink(missing_ok=True)
 
 
-def _kill_users(backends: Path) -> None:
-    """Kill a Triton with these backends, and its processes: told to end while it loads, it leaves them behind."""
-    for line in Path("/proc").glob("[0-9]*/cmdline"):
+def _kill_users(folder: Path) -> None:
+    """Kill a Triton of this folder, and its processes: told to end while it loads, it leaves them behind."""
+    for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            arguments = line.read_bytes().split(b"\0")
-            program, folder = arguments[0], os.fsencode(backends)
-            if program.startswith(folder + b"/") or b"--backend-directory=" + folder in arguments:
-                os.kill(int(line.parent.name), signal.SIGKILL)
+            program = (process / "cmdline").read_bytes().split(b"\0")[0]
+            if program.startswith(os.fsencode(folder) + b"/") or folder in (process / "cwd").readlink().parents:
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 @contextmanager

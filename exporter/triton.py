@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -24,10 +25,12 @@ from pathlib import Path
 from exporter.admin import HEADER, RESTRICTED, new_admin_key
 from exporter.errors import CommandMissing, PortTaken, TritonFailed
 from exporter.installation import Installation, installation, remove_shared_memory
+from exporter.isolation import isolated_environment, stack_limits
 
 HOST = "127.0.0.1"
 STOP_TIMEOUT_S = 15.0
 PR_SET_PDEATHSIG = 1
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no way to our loopback
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,10 @@ def wait_until_stopped(server: Server) -> None:
 
 def _arguments(triton: Installation, repository: Path, port: int, http_port: int, prefix: str) -> list[str]:
     place = repository.resolve()
-    if triton.link:
-        triton.link.symlink_to(place)
-        place = triton.link
+    triton.models.symlink_to(place)
     return [
         str(triton.binary),
-        f"--model-repository={place}",
+        f"--model-repository={triton.models if triton.in_processes else place}",
         f"--backend-directory={triton.backends}",
         # Explicit, so that versions can be switched later; * loads everything at the start.
         "--model-control-mode=explicit",
@@ -167,23 +168,30 @@ def _restrictions(key: str) -> list[str]:
 def _start(triton: Installation, arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
         arguments,
-        env=os.environ | triton.environment,
+        cwd=triton.working_folder,
+        env=isolated_environment(os.environ) | triton.environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         start_new_session=True,  # Ctrl-C reaches us alone, and one signal reaches all of its processes
-        preexec_fn=_die_with_parent(),
+        preexec_fn=_prepare(),
     )
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """Have the kernel stop Triton when this process is killed and can't do it itself."""
+def _prepare() -> Callable[[], None] | None:
+    """Have the kernel stop Triton when this process is killed and can't do it itself, and give its threads room."""
     if not sys.platform.startswith("linux"):
         return None
-    prctl = ctypes.CDLL(None).prctl  # looked up here: after the fork only the call itself is safe
-    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    # Looked up here: after the fork only the calls themselves are safe.
+    prctl, limits = ctypes.CDLL(None).prctl, stack_limits()
+
+    def prepare() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        resource.setrlimit(resource.RLIMIT_STACK, limits)
+
+    return prepare
 
 
 def _read(process: subprocess.Popen, lines: deque[str], log: Callable[[str], None]) -> None:
@@ -200,7 +208,7 @@ def _wait_until_ready(
         # A connection that is refused, or a 400 while models load: both mean not yet.
         with (
             contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError),
-            urllib.request.urlopen(f"{http_url}/v2/health/ready", timeout=5) as response,
+            DIRECTLY.open(f"{http_url}/v2/health/ready", timeout=5) as response,
         ):
             if response.status == 200:
                 return

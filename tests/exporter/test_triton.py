@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -117,6 +118,18 @@ def test_wrong_requests_are_refused_and_their_neighbours_answered(served, sessio
             assert answer == "StatusCode.INVALID_ARGUMENT"
 
 
+@pytest.mark.parametrize("content", ["application/x-www-form-urlencoded", "application/json"])
+def test_a_large_request_of_any_content_type_is_answered(served, content):
+    """Triton's HTTP server takes a form-encoded body, which is curl's default, twice onto a thread's stack."""
+    request = {"inputs": [{"name": "image", "shape": [1, 64, 64, 3], "datatype": "UINT8", "data": [7] * 64 * 64 * 3}]}
+    body = b" " * (60 << 20) + json.dumps(request).encode()
+    address = f"{served.server.http_url}/v2/models/clip_image/infer"
+    request = urllib.request.Request(address, body, {"Content-Type": content})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert json.load(answer)["model_version"] == "2"
+    assert served.server.process.poll() is None
+
+
 def test_only_loopback_listens(served):
     """Triton's own default is every interface."""
     ports = {int(url.rpartition(":")[2]) for url in (served.server.url, served.server.http_url)}
@@ -189,6 +202,18 @@ def test_command_runs_beside_the_server_and_its_status_is_ours(repository, tmp_p
     assert "clip 1, 2; the nvidia-pytriton package's tritonserver" in run.stderr
 
 
+@pytest.mark.parametrize("port", ["0", "given"])
+def test_an_http_port_that_is_given_is_the_one_that_is_taken(repository, port):
+    with socket.socket() as grpc, socket.socket() as http:
+        for each in (grpc, http):
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in (grpc, http)]
+    command = ["serve", "--repository", str(repository.path), "--http-port", str(ports[1])]
+    command += ["--port", "0" if port == "0" else str(ports[0]), "--", "sh", "-c", "echo $CLIPWELD_HTTP_URL"]
+    run = subprocess.run([*EXPORTER, *command], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (0, f"http://127.0.0.1:{ports[1]}\n"), run.stderr
+
+
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_however_serve_ends_no_process_is_left(repository, signum, status):
     command = [*EXPORTER, "serve", "--repository", str(repository.path), "--port", "0"]
@@ -216,6 +241,7 @@ def test_native_triton_is_preferred_where_it_has_the_backend(tmp_path, monkeypat
     library.touch()
     with installation.installation("clipweld-0-0-") as found:
         assert (found.binary, found.backends) == (binary, tmp_path / "backends")
+        assert list(found.working_folder.iterdir()) == []
         assert "NVIDIA's onnxruntime backend" in found.description
 
 

@@ -1,0 +1,76 @@
+"""A server runs nothing that lies in its user's folder; the command beside it has that folder and its own variables."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from exporter import isolation
+from exporter.errors import TritonMissing
+from exporter.triton import run_beside, serve
+
+SHADOWS = ("json", "random", "numpy", "onnxruntime", "triton_python_backend_utils", "model", "sitecustomize")
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """A working folder whose files leave a trace when they are run, with every variable that may lead to it."""
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    trace = folder / "RAN"
+    for name in (*SHADOWS, "usercustomize"):
+        (folder / f"{name}.py").write_text(f"open({str(trace)!r}, 'a').write('{name} ')\nraise RuntimeError\n")
+    (folder / "shell").write_text(f"echo shell >> '{trace}'\n")
+    for name in ("bash", "sh", "python3", "env"):
+        (folder / name).write_text(f"#!/bin/false\n{name}")
+        (folder / name).chmod(0o755)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(folder), ".", "")))
+    monkeypatch.setenv("PYTHONSTARTUP", str(folder / "json.py"))
+    monkeypatch.setenv("PYTHONUSERBASE", ".")
+    monkeypatch.setenv("PYTHONHOME", "/nonexistent")
+    monkeypatch.setenv("BASH_ENV", str(folder / "shell"))
+    monkeypatch.setenv("PATH", os.pathsep.join((".", "", os.environ["PATH"])))
+    return folder
+
+
+def test_nothing_of_the_working_folder_is_run_by_a_server(repository, hostile):
+    place = os.path.relpath(repository.path)
+    command = [sys.executable, "-I", "-c", "import os; open('kept', 'w').write(os.getcwd() + os.environ['PYTHONPATH'])"]
+    with serve(Path(place)) as server:
+        os.environ.pop("PYTHONHOME")  # which would keep the command itself from starting
+        assert run_beside(server, command) == 0
+        working = Path(f"/proc/{server.process.pid}/cwd").readlink()
+        assert list(working.iterdir()) == []
+    assert not (hostile / "RAN").exists(), (hostile / "RAN").read_text()
+    assert (hostile / "kept").read_text() == f"{hostile}{os.environ['PYTHONPATH']}"
+    assert not working.exists()
+
+
+def test_variables_and_relative_paths_that_lead_to_files_are_left_out():
+    given = {
+        "HOME": "/home/a", "LANG": "C", "PYTHONPATH": "/a", "PYTHONHOME": "/b", "BASH_ENV": "x", "ENV": "x",
+        "BASH_FUNC_exec%%": "() { :; }", "PATH": ".::bin:/usr/bin:/bin", "LD_LIBRARY_PATH": ":lib:",
+    }  # fmt: skip
+    assert isolation.isolated_environment(given) == {"HOME": "/home/a", "LANG": "C", "PATH": "/usr/bin:/bin"}
+
+
+def test_packages_are_found_where_they_are_installed_and_elsewhere_only_if_nowhere_else(tmp_path, monkeypatch):
+    target, working = tmp_path / "target", tmp_path / "working"
+    for name in ("numpy", "onnxruntime", "only_there"):
+        for folder in (target, working):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "__init__.py").touch()
+    monkeypatch.chdir(working)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(working), str(target))))
+    monkeypatch.syspath_prepend(str(target))
+    monkeypatch.syspath_prepend(str(working))
+    assert not {str(target), str(working)} & set(isolation.package_folders(("numpy", "onnxruntime")))
+    assert isolation.package_folders(("only_there",)) == [str(target)]
+    monkeypatch.setenv("PYTHONPATH", str(working))
+    sys.path.remove(str(target))
+    with pytest.raises(TritonMissing, match="package only_there: not installed where a server looks"):
+        isolation.package_folders(("only_there",))
