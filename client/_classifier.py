@@ -11,7 +11,7 @@ import numpy as np
 from client._address import TLS, parse_url
 from client._card import Card, Task
 from client._core import Core, Question
-from client._images import ImageLike
+from client._images import ImageLike, Reading
 from client._labels import checked_labels, checked_templates
 from client._results import Classification, ServerInfo
 from client._runtime import AsyncioRuntime, BlockingRuntime, Runtime, iterate, run
@@ -37,6 +37,7 @@ class _Classifier:
         retries: int = 3,
         headers: Mapping[str, str] | None = None,
         tls: TLS | None = None,
+        exif_orientation: bool = True,
     ) -> None:
         if not timeout_s > 0:
             raise InvalidRequest(f"timeout_s is {timeout_s}; expected more than 0 seconds")
@@ -53,6 +54,7 @@ class _Classifier:
             self._transport_type,
             timeout_s,
             retries,
+            Reading(exif_orientation=exif_orientation),
         )
 
 
@@ -72,6 +74,8 @@ class ZeroShotClassifier(_Classifier):
         retries: how often a request that got no answer is asked again, after pauses that grow and vary.
         headers: sent with every request, such as ``{"authorization": "Bearer ..."}``.
         tls: certificates.
+        exif_orientation: turn and mirror an image as its Exif orientation says, as in training, so that the model sees
+            what a person sees. False: pixels exactly as open_clip's transform gives them.
 
     Raises:
         InvalidRequest: the arguments are wrong. The server is first asked by the first call.
@@ -116,8 +120,9 @@ class ZeroShotClassifier(_Classifier):
         be millions.
 
         Args:
-            images: one or several, each a path, the bytes of an image file, a PIL image, or a uint8 array
-                (height, width, 3) in RGB or (height, width) in grey; or a folder, for all image files below it.
+            images: one or several, each a path, the bytes of an image file, an open binary file, a PIL image, or an
+                array or tensor (height, width[, channels]) or (channels, height, width), grey, RGB or RGBA, of uint8,
+                uint16, bool, or floats in [0, 1]; a batch of such arrays; or a folder, for all image files below it.
             labels: what the images may show. Exactly one of ``labels`` and ``task`` is given.
             task: a task of the served version: its class names are the labels, its templates the prompts.
             templates: prompts with ``{}`` where the label goes, averaged as CLIP does. None: those of the task, or

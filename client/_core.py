@@ -17,7 +17,7 @@ from cachetools import LRUCache
 from client._address import Address
 from client._asker import Asker
 from client._card import Card
-from client._images import ImageLike, as_images, name_of, preprocess
+from client._images import ImageLike, Reading, as_images, name_of, preprocess
 from client._labels import DEFAULT_TEMPLATES, prompts_of
 from client._release import Release, open_release, ready_versions
 from client._results import Classification, Prediction, ServerInfo
@@ -88,7 +88,9 @@ class Core:
         connect: Callable[[Address], Transport],
         timeout_s: float,
         retries: int,
+        reading: Reading,
     ) -> None:
+        self._reading = reading
         self._address, self._model, self._version = address, model, version
         self._runtime, self._connect = runtime, connect
         self._timeout_s, self._retries = timeout_s, retries
@@ -150,7 +152,7 @@ class Core:
 
     async def _image_features(self, call: _Call, release: Release, images: list[tuple[str, ImageLike]]) -> np.ndarray:
         async def work(batch: list[tuple[str, ImageLike]], turn: Any) -> np.ndarray:
-            pixels = await self._runtime.in_thread(_prepared, batch, release.card)
+            pixels = await self._runtime.in_thread(_prepared, batch, release.card, self._reading)
             good = [found for found in pixels if not isinstance(found, BadImage)]
             for found in pixels:
                 if isinstance(found, BadImage):
@@ -169,7 +171,7 @@ class Core:
         """One request's worth of images, answered by one version."""
         names, templates = question.on(release.card)
         text = await self._of_labels(call.asker, release, names, templates)
-        pixels = await self._runtime.in_thread(_prepared, batch, release.card)
+        pixels = await self._runtime.in_thread(_prepared, batch, release.card, self._reading)
         good = [found for found in pixels if not isinstance(found, BadImage)]
         scores = iter(())
         if good:
@@ -356,7 +358,7 @@ def _named(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[str, Image
     return ((name_of(image, index), image) for index, image in enumerate(as_images(images)))
 
 
-def _prepared(batch: list[tuple[str, ImageLike]], card: Card) -> list[np.ndarray | BadImage]:
+def _prepared(batch: list[tuple[str, ImageLike]], card: Card, reading: Reading) -> list[np.ndarray | BadImage]:
     """Pixels of each image, or why there are none."""
     found: list[np.ndarray | BadImage] = []
     for name, image in batch:
@@ -368,6 +370,7 @@ def _prepared(batch: list[tuple[str, ImageLike]], card: Card) -> list[np.ndarray
                     size=card.image_size,
                     resize_mode=card.resize_mode,
                     interpolation=card.interpolation,
+                    reading=reading,
                 )
             )
         except BadImage as exc:

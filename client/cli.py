@@ -87,6 +87,9 @@ def classify(
             show_default=False,
         ),
     ] = None,
+    exif_orientation: Annotated[
+        bool, typer.Option(help="Turn images upright as their Exif says, as in training.")
+    ] = True,
     version: Version = None,
     model: Model = "clip",
     url: Url = DEFAULT_URL,
@@ -109,9 +112,14 @@ def classify(
     if any("{}" not in text for text in template or ()):
         raise typer.BadParameter("expected {} where the label goes", param_hint="'--template'")
     question: dict[str, Any] = {"labels": names, "task": task, "templates": template or None, "top_k": top_k}
-    with ZeroShotClassifier(url, model, version or "latest", timeout_s=timeout) as classifier:
+    with ZeroShotClassifier(
+        url, model, version or "latest", timeout_s=timeout, exif_orientation=exif_orientation
+    ) as classifier:
         if out is not None:
-            _classify_into(classifier, images, question | {"model": model, "version": version}, out, as_json)
+            question |= {"model": model, "version": version}
+            if not exif_orientation:  # only then: what was begun before there was a choice goes on
+                question["exif_orientation"] = False
+            _classify_into(classifier, images, question, out, as_json)
             return
         with Console(stderr=True).status("Classifying"):
             answers = list(classifier.classify(_files(images), **question))

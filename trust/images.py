@@ -3,8 +3,9 @@
 Run: python -m trust.images --out runs/trust/images.json
 
 Each file is either refused by both rooms, in one line that names it, or read by both, to the same pixels; whole ones
-are read. Workers are processes of their own: what ends, hangs or swells one of them is named by its number, and kept.
-Damaged faxes alone are counted apart: what libtiff can't decode of them is whatever the memory held.
+are read, but for 32-bit grey. Workers are processes of their own: what ends, hangs or swells one of them is named by
+its number, and kept. Damaged faxes alone are counted apart: what libtiff can't decode of them is whatever the memory
+held.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from trainer.errors import UnreadableImage
 from trainer.preprocessing import open_image, preprocessing
 from trainer.tasks import Images, sample
 from trust.damage import mutated
-from trust.pictures import ENDINGS, LARGE, saved, seeds
+from trust.pictures import ENDINGS, LARGE, of_unknown_range, saved, seeds
 from trust.record import Record
 
 TIME_S = 60.0  # of one core, for both rooms to read one file; the largest take a few seconds
@@ -85,8 +86,10 @@ def read_all(record: Record, numbers: Iterable[int], workers: int, seed: int, ke
         list(pool.map(employ, range(workers)))
     found.sort(key=lambda row: row["number"])
     for row in found:
-        if -len(made) <= row["number"] < 0 and row["verdict"] == "refused":
-            row["problems"].append("refused, though whole")
+        if -len(made) <= row["number"] < 0:
+            expected = "refused" if of_unknown_range(made[-1 - row["number"]][1]) else "read"
+            if row["verdict"] != expected:
+                row["problems"].append(f"{row['verdict']}, though whole")
         for problem in row["problems"]:
             kind, how, data = file_of(row["number"], seed, made)
             kept.mkdir(parents=True, exist_ok=True)

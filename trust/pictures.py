@@ -78,6 +78,12 @@ def in_mode(picture: Image.Image, mode: str) -> Image.Image:
     return picture.convert("L").convert(mode) if mode in ("I", "F") else picture.convert(mode)
 
 
+def of_unknown_range(data: bytes) -> bool:
+    """Whether a file holds 32-bit grey: whole, and yet refused."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.mode == "F" or (image.mode == "I" and image.format != "PPM")
+
+
 def saved(picture: Image.Image, kind: str, **settings: object) -> bytes:
     """The bytes of its file."""
     file = io.BytesIO()

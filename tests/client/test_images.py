@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import Compose
 
-from client._images import INTERPOLATIONS, RESIZE_MODES, as_images, name_of, preprocess
+from client._images import INTERPOLATIONS, RESIZE_MODES, Reading, as_images, name_of, preprocess
 from client.errors import BadImage
 
 SIZE = 32
@@ -23,10 +23,7 @@ MODES = (
     "RGBA",
     "CMYK",
     "1",
-    "I;16",
     "YCbCr",
-    "I",
-    "F",
     "HSV",
     "LAB",
     "PA",
@@ -40,8 +37,6 @@ SIZES = ((1, 1), (1, 9), (33, 32), (32, 32), (31, 33), (63, 64), (97, 101), (200
 def random_image(mode: str, size: tuple[int, int], seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
     width, height = size
-    if mode == "I;16":
-        return Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
     if mode == "1":
         return Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)).convert("1")
     if mode in ("LA", "La", "PA"):
@@ -55,15 +50,15 @@ def random_image(mode: str, size: tuple[int, int], seed: int = 0) -> Image.Image
         return random_image("RGBA", size, seed).convert(mode)
     if mode == "LAB":
         return Image.frombytes("LAB", size, image.tobytes())
-    return image.convert("L").convert(mode) if mode in ("I", "F") else image.convert(mode)
+    return image.convert(mode)
 
 
 def open_clip_transform(size: int, resize_mode: str, interpolation: str) -> Compose:
     return open_clip.image_transform(size, is_train=False, resize_mode=resize_mode, interpolation=interpolation)
 
 
-def ours(image, size=SIZE, resize_mode="shortest", interpolation="bicubic"):
-    return preprocess(image, "it", size=size, resize_mode=resize_mode, interpolation=interpolation)
+def ours(image, size=SIZE, resize_mode="shortest", interpolation="bicubic", **more):
+    return preprocess(image, "it", size=size, resize_mode=resize_mode, interpolation=interpolation, **more)
 
 
 def assert_equals_open_clip(image, size, resize_mode, interpolation):
@@ -109,13 +104,109 @@ def test_palette_with_transparency_equals_open_clip():
     assert_equals_open_clip(image, SIZE, "shortest", "bicubic")
 
 
-def test_exif_orientation_is_left_alone_as_in_open_clip(tmp_path):
+def turned(image: Image.Image, orientation: int) -> tuple[Image.Image, bytes]:
+    """The image as a camera stores it that was held so, and the Exif that says how."""
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
+    stored = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    return (image.transpose(stored[orientation]) if orientation in stored else image), exif.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("ending", "settings"), [("png", {}), ("tif", {}), ("webp", {"lossless": True})])
+def test_an_image_is_seen_upright_in_every_shape_it_comes_in(tmp_path, orientation, ending, settings):
+    upright = random_image("RGB", (60, 40))
+    stored, exif = turned(upright, orientation)
+    path = tmp_path / f"turned.{ending}"
+    stored.save(path, exif=exif, **settings)
+    with Image.open(path) as opened:
+        for image in (path, path.read_bytes(), io.BytesIO(path.read_bytes()), opened):
+            np.testing.assert_array_equal(ours(image), ours(upright))
+
+
+def test_without_exif_orientation_pixels_are_those_of_open_clip(tmp_path):
+    stored, exif = turned(random_image("RGB", (60, 40)), 6)
     path = tmp_path / "turned.jpg"
-    random_image("RGB", (60, 40)).save(path, exif=exif)
+    stored.save(path, exif=exif)
     expected = Compose(open_clip_transform(SIZE, "shortest", "bicubic").transforms[:-2])(Image.open(path))
-    np.testing.assert_array_equal(ours(path), np.array(expected))
+    np.testing.assert_array_equal(ours(path, reading=Reading(exif_orientation=False)), np.array(expected))
+    assert not np.array_equal(ours(path), np.array(expected))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\x08", b"Exif\0\0MM\0*" + b"\xff" * 40])
+def test_damaged_exif_costs_no_image(tmp_path, exif):
+    path = tmp_path / "odd.png"
+    random_image("RGB", (60, 40)).save(path, exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        np.testing.assert_array_equal(ours(path), ours(random_image("RGB", (60, 40))))
+
+
+def ramp() -> np.ndarray:
+    """Every value of 16 bits once, as uint16 (256, 256)."""
+    return np.arange(65536, dtype=np.uint16).reshape(256, 256)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm", "jp2"])
+def test_sixteen_bits_of_grey_become_their_high_bytes(tmp_path, ending):
+    path = tmp_path / f"ramp.{ending}"
+    Image.fromarray(ramp()).save(path)
+    expected = ours((ramp() >> 8).astype(np.uint8))
+    assert len(np.unique(expected)) > 20
+    for image in (path, path.read_bytes(), ramp(), ramp().astype(">u2"), Image.fromarray(ramp()), Image.open(path)):
+        np.testing.assert_array_equal(ours(image), expected)
+
+
+@pytest.mark.parametrize(("bits", "white"), [(12, "is high"), (16, "is high"), (16, "is zero")])
+def test_scanners_tiffs_are_neither_dark_nor_negatives(tmp_path, bits, white):
+    """Twelve bits are packed; Pillow writes neither them nor 16 bits whose white is zero."""
+    grey = np.tile(np.linspace(0, 255, 64).astype(np.uint16), (64, 1))
+    values = (grey if white == "is high" else 255 - grey) << (bits - 8)
+    even, odd = values[:, ::2], values[:, 1::2]
+    packed = np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], -1).astype(np.uint8).tobytes()
+    path = tmp_path / "scan.tif"
+    Image.fromarray(values).save(path)
+    data = bytearray(path.read_bytes())
+    entries = int.from_bytes(data[4:8], "little") + 2
+    changes = {258: bits, 262: int(white == "is high"), **({279: len(packed)} if bits == 12 else {})}
+    for place in range(entries, entries + 12 * int.from_bytes(data[entries - 2 : entries], "little"), 12):
+        tag = int.from_bytes(data[place : place + 2], "little")
+        if tag in changes:
+            data[place + 8 : place + 12] = changes[tag].to_bytes(4, "little")
+        if tag == 273 and bits == 12:
+            start = int.from_bytes(data[place + 8 : place + 12], "little")
+            data[start : start + len(packed)] = packed
+    np.testing.assert_array_equal(ours(bytes(data)), ours(grey.astype(np.uint8)))
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit or signed integers"), (np.float32, "floats")])
+def test_grey_of_unknown_range_says_what_to_save_instead(tmp_path, dtype, kind):
+    path = tmp_path / "depth.tif"
+    Image.fromarray(np.ones((9, 9), dtype)).save(path)
+    message = rf"grey values that are {kind}, of unknown range; save it with 8 or 16 bits, unsigned, or give a uint8"
+    for image in (path, Image.open(path)):
+        with pytest.raises(BadImage, match=message):
+            ours(image)
+
+
+def test_printers_colours_are_not_shown_inverted():
+    """A red square as a CMYK JPEG, and as YCCK: Adobe writes both inverted."""
+    file = io.BytesIO()
+    Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(file, "JPEG", quality=100)
+    assert (np.abs(ours(file).astype(int) - (255, 0, 0)) < 6).all()
+    # In YCCK, what would be red, green and blue is cyan, magenta and yellow.
+    y, cb, cr = Image.new("RGB", (1, 1), (0, 255, 255)).convert("YCbCr").getpixel((0, 0))
+    file = io.BytesIO()  # Pillow inverts what it writes, and leaves Adobe's marker at "CMYK": byte 11 behind its name
+    Image.new("CMYK", (32, 32), (255 - y, 255 - cb, 255 - cr, 0)).save(file, "JPEG", quality=100)
+    data = bytearray(file.getvalue())
+    place = data.index(b"Adobe")
+    assert data[place + 11] == 0
+    data[place + 11] = 2
+    assert (np.abs(ours(bytes(data)).astype(int) - (255, 0, 0)) < 6).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 30), (30, 20_000)])
@@ -198,9 +289,31 @@ def png(image: Image.Image) -> bytes:
         (png(random_image("RGB", (50, 40)))[:-300], "it cannot be decoded"),
         ("missing.png", "it cannot be read: No such file or directory"),
         ("nul\0.png", "it cannot be read: embedded null byte"),
-        (np.zeros((4, 4, 3), np.float32), "it is float32 of shape (4, 4, 3); expected uint8"),
-        (np.zeros((4, 4, 4), np.uint8), "it is uint8 of shape (4, 4, 4); expected uint8"),
-        (np.zeros((0, 4, 3), np.uint8), "it is uint8 of shape (0, 4, 3); expected uint8"),
+        (
+            np.full((4, 4, 3), 255.0, np.float32),
+            "it is float32 of shape (4, 4, 3) with values from 255 to 255; expected",
+        ),
+        (
+            np.full((4, 4, 3), np.nan),
+            "it is float64 of shape (4, 4, 3) with values from nan to nan; expected floats in",
+        ),
+        (np.zeros((4, 4, 3), np.int64), "it is int64 of shape (4, 4, 3); expected (height, width[, channels]) or"),
+        (np.zeros((4, 4, 3), complex), "it is complex128 of shape (4, 4, 3); expected"),
+        (
+            np.zeros((4, 4, 4), np.uint8),
+            "it is uint8 of shape (4, 4, 4), whose channels may be first or last; expected",
+        ),
+        (
+            np.zeros((4, 9, 4), np.uint8),
+            "it is uint8 of shape (4, 9, 4), whose channels may be first or last; expected",
+        ),
+        (np.zeros((9, 28, 28), np.uint8), "it is uint8 of shape (9, 28, 28); expected"),
+        (np.zeros((2, 3, 9, 9), np.uint8), "it is uint8 of shape (2, 3, 9, 9); expected"),
+        (np.zeros((0, 4, 3), np.uint8), "it is uint8 of shape (0, 4, 3); expected (height, width[, channels])"),
+        (np.zeros(4, np.uint8), "it is uint8 of shape (4,); expected"),
+        ("", "it is an empty text; name an image file"),
+        ("s3://bucket/a.png", "it is a URL of scheme 's3'; expected a path"),
+        (io.StringIO("text"), "it is open as text; expected a file opened with 'rb', or its bytes"),
         (Image.new("RGB", (0, 4)), "it is empty: 0 x 4 pixels"),
         (Image.new("L", (1, 1_000_000)), "it is too large: 1 x 1000000 pixels, resized 32 x 32000000"),
         (None, "it: expected a path"),

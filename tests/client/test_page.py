@@ -14,7 +14,7 @@ import pytest
 
 import client
 from client import ZeroShotClassifier
-from client._images import FORMATS
+from client._image_files import FORMATS
 from client._page import FILES, MAX_UPLOAD_BYTES
 
 PROGRAM = [sys.executable, "-c", "from client.cli import main; main()"]

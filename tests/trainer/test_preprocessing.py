@@ -4,7 +4,7 @@ import warnings
 import pytest
 from PIL import Image
 
-import client._images
+import client._image_files
 from trainer.errors import UnreadableImage
 from trainer.preprocessing import FORMATS, open_image
 from trainer.tasks import Images
@@ -15,7 +15,7 @@ def pixels(path, mini):
 
 
 def test_formats_are_the_clients():
-    assert client._images.FORMATS == FORMATS
+    assert client._image_files.FORMATS == FORMATS
 
 
 def test_what_is_no_regular_file_is_refused_not_waited_for(tmp_path, mini):
