@@ -82,9 +82,14 @@ def main() -> None:
 def merge(
     context: typer.Context,
     to: Annotated[Target, typer.Option(help="What to write: the next version, or the weights for another library.")],
-    model: Annotated[str, typer.Option(help="open_clip's name of the model, or mini.")] = "ViT-B-16",
+    model: Annotated[
+        str | None, typer.Option(help="open_clip's name of the model, or mini; the adapters' if left out.")
+    ] = None,
     pretrained: Annotated[
-        str | None, typer.Option(help="open_clip's tag, or a checkpoint file; the model's default if left out.")
+        str | None,
+        typer.Option(
+            help="open_clip's tag, or a checkpoint file; the adapters', else the model's default if left out."
+        ),
     ] = None,
     adapters: Annotated[Path, typer.Option(help="Folder of adapter files.")] = Path("adapters"),
     repository: RepositoryOption = REPOSITORY,
@@ -133,11 +138,14 @@ def merge(
         _refuse(context, "--unmerged is in fp32, without a gate", *FOR_A_VERSION)
     elif precision is Precision.fp32:
         _refuse(context, "fp32 is what a lower --precision must agree with", "min_agreement")
+    from trainer.model_choice import choose_model, choose_weights
+
+    model_name = choose_model(model, adapters)
     from trainer.adapter import load_lineage
     from trainer.backbone import load_backbone
 
     with Console(stderr=True).status("loading weights") as status:
-        backbone = load_backbone(model, pretrained)
+        backbone = load_backbone(model_name, choose_weights(pretrained, model_name, adapters))
         lineage = load_lineage(adapters, backbone.fingerprint)
         tasks = [adapter.task for adapter in lineage]
         if out is not None:

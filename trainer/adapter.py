@@ -22,8 +22,9 @@ from pydantic import AfterValidator, FailFast, Field
 from torch import Tensor
 
 from trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, WrongBase
+from trainer.header import ENTRY
 from trainer.records import STRICT, Count, Items, Percent, Setting, Sha256, Text, Texts, one_line, read_json
-from trainer.tensors import ENTRY, canonical, content_sha256, read_tensors, write_tensors
+from trainer.tensors import canonical, content_sha256, read_tensors, write_tensors
 from trainer.wording import check_words, task_name
 
 FORMAT = 3

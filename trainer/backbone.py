@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import logging
 import warnings
@@ -18,8 +17,9 @@ from open_clip.transform import PreprocessCfg
 from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from trainer.errors import UnknownModel, UnsupportedModel, WeightsError
+from trainer.errors import UnsupportedModel, WeightsError
 from trainer.finite import first_not_finite, unit
+from trainer.model_names import find_model
 from trainer.preprocessing import preprocessing
 from trainer.records import Json, one_line, read_json_file
 from trainer.towers import cut_to_longest, encode_text, read_at_cls
@@ -71,7 +71,8 @@ def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
     """Build an open_clip CLIP and load its weights.
 
     Args:
-        model_name: a name that open_clip knows, or ``mini``, the small CLIP that ships with clipweld.
+        model_name: a name that open_clip knows, or ``mini``, the small CLIP that ships with clipweld; as
+            ``trainer.model_names.find_model`` takes it.
         pretrained: one of open_clip's tags, a local checkpoint file, or ``random`` (weights of seed 0, for speed
             work). None takes the model's default: the shipped weights of ``mini``, else ``openai``.
 
@@ -80,10 +81,12 @@ def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
         UnsupportedModel: a tower is not open_clip's own transformer.
         WeightsError: no such tag or file, no network to fetch it, or weights that don't fit or aren't finite.
     """
-    if model_name not in open_clip.list_models():
-        near = difflib.get_close_matches(model_name, open_clip.list_models(), n=3, cutoff=0.5)
-        hint = f"near names: {', '.join(near)}" if near else "open_clip.list_models() has all names"
-        raise UnknownModel(f"model {model_name!r}: open_clip knows no model of this name; {hint}")
+    if pretrained is not None and not pretrained.strip():
+        raise WeightsError(
+            f"weights {pretrained!r} for {model_name}: no name; give a tag or a checkpoint file, or leave out "
+            "--pretrained for the model's own"
+        )
+    model_name = find_model(model_name, open_clip.list_models())
     label = pretrained or Path(DEFAULT_PRETRAINED.get(model_name, "openai")).stem
     model = _create(model_name, pretrained or DEFAULT_PRETRAINED.get(model_name, "openai"))
     check_supported(model, model_name)

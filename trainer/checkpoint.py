@@ -22,8 +22,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, OutputError
+from trainer.header import ENTRY
 from trainer.records import STRICT, Count, Json, Sha256, one_line, read_json
-from trainer.tensors import ENTRY, canonical, content_sha256, read_tensors, write_tensors
+from trainer.tensors import canonical, content_sha256, read_tensors, write_tensors
 
 # A save follows after this many seconds, or later where saving itself takes long: at most a twentieth of all time.
 SAVE_EVERY_S = 5.0

@@ -295,9 +295,11 @@ def _stdout_to_stderr() -> Iterator[None]:
 def _load(command: commands.WithModel, fabric: Fabric) -> Backbone:
     """The command's base model, on the fabric's device."""
     from trainer.backbone import load_backbone
+    from trainer.model_choice import choose_weights
 
     with stderr.status(f"loading {command.model}"):
-        backbone = load_backbone(command.model, command.pretrained)
+        weights = choose_weights(command.pretrained, command.model, getattr(command, "adapters", None))
+        backbone = load_backbone(command.model, weights)
         backbone.model.to(fabric.device)
     return backbone
 

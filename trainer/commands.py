@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import tyro
 
 from trainer.config import LabelSpace, Method, TrainConfig, train_config
+from trainer.model_choice import DEFAULT_MODEL, choose_model
 
-MODEL = "ViT-B-16"
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 
@@ -33,10 +33,11 @@ class Tasks:
 
 @dataclass(frozen=True, kw_only=True)
 class WithModel:
-    model: str = MODEL
-    """An open_clip ViT model, or 'mini', the small CLIP that ships."""
+    model: str = DEFAULT_MODEL
+    """An open_clip ViT model, or 'mini', the small CLIP that ships. Default: that of the adapters."""
     pretrained: str | None = None
-    """Weights: an open_clip tag, a checkpoint file, or 'random'. Default: the model's own (openai; mini: shipped)."""
+    """Weights: an open_clip tag, a checkpoint file, or 'random'. Default: the adapters', else the model's own (openai;
+    mini: shipped)."""
     data: Path = Path("data")
     """Where the MTIL data sets lie."""
     download: bool = False
@@ -138,7 +139,7 @@ class Bench:
     Example: trainer bench --model mini
     """
 
-    model: str = MODEL
+    model: str = DEFAULT_MODEL
     """An open_clip ViT model, or 'mini'."""
     pretrained: str = "random"
     """Weights; speed doesn't depend on them."""
@@ -159,28 +160,36 @@ def parse(args: Sequence[str] | None = None) -> Tasks | Fit | Chain | Evaluate |
 
     A model and a method have their own training defaults, so they are looked up first: ``--help`` shows what will be
     used.
+
+    Raises:
+        UnknownModel: open_clip has no model of the name that was given.
+        WrongBase: the adapters are of another model.
     """
     args = sys.argv[1:] if args is None else list(args)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--model", nargs="?")
     finder.add_argument("--method", nargs="?")
+    finder.add_argument("--adapters", nargs="?", const="adapters", default="adapters")
     found = finder.parse_known_args(args)[0]
-    model = found.model or MODEL
+    reads_adapters = args[:1] in (["fit"], ["evaluate"]) and not {"-h", "--help"} & set(args)
+    model = choose_model(found.model, Path(found.adapters) if reads_adapters else None)
     method = found.method if found.method in get_args(Method) else "pool"
     fit = Fit(task=tyro.MISSING, model=model, train=train_config(model))
+    evaluate = Evaluate(tasks=tyro.MISSING, model=model)
     chain = Chain(tasks=tyro.MISSING, out=tyro.MISSING, model=model, train=train_config(model, method))
     command = (
         Annotated[Tasks, tyro.conf.subcommand("tasks")]
         | Annotated[Fit, tyro.conf.subcommand("fit", default=fit)]
         | Annotated[Chain, tyro.conf.subcommand("sequence", default=chain)]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate", default=evaluate)]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Bench, tyro.conf.subcommand("bench")]
     )
-    return tyro.cli(
+    parsed = tyro.cli(
         command,
         prog="trainer",
         description="Learn image domains one after another, each as a small adapter that merges into CLIP.",
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+    return replace(parsed, model=model) if isinstance(parsed, (WithModel, Bench)) else parsed

@@ -13,9 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from trainer.files import replacing
-
-ENTRY = "clipweld"  # the one metadata entry of our safetensors files
-MAX_HEADER = 8 << 20  # bytes: metadata, and the names and shapes of all tensors
+from trainer.header import check_header, entry_of
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -34,15 +32,9 @@ def read_tensors(path: Path) -> tuple[str, dict[str, Tensor]]:
     Raises:
         OSError, SafetensorError, ValueError: not such a file, or one with a header that no file of ours has.
     """
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if header > MAX_HEADER:
-        raise ValueError(f"a header of {header:,} bytes, at most {MAX_HEADER:,} are read")
+    check_header(path)
     with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if ENTRY not in metadata:
-            raise ValueError(f"no {ENTRY!r} in its metadata")
-        return metadata[ENTRY], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return entry_of(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def canonical(said: dict[str, Any]) -> str:

@@ -11,7 +11,18 @@ ROOT = Path(__file__).parents[2]
 ROOMS = ("trainer", "exporter", "client")
 SEAMS = {
     f"trainer.{name}"
-    for name in ("adapter", "backbone", "errors", "merge", "printing", "records", "tasks", "towers", "wording")
+    for name in (
+        "adapter",
+        "backbone",
+        "errors",
+        "merge",
+        "model_choice",
+        "printing",
+        "records",
+        "tasks",
+        "towers",
+        "wording",
+    )
 }
 
 

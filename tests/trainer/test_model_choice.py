@@ -1,0 +1,153 @@
+"""The model and the weights of a command: what was named, and what the adapters at hand say."""
+
+import dataclasses
+import subprocess
+import sys
+
+import open_clip
+import pytest
+
+from trainer.adapter import save_adapter
+from trainer.cli import main
+from trainer.errors import UnknownModel, WrongBase
+from trainer.model_choice import choose_model, choose_weights
+from trainer.model_names import find_model
+
+
+@pytest.fixture
+def write(fitted, tmp_path):
+    """A function that puts an adapter, changed in what it says, into the folder it returns."""
+
+    def write(task="digits", **changes):
+        save_adapter(dataclasses.replace(fitted.adapter, task=task, **changes), tmp_path / f"{task}.safetensors")
+        return tmp_path
+
+    return write
+
+
+def test_every_model_of_open_clip_is_known_without_importing_it():
+    assert [find_model(name) for name in open_clip.list_models()] == open_clip.list_models()
+    code = (
+        "import sys; from trainer.model_names import find_model; find_model('vit-b-16')\n"
+        "print('torch' in sys.modules, 'open_clip' in sys.modules)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("vit-b-16", "ViT-B-16"),
+        ("ViT-B/16", "ViT-B-16"),
+        ("ViT_B_16 ", "ViT-B-16"),
+        ("VITB32", "ViT-B-32"),
+        ("ViT-L/14@336px", "ViT-L-14-336"),
+        ("vit-b-16-quickgelu", "ViT-B-16-quickgelu"),
+        ("Mini", "mini"),
+    ],
+)
+def test_a_name_is_understood_whatever_its_case_and_separators(written, meant):
+    assert find_model(written) == meant
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("ViT-B-17", "near names: ViT-B-16"),
+        ("hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "--model ViT-B-32 --pretrained laion2b_s34b_b79k"),
+        ("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "--model ViT-L-14 --pretrained laion2b_s32b_b82k"),
+        ("openai/clip-vit-base-patch16", "--model ViT-B-16 --pretrained openai"),
+        ("openai/clip-vit-large-patch14-336", "--model ViT-L-14-336 --pretrained openai"),
+        ("ViT-B-32:laion2b_s34b_b79k", "--model ViT-B-32 --pretrained laion2b_s34b_b79k"),
+        ("laion2b_s34b_b79k", "a tag of weights, for --pretrained, beside a --model such as ViT-B-32"),
+        ("some/where.safetensors", "a file of weights goes to --pretrained some/where.safetensors"),
+        ("trainer/mini/mini.json", "a file of weights goes to --pretrained"),
+        ("hf-hub:someone/something", "--model NAME --pretrained FILE"),
+        ("local-dir:there", "--model NAME --pretrained FILE"),
+        ("", "leave out --model"),
+        ("\x1b[2J", "some of its names: ViT-B-32"),
+    ],
+)
+def test_a_name_that_is_no_model_gets_what_to_give_instead(name, instead):
+    with pytest.raises(UnknownModel) as caught:
+        find_model(name)
+    assert instead in str(caught.value)
+
+
+def test_adapters_say_which_model_and_weights(write):
+    folder = write()
+    assert choose_model(None, folder) == "mini"
+    assert choose_weights(None, "mini", folder) is None  # mini's own are its default
+    assert choose_weights("random", "mini", folder) == "random"
+
+
+def test_without_adapters_the_default_model_is_taken(tmp_path):
+    for folder in (None, tmp_path, tmp_path / "absent"):
+        assert choose_model(None, folder) == "ViT-B-16"
+        assert choose_weights(None, "ViT-B-16", folder) is None
+    assert choose_model("mini", tmp_path) == "mini"
+
+
+@pytest.mark.parametrize(
+    ("model", "tag"), [("ViT-B-32", "laion2b_s34b_b79k"), ("ViT-B-16", "openai"), ("mini", "random")]
+)
+def test_weights_that_open_clip_has_a_tag_for_are_taken_by_it(model, tag, write):
+    folder = write(model_name=model, pretrained=tag)
+    assert choose_model(None, folder) == model
+    assert choose_weights(None, model, folder) == tag
+
+
+@pytest.mark.parametrize("model", ["ViT-B-16", "mini"])
+def test_weights_from_a_file_are_asked_for_by_their_fingerprint(model, write, mini, tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"")  # what an adapter names is not opened
+    folder = write(model_name=model, pretrained=str(tmp_path / "weights.pt"))
+    with pytest.raises(WrongBase, match=rf"base {mini.fingerprint[:8]}\), weights from a file; .*--pretrained FILE"):
+        choose_weights(None, model, folder)
+    assert choose_weights("mine.pt", model, folder) == "mine.pt"
+
+
+def test_two_models_in_one_folder_are_named(write):
+    folder = write("flags", model_name="ViT-B-16", pretrained="openai", base_fingerprint="ab" * 32)
+    write("digits")
+    with pytest.raises(WrongBase, match=r"'digits' is of mini \(mini, base .*'flags' is of ViT-B-16 \(openai, base ab"):
+        choose_model(None, folder)
+
+
+def test_a_model_that_contradicts_the_adapters_is_refused(write):
+    folder = write()
+    with pytest.raises(WrongBase, match=r"'digits' is of mini .*--model says ViT-B-16; leave out --model"):
+        choose_model("vit-b/16", folder)
+
+
+def test_two_names_of_one_architecture_do_not_contradict(write):
+    folder = write(model_name="ViT-B-16", pretrained="openai")
+    assert choose_model("ViT-B-16-quickgelu", folder) == "ViT-B-16-quickgelu"
+
+
+def test_files_that_are_no_adapters_are_left_to_the_lineage(write, tmp_path):
+    folder = write()
+    (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 40)
+    (tmp_path / "._digits.safetensors").write_bytes(b"")
+    assert choose_model(None, folder) == "mini"
+
+
+def test_fit_and_evaluate_take_the_model_of_the_adapters(adapters, capsys):
+    main(["fit", "--task", "flags", "--adapters", str(adapters), "--dry-run", "--json"])
+    assert '"trainable_parameters": 359424' in capsys.readouterr().out  # mini's, with its preset
+    main(["evaluate", "--tasks", "emoji", "--adapters", str(adapters), "--json"])
+    assert '"model": "mini"' in capsys.readouterr().out
+
+
+def test_a_contradiction_is_refused_before_torch_is_imported(adapters, tmp_path):
+    for room, arguments in (
+        ("trainer", ["evaluate", "--tasks", "emoji", "--model", "ViT-B-16"]),
+        ("exporter", ["merge", "--to", "onnx", "--model", "ViT-B-16"]),
+    ):
+        code = (
+            f"import sys; sys.argv = {[room, *arguments, '--adapters', str(adapters)]!r}\n"
+            f"from {room}.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert done.stdout.splitlines()[-1] == "False"
+        assert "--model says ViT-B-16" in done.stderr

@@ -1,0 +1,42 @@
+"""What our safetensors files say besides their tensors, read without the tensors and without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import safe_open
+
+ENTRY = "clipweld"  # the one metadata entry of our safetensors files
+MAX_HEADER = 8 << 20  # bytes: metadata, and the names and shapes of all tensors
+
+
+def read_entry(path: Path) -> str:
+    """The metadata entry of ours, JSON.
+
+    Raises:
+        OSError, SafetensorError, ValueError: not such a file, or one with a header that no file of ours has.
+    """
+    check_header(path)
+    with safe_open(path, "np") as file:
+        return entry_of(file.metadata())
+
+
+def check_header(path: Path) -> None:
+    """Raises:
+    OSError, ValueError: no regular file, or one with a header that no file of ours has.
+    """
+    if not path.is_file():
+        raise ValueError("it is not a regular file")
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > MAX_HEADER:
+        raise ValueError(f"a header of {header:,} bytes, at most {MAX_HEADER:,} are read")
+
+
+def entry_of(metadata: dict[str, str] | None) -> str:
+    """Raises:
+    ValueError: there is no entry of ours.
+    """
+    if ENTRY not in (metadata or {}):
+        raise ValueError(f"no {ENTRY!r} in its metadata")
+    return metadata[ENTRY]
