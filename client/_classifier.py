@@ -12,7 +12,7 @@ from client._address import TLS, parse_url
 from client._card import Card, Task
 from client._core import Core, Question
 from client._images import ImageLike, Reading
-from client._labels import checked_labels, checked_templates
+from client._labels import Labels, checked_labels, checked_templates
 from client._results import Classification, ServerInfo
 from client._runtime import AsyncioRuntime, BlockingRuntime, Runtime, iterate, run
 from client._transport import AsyncioTransport, BlockingTransport, Transport
@@ -106,7 +106,7 @@ class ZeroShotClassifier(_Classifier):
     def classify(
         self,
         images: ImageLike | Iterable[ImageLike],
-        labels: Sequence[str] | None = None,
+        labels: Labels | None = None,
         task: str | None = None,
         templates: Sequence[str] | None = None,
         top_k: int = 5,
@@ -123,10 +123,11 @@ class ZeroShotClassifier(_Classifier):
             images: one or several, each a path, the bytes of an image file, an open binary file, a PIL image, or an
                 array or tensor (height, width[, channels]) or (channels, height, width), grey, RGB or RGBA, of uint8,
                 uint16, bool, or floats in [0, 1]; a batch of such arrays; or a folder, for all image files below it.
-            labels: what the images may show. Exactly one of ``labels`` and ``task`` is given.
+            labels: what the images may show, or a mapping of that to the prompt or prompts of each. Exactly one of
+                ``labels`` and ``task`` is given.
             task: a task of the served version: its class names are the labels, its templates the prompts.
             templates: prompts with ``{}`` where the label goes, averaged as CLIP does. None: those of the task, or
-                "a photo of a {}".
+                "a photo of a {}". The article before ``{}`` goes where a label brings its own.
             top_k: how many labels an image gets at most.
             unreadable: called with the error of each image that cannot be read, which is then left out; None: the
                 first one is raised.
@@ -232,7 +233,7 @@ class AsyncZeroShotClassifier(_Classifier):
     def classify(
         self,
         images: ImageLike | Iterable[ImageLike],
-        labels: Sequence[str] | None = None,
+        labels: Labels | None = None,
         task: str | None = None,
         templates: Sequence[str] | None = None,
         top_k: int = 5,
@@ -271,17 +272,13 @@ class AsyncZeroShotClassifier(_Classifier):
         return await self._core.server_info(_checked(deadline_s))
 
 
-def _question(labels: Sequence[str] | None, task: str | None, templates: Sequence[str] | None, top_k: int) -> Question:
+def _question(labels: Labels | None, task: str | None, templates: Sequence[str] | None, top_k: int) -> Question:
     if (labels is None) == (task is None):
         raise InvalidRequest("give exactly one of labels and task")
     if top_k < 1:
         raise InvalidRequest(f"top_k is {top_k}; expected 1 or more")
-    return Question(
-        None if labels is None else checked_labels(labels),
-        task,
-        None if templates is None else checked_templates(templates),
-        top_k,
-    )
+    prompts = None if templates is None else checked_templates(templates)
+    return Question(None if labels is None else checked_labels(labels, prompts), task, prompts, top_k)
 
 
 def _checked(deadline_s: float | None) -> float | None:

@@ -18,7 +18,7 @@ from client._address import Address
 from client._asker import Asker
 from client._card import Card
 from client._images import ImageLike, Reading, as_images, name_of, preprocess
-from client._labels import DEFAULT_TEMPLATES, prompts_of
+from client._labels import Wording
 from client._release import Release, open_release, ready_versions
 from client._results import Classification, Prediction, ServerInfo
 from client._runtime import Runtime
@@ -46,21 +46,21 @@ class Question:
     """What is asked of each image.
 
     Attributes:
-        labels: what it may show; None: the class names of ``task``.
-        templates: prompts; None: those of the task, or "a photo of a {}".
+        labels: what it may show, in words; None: the class names of ``task``.
+        templates: prompts for the class names; None: those of the task.
     """
 
-    labels: tuple[str, ...] | None
+    labels: Wording | None
     task: str | None
     templates: tuple[str, ...] | None
     top_k: int
 
-    def on(self, card: Card) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Labels and templates for one version."""
+    def on(self, card: Card) -> Wording:
+        """Labels and their prompts for one version."""
         if self.labels is not None:
-            return self.labels, self.templates or DEFAULT_TEMPLATES
-        learned = card.task(self.task or "")
-        return learned.class_names, self.templates or learned.templates
+            return self.labels
+        task = card.task(self.task or "")
+        return Wording(task.class_names, self.templates or task.templates, learned=True)
 
 
 @dataclass
@@ -169,8 +169,8 @@ class Core:
         self, call: _Call, release: Release, batch: list[tuple[str, ImageLike]], question: Question, turn: Any
     ) -> list[Classification | BadImage]:
         """One request's worth of images, answered by one version."""
-        names, templates = question.on(release.card)
-        text = await self._of_labels(call.asker, release, names, templates)
+        wording = question.on(release.card)
+        text = await self._of_labels(call.asker, release, wording)
         pixels = await self._runtime.in_thread(_prepared, batch, release.card, self._reading)
         good = [found for found in pixels if not isinstance(found, BadImage)]
         scores = iter(())
@@ -181,27 +181,31 @@ class Core:
         return [
             found
             if isinstance(found, BadImage)
-            else ranked(name, next(scores), names, release.card.logit_scale, release.version, question.top_k)
+            else ranked(name, next(scores), wording.labels, release.card.logit_scale, release.version, question.top_k)
             for (name, _), found in zip(batch, pixels, strict=True)
         ]
 
-    async def _of_labels(
-        self, asker: Asker, release: Release, labels: tuple[str, ...], templates: tuple[str, ...]
-    ) -> np.ndarray:
+    async def _of_labels(self, asker: Asker, release: Release, wording: Wording) -> np.ndarray:
         """One feature a label, float32 (num_labels, embed_dim), encoded once a version.
 
         The mean over its prompts' features, normalised again, as CLIP does it.
+
+        Raises:
+            InvalidRequest: the model can't tell two labels apart.
         """
-        key = (release.card, labels, templates)
+        key = (release.card, wording)
         async with asker.holding(self._encoding):  # whoever asks for the same meanwhile waits for it
             features = self._label_features.get(key)
             if features is None:
-                prompts = prompts_of(labels, templates)
-                encoded = await self._text_features(asker, release, prompts)
-                features = encoded.reshape(len(labels), len(templates), -1).mean(axis=1)
+                prompts = wording.prompts()
+                tokens = await self._tokens(release, [prompt for own in prompts for prompt in own])
+                ends = np.cumsum([len(own) for own in prompts])[:-1]
+                wording.check_told_apart(np.split(tokens, ends), release.card.context_length)
+                encoded = await self._encoded(asker, release, tokens)
+                features = np.stack([own.mean(axis=0) for own in np.split(encoded, ends)])
                 lengths = np.linalg.norm(features, axis=1, keepdims=True)
                 if not lengths.all():
-                    label = labels[int(lengths.argmin())]
+                    label = wording.labels[int(lengths.argmin())]
                     raise ServerError(
                         f"model {release.model!r} version {release.version}: the features of the prompts for label "
                         f"{label!r} cancel each other out; give other templates, or one alone"
@@ -212,9 +216,13 @@ class Core:
         return features
 
     async def _text_features(self, asker: Asker, release: Release, texts: Sequence[str]) -> np.ndarray:
+        return await self._encoded(asker, release, await self._tokens(release, texts))
+
+    async def _tokens(self, release: Release, texts: Sequence[str]) -> np.ndarray:
+        return await self._runtime.in_thread(default_tokenizer(), texts, release.card.context_length)
+
+    async def _encoded(self, asker: Asker, release: Release, tokens: np.ndarray) -> np.ndarray:
         """Texts of one length go together, so that each request is cut to what its longest needs."""
-        card = release.card
-        tokens = await self._runtime.in_thread(default_tokenizer(), texts, card.context_length)
         lengths = tokens.argmax(axis=1) + 1 if len(tokens) else np.empty(0, int)
         order = np.argsort(-lengths, kind="stable")
 
@@ -222,7 +230,7 @@ class Core:
             async with asker.holding(turn):
                 return await release.text_features(asker, tokens[rows, : lengths[rows].max()])
 
-        features, done = np.empty((len(texts), card.embed_dim), np.float32), 0
+        features, done = np.empty((len(tokens), release.card.embed_dim), np.float32), 0
         batches = _batches(iter(order.tolist()), release.max_texts)
         async with aclosing(self._in_order(batches, work)) as encoded:
             async for part in encoded:

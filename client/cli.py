@@ -26,6 +26,7 @@ from client._classifier import DEFAULT_URL
 from client._figure import draw
 from client._files import ResultsFile
 from client._images import as_images
+from client._label_lists import read_labels
 from client._printing import printing
 from client.errors import BadImage
 
@@ -60,7 +61,13 @@ def classify(
         list[Path], typer.Argument(help="Image files, and folders of them.", metavar="IMAGE", show_default=False)
     ],
     labels: Annotated[
-        str | None, typer.Option(help='Labels, with commas between: "cat, dog".', metavar="LABELS", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help='Labels, with commas between: "cat, dog". Or @FILE: one a line, or a .json of prompts: '
+            '{"cat": "a photo of my cat"}. Again for more.',
+            metavar="LABELS",
+            show_default=False,
+        ),
     ] = None,
     task: Annotated[
         str | None,
@@ -87,9 +94,9 @@ def classify(
             show_default=False,
         ),
     ] = None,
-    exif_orientation: Annotated[
-        bool, typer.Option(help="Turn images upright as their Exif says, as in training.")
-    ] = True,
+    no_exif_orientation: Annotated[
+        bool, typer.Option("--no-exif-orientation", help="Do not turn images upright as their Exif says.")
+    ] = False,
     version: Version = None,
     model: Model = "clip",
     url: Url = DEFAULT_URL,
@@ -104,20 +111,24 @@ def classify(
 
     client classify samples/scans --task digits --top-k 1 --out answers.csv
     """
-    if (labels is None) == (task is None):
+    if (not labels) == (task is None):
         raise typer.BadParameter("give exactly one of --labels and --task", param_hint="'--labels' / '--task'")
-    names = None if labels is None else [label.strip() for label in labels.split(",") if label.strip()]
-    if names == []:
+    names, repeated = read_labels(labels) if labels else (None, [])
+    if labels and not names:
         raise typer.BadParameter("no label in it", param_hint="'--labels'")
+    if template and isinstance(names, dict):
+        raise typer.BadParameter("the labels bring their own prompts", param_hint="'--template'")
+    if repeated:
+        _say(f"{len(repeated)} labels are given more than once, and count once: {', '.join(repeated[:5])}")
     if any("{}" not in text for text in template or ()):
         raise typer.BadParameter("expected {} where the label goes", param_hint="'--template'")
     question: dict[str, Any] = {"labels": names, "task": task, "templates": template or None, "top_k": top_k}
     with ZeroShotClassifier(
-        url, model, version or "latest", timeout_s=timeout, exif_orientation=exif_orientation
+        url, model, version or "latest", timeout_s=timeout, exif_orientation=not no_exif_orientation
     ) as classifier:
         if out is not None:
             question |= {"model": model, "version": version}
-            if not exif_orientation:  # only then: what was begun before there was a choice goes on
+            if no_exif_orientation:  # only then: what was begun before there was a choice goes on
                 question["exif_orientation"] = False
             _classify_into(classifier, images, question, out, as_json)
             return
@@ -318,6 +329,11 @@ def main() -> None:
     except ClientError as exc:
         print(f"client: {exc}", file=sys.stderr)
         sys.exit(1)
+
+
+def _say(text: str) -> None:
+    """A line for people, beside the answers."""
+    print(f"client: {text}", file=sys.stderr)
 
 
 def _print_json(value: Any) -> None:

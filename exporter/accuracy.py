@@ -15,6 +15,7 @@ from exporter.parity import TIE, check_unit, to_uint8
 from trainer.adapter import Adapter
 from trainer.backbone import Backbone, encode_classes
 from trainer.tasks import Images, Task
+from trainer.wording import prompt_of
 
 BATCH_SIZE = 8
 AGREEMENT_IMAGES = 400  # of all tasks together: 99% is four of them
@@ -69,7 +70,7 @@ def in_onnx_runtime(backbone: Backbone, image_file: Path, text_file: Path) -> En
     image, text = (_session(file) for file in (image_file, text_file))
 
     def classes(class_names: tuple[str, ...], templates: tuple[str, ...]) -> np.ndarray:
-        prompts = [template.replace("{}", name) for name in class_names for template in templates]
+        prompts = [prompt_of(template, name) for name in class_names for template in templates]
         tokens = backbone.tokenizer(prompts).to(torch.int32).numpy()
         parts = np.array_split(tokens, -(-len(tokens) // BATCH_SIZE))
         cut = (part[:, : int(part.argmax(axis=1).max()) + 1] for part in parts)

@@ -21,6 +21,7 @@ from torch import Tensor
 from trainer.backbone import Backbone
 from trainer.batches import Batch, Batches
 from trainer.towers import cut_to_longest, encode_text
+from trainer.wording import prompt_of
 
 TEMPLATE = "a photo of a {}"
 WORDS_PER_STEP = 32
@@ -41,7 +42,7 @@ class WordAnchors:
     @torch.no_grad()
     def __init__(self, backbone: Backbone, batches: Batches, seed: int) -> None:
         self._seed = seed
-        prompts = [TEMPLATE.replace("{}", word) for word in open_clip.IMAGENET_CLASSNAMES]
+        prompts = [prompt_of(TEMPLATE, word) for word in open_clip.IMAGENET_CLASSNAMES]
         self._tokens = backbone.tokenizer(prompts).to(backbone.device)
         model = (backbone.model if batches.few_shot else copy.deepcopy(backbone.model)).eval()
         features = [encode_text(model, cut_to_longest(chunk)) for chunk in self._tokens.split(CHUNK)]

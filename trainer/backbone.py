@@ -24,6 +24,7 @@ from trainer.preprocessing import preprocessing
 from trainer.records import Json, one_line, read_json_file
 from trainer.towers import cut_to_longest, encode_text, read_at_cls
 from trainer.weights_file import check_weights_file, is_torchscript
+from trainer.wording import prompt_of
 
 MINI = Path(__file__).parent / "mini"
 open_clip.add_model_config(MINI / "mini.json")
@@ -266,7 +267,7 @@ def encode_classes(backbone: Backbone, class_names: tuple[str, ...], templates: 
     Raises:
         NotFinite: the features of a prompt, or those of a class together, have no direction.
     """
-    prompts = [template.replace("{}", name) for name in class_names for template in templates]
+    prompts = [prompt_of(template, name) for name in class_names for template in templates]
     chunks = backbone.tokenizer(prompts).to(backbone.device).split(256)
     features = torch.cat([encode_text(backbone.model, cut_to_longest(chunk)) for chunk in chunks])
     features = unit(features, [f"prompt {prompt!r}" for prompt in prompts])

@@ -16,6 +16,7 @@ from torch import Tensor
 from trainer.backbone import Backbone
 from trainer.config import TrainConfig
 from trainer.tasks import Task
+from trainer.wording import prompt_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Batches:
         labels = torch.tensor([self._images.labels[index] for index in chosen])
         classes, text_of = labels.unique(return_inverse=True)
         template = random.Random(f"template {self._seed} {number}").choice(self._task.templates)
-        prompts = [template.replace("{}", self._task.class_names[label]) for label in classes]
+        prompts = [prompt_of(template, self._task.class_names[label]) for label in classes]
         tokens = self._backbone.tokenizer(prompts)
         return Batch(share, *(t.to(self._backbone.device) for t in (self.pixels(share), labels, tokens, text_of)))
 

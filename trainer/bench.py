@@ -39,6 +39,7 @@ from trainer.errors import BenchError
 from trainer.fit import Objective, one_device
 from trainer.pool import ExpertPool, attach_pools, contrastive_loss
 from trainer.towers import ClsBlock, cut_to_longest, encode_text
+from trainer.wording import prompt_of
 
 NUM_CLASSES = 100
 TEMPLATE = "a photo of a {}, a kind of thing."
@@ -269,7 +270,7 @@ def random_batch(backbone: Backbone, batch_size: int) -> Batch:
     names = draw.sample(open_clip.IMAGENET_CLASSNAMES, NUM_CLASSES)
     labels = torch.tensor(draw.choices(range(NUM_CLASSES), k=batch_size))
     classes, text_of = labels.unique(return_inverse=True)
-    tokens = backbone.tokenizer([TEMPLATE.replace("{}", names[label]) for label in classes])
+    tokens = backbone.tokenizer([prompt_of(TEMPLATE, names[label]) for label in classes])
     pixels = torch.randn(batch_size, 3, backbone.image_size, backbone.image_size)
     return Batch(list(range(batch_size)), *(tensor.to(backbone.device) for tensor in (pixels, labels, tokens, text_of)))
 

@@ -21,6 +21,7 @@ from trainer.finite import first_not_finite, has_direction
 from trainer.pool import ExpertPool, PoolSet
 from trainer.tasks import Task
 from trainer.towers import cut_to_longest, encode_text
+from trainer.wording import prompt_of
 
 CHUNK = 128
 MAX_IMAGES = 1024
@@ -62,7 +63,7 @@ def principal_inputs(
     try:
         for chunk in torch.arange(min(len(batches), MAX_IMAGES)).split(CHUNK):
             model.encode_image(batches.pixels(chunk.tolist()).to(backbone.device))
-        prompts = [template.replace("{}", name) for template in task.templates for name in task.class_names]
+        prompts = [prompt_of(template, name) for template in task.templates for name in task.class_names]
         for chunk in backbone.tokenizer(prompts).to(backbone.device).split(CHUNK):
             texts = cut_to_longest(chunk)
             encode_text(model, texts)

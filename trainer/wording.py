@@ -1,4 +1,9 @@
-"""The words of a task: what it and its classes are called, and its prompts."""
+"""The words of a task: what it and its classes are called, and its prompts.
+
+A template's article directly before ``{}`` goes where the class name brings its own: "a photo of a {}" with "the number
+seven" is "a photo of the number seven". Nothing else is changed ("a apple" stays, as in CLIP). The client words labels
+by the same rule.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,15 @@ from collections.abc import Sequence
 from trainer.records import printable
 
 MAX_NAME_BYTES = 200  # adapters are files of their task's name
+_OWN_ARTICLE = re.compile(r"\s*(?:an?|the)\s+\S", re.IGNORECASE)
+_ARTICLE_BEFORE_NAME = re.compile(r"(?<![\w'-])(?:an?|the)\s+\{\}", re.IGNORECASE)
+
+
+def prompt_of(template: str, class_name: str) -> str:
+    """The template with the class name in it, under one article."""
+    if _OWN_ARTICLE.match(class_name):
+        template = _ARTICLE_BEFORE_NAME.sub("{}", template)
+    return template.replace("{}", class_name)
 
 
 def task_name(name: str) -> str:

@@ -108,7 +108,7 @@ def test_model_that_is_not_there(url, connect):
         ({"labels": "a cat"}, "labels is one string"),
         ({"labels": []}, "labels is empty"),
         ({"labels": ["a", " "]}, "label ' ' is not text"),
-        ({"labels": ["a", 3]}, "label 3 is not text"),
+        ({"labels": ["a", 3]}, "label 3 is not text but int"),
         ({"labels": ["a", "b", "a"]}, "label 'a' is given twice"),
         ({"labels": ["a"], "templates": "a {}"}, "templates is one string"),
         ({"labels": ["a"], "templates": []}, "templates is empty"),

@@ -15,7 +15,7 @@ from PIL import Image
 
 from trainer.errors import TaskInvalid, UnreadableImage
 from trainer.records import one_line, printable
-from trainer.wording import MAX_NAME_BYTES, check_words, task_name
+from trainer.wording import MAX_NAME_BYTES, check_words, prompt_of, task_name
 
 if TYPE_CHECKING:  # heavy: a task is checked before it is imported
     from torch import Tensor
@@ -142,7 +142,7 @@ class Task:
 
     def prompts(self) -> list[str]:
         """Every class name in the first template."""
-        return [self.templates[0].replace("{}", name) for name in self.class_names]
+        return [prompt_of(self.templates[0], name) for name in self.class_names]
 
 
 def skip_unreadable(task: Task, preprocess: Callable[[Image.Image], Tensor], tell: Callable[[str], None]) -> Task:

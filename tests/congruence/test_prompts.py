@@ -1,0 +1,38 @@
+"""Client and trainer put a class name into a template by one rule, and what was learned before keeps its prompts."""
+
+import json
+from pathlib import Path
+
+import open_clip
+from hypothesis import given
+from hypothesis import strategies as st
+
+import trainer
+from client._labels import DEFAULT_TEMPLATES, Wording
+from client._labels import prompt_of as in_client
+from trainer.wording import prompt_of as in_trainer
+
+WORDS = st.lists(
+    st.sampled_from(
+        ("a", "A", "an", "the", "The", "seven", "apple", "photo", "-", "'", "a-", "{}", " ", "  ", "\t", ".")
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(WORDS, WORDS, WORDS)
+def test_one_rule(before, label, after):
+    template = f"{''.join(before)}{{}}{' '.join(after)}"
+    assert in_client(template, " ".join(label)) == in_trainer(template, " ".join(label))
+    template = f"{' '.join(before)} {{}}{' '.join(after)}"
+    assert in_client(template, "".join(label)) == in_trainer(template, "".join(label))
+
+
+def test_shipped_tasks_and_the_classes_of_imagenet_keep_their_prompts():
+    tasks = json.loads((Path(trainer.__file__).parent / "mini/tasks/tasks.json").read_text(encoding="utf-8"))
+    asked = [(task["class_names"], task["templates"]) for task in tasks.values()]
+    for names, templates in (*asked, (open_clip.IMAGENET_CLASSNAMES, DEFAULT_TEMPLATES)):
+        plain = [[template.replace("{}", name) for template in templates] for name in names]
+        assert [[in_trainer(template, name) for template in templates] for name in names] == plain
+        assert Wording(tuple(names), tuple(templates)).prompts() == plain
