@@ -12,6 +12,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from exporter.disk import NO_LINK
 from exporter.errors import RepositoryError
 from exporter.repository import store_of
 
@@ -51,6 +52,12 @@ def new_admin_key(repository: Path) -> str:
         written.write(key)
         written.flush()
         with suppress(FileExistsError):  # another server was started at the same moment
-            os.link(written.name, store / KEY_FILE)
+            try:
+                os.link(written.name, store / KEY_FILE)
+            except OSError as exc:
+                if exc.errno not in NO_LINK:
+                    raise
+                with os.fdopen(os.open(store / KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                    file.write(key)
         return admin_key(repository) or key
     return key

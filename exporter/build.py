@@ -13,6 +13,7 @@ from exporter.branches import branch_weights
 from exporter.card import card_model, describe
 from exporter.checkpoints import architecture
 from exporter.config import Precision
+from exporter.disk import changing, write
 from exporter.graph import hollow, to_bytes
 from exporter.manifest import manifest, to_text
 from exporter.parity import Parity, check_parity, check_same_graph, measure_parity
@@ -27,9 +28,7 @@ from exporter.repository import (
     MODEL_FILE,
     TOWERS,
     Repository,
-    changing,
     towers,
-    write,
 )
 from trainer.adapter import Adapter
 from trainer.backbone import Backbone

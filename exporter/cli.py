@@ -18,7 +18,7 @@ from rich.console import Console
 
 from exporter import printing
 from exporter.config import MODEL_NAME, Precision
-from exporter.errors import ExporterError, GateClosed
+from exporter.errors import ExporterError, GateClosed, StoreMissing
 from trainer.errors import TrainerError
 from trainer.printing import printing as to_stdout
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from exporter.gate import Gate
     from exporter.release import Checks
+    from exporter.switch import Switched
     from trainer.adapter import Adapter
 
 app = typer.Typer(
@@ -214,7 +215,10 @@ def serve(
     from exporter.triton import serve as serve_triton
 
     console = Console(stderr=True)
-    versions = {r.name: r.standing() for r in repositories(repository)}
+    found = repositories(repository)
+    versions = {r.name: r.standing() for r in found}
+    for path, reason in [item for r in found for item in r.foreign_versions().items()]:
+        console.print(f"foreign, and loaded too: {path} ({reason})", highlight=False, soft_wrap=True, markup=False)
     if command:
         find_command(command)
     signal.signal(signal.SIGTERM, _terminate)
@@ -241,15 +245,24 @@ def serve(
 def versions(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
     """Show every version: what it has learned, on which base, where it comes from, whether it is served.
 
+    What clipweld did not write is listed as foreign: no command touches it.
+
     Example: exporter versions
     """
-    from exporter.repository import repositories
+    from exporter.foreign import foreign_entries
+    from exporter.repository import known_repositories
 
-    rows = [printing.summary(r, version) for r in repositories(repository) for version in r.versions()]
+    found = known_repositories(repository)
+    rows = [row for r in found for row in (*printing.summaries(r), *map(printing.foreign_summary, foreign_entries(r)))]
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
     Console().print(printing.versions_table(rows))
+    for one in found:
+        try:
+            one.check_store()
+        except StoreMissing as exc:
+            print(f"exporter: {exc}", file=sys.stderr)
 
 
 @app.command()
@@ -283,7 +296,9 @@ def verify(
 
 @app.command()
 def promote(
-    version: Annotated[int, typer.Argument(help="Which one; exporter versions shows them.")],
+    version: Annotated[
+        int | None, typer.Argument(help="Which one; the newest if left out. exporter versions shows them.")
+    ] = None,
     repository: RepositoryOption = REPOSITORY,
     name: NameOption = "clip",
     url: UrlOption = None,
@@ -303,7 +318,7 @@ def promote(
         result = promote_version(
             Repository(repository, name), version, _servers(url), timeout_s=timeout, report=status.update
         )
-    _print(result.to_dict(), as_json, printing.switched(result))
+    _print_switched(result, as_json)
 
 
 @app.command()
@@ -323,7 +338,7 @@ def rollback(
 
     with Console(stderr=True).status("rolling back") as status:
         result = roll_back(Repository(repository, name), _servers(url), timeout_s=timeout, report=status.update)
-    _print(result.to_dict(), as_json, printing.switched(result))
+    _print_switched(result, as_json)
 
 
 @app.command()
@@ -372,6 +387,12 @@ def _servers(urls: list[str] | None) -> list[str]:
     with suppress(OSError), socket.create_connection((host, int(port)), timeout=2):
         return [DEFAULT_SERVER]
     return []
+
+
+def _print_switched(result: Switched, as_json: bool) -> None:
+    for warning in result.warnings:
+        print(f"exporter: warning: {warning}", file=sys.stderr)
+    _print(result.to_dict(), as_json, printing.switched(result))
 
 
 def _print(result: dict, as_json: bool, line: str) -> None:

@@ -13,6 +13,8 @@ ExporterError
 │   ├── OtherBase           versions of other base weights are there
 │   ├── ConfigChanged       a new config.pbtxt would differ from the one there
 │   ├── VersionMissing      the store has no such version
+│   ├── StoreMissing        versions are served and their store is not there
+│   ├── ForeignFiles        what clipweld did not write is in the way
 │   ├── VersionDamaged      a file is not what the manifest says
 │   └── NothingToRollBackTo no version was served before
 ├── CheckpointError         nothing to write for another library, or no place to
@@ -94,6 +96,14 @@ class ConfigChanged(RepositoryError):
 
 class VersionMissing(RepositoryError):
     """The store has no such version."""
+
+
+class StoreMissing(RepositoryError):
+    """Versions are served and their store is not there."""
+
+
+class ForeignFiles(RepositoryError):
+    """Something that clipweld did not write is in the way: it would be deleted, or be served for a version."""
 
 
 class VersionDamaged(RepositoryError):

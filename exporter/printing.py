@@ -9,44 +9,80 @@ if TYPE_CHECKING:  # the help needs none of it
     from rich.table import Table
 
     from exporter.accuracy import Accuracy, Agreement
+    from exporter.foreign import Foreign
     from exporter.release import Release
     from exporter.repository import Repository
     from exporter.switch import Switched
     from exporter.unmerged import Unmerged
 
 
-def summary(repository: Repository, version: int) -> dict:
-    """What a version is, as ``exporter versions --json`` says it."""
-    manifest = repository.manifest(version)
+def summaries(repository: Repository) -> list[dict]:
+    """What each version is, as ``exporter versions --json`` says it; where the store is missing, each loaded one."""
+    stored, standing, served = repository.versions(), repository.standing(), repository.served
+    rows = []
+    for version in stored or standing:
+        manifest = repository.manifest(version)
+        rows.append(
+            {
+                "model": manifest["model"],
+                "version": version,
+                "tasks": [entry["task"] for entry in manifest["lineage"]],
+                "base": manifest["base"],
+                "served": version == served,
+                "standing": version in standing,
+                "stored": version in stored,
+                "date": manifest["date"],
+                "precision": manifest["precision"],
+                "unmerged": manifest["unmerged"],
+                "lineage": manifest["lineage"],
+                "parity": manifest["parity"],
+                "accuracy": manifest["accuracy"],
+                "cast": manifest["cast"],
+                "forced": manifest["forced"],
+                "foreign": None,
+            }
+        )
+    return rows
+
+
+def foreign_summary(entry: Foreign) -> dict:
+    """The row of something that clipweld did not write: of a version's only the number, if it has one."""
     return {
-        "model": manifest["model"],
-        "version": version,
-        "tasks": [entry["task"] for entry in manifest["lineage"]],
-        "base": manifest["base"],
-        "served": version == repository.served,
-        "standing": version in repository.standing(),
-        "date": manifest["date"],
-        "precision": manifest["precision"],
-        "unmerged": manifest["unmerged"],
-        "lineage": manifest["lineage"],
-        "parity": manifest["parity"],
-        "accuracy": manifest["accuracy"],
-        "cast": manifest["cast"],
-        "forced": manifest["forced"],
+        "model": entry.model,
+        "version": entry.version,
+        "tasks": [],
+        "base": None,
+        "served": False,
+        "standing": False,
+        "stored": False,
+        "date": None,
+        "precision": None,
+        "unmerged": False,
+        "lineage": [],
+        "parity": None,
+        "accuracy": [],
+        "cast": None,
+        "forced": [],
+        "foreign": {"path": str(entry.path), "reason": entry.reason},
     }
 
 
 def versions_table(rows: Sequence[dict]) -> Table:
     """Summaries, a version a row."""
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("model", "version", "", "tasks, accuracy %", "precision", "made", "base")
+    table = Table("model", "version", "state", "learned tasks, accuracy %", "precision", "made on", "base weights")
     for row in rows:
+        number = "" if row["version"] is None else str(row["version"])
+        if row["foreign"]:
+            table.add_row(row["model"], number, "foreign", escape("{path}: {reason}".format(**row["foreign"])))
+            continue
         base = f"{row['base']['model_name']} ({row['base']['pretrained']}) {row['base']['fingerprint'][:8]}"
-        state = "served" if row["served"] else "standing" if row["standing"] else "resting"
+        state = "served" if row["served"] else "loaded" if row["standing"] else "stored"
         accuracy = {entry["task"]: f" {entry['after']:.1f}" for entry in row["accuracy"] if entry["after"] is not None}
         tasks = ", ".join(f"{task}{accuracy.get(task, '')}" for task in row["tasks"]) or "none: the base"
-        table.add_row(row["model"], str(row["version"]), state, tasks, row["precision"], row["date"][:10], base)
+        table.add_row(row["model"], number, state, tasks, row["precision"], row["date"][:10], base)
     return table
 
 
@@ -87,9 +123,9 @@ def switched(result: Switched) -> str:
     """The end of a promotion or a way back."""
     before = f" (before: {result.previous})" if result.previous not in (None, result.version) else ""
     where = f"on {', '.join(result.servers)}" if result.servers else "from the next start on: no server runs here"
-    standing = ", ".join(map(str, result.standing))
+    loaded = ", ".join(map(str, result.standing))
     served = f"{result.model} version {result.version} is served{before} {where}"
-    return f"{served}; standing: {standing}; {result.seconds:.1f} s"
+    return f"{served}; loaded: {loaded}; {result.seconds:.1f} s"
 
 
 def unmerged(result: Unmerged) -> str:

@@ -105,7 +105,8 @@ def release(
     gate, validated = checks.gate, {task.name for task in checks.validation}
     with repository.writing() as staging:
         adds = bool(adapters) or precision is not Precision.fp32
-        _check_repository(repository, backbone, adds)
+        number = max([BASE_VERSION, *repository.versions()]) + 1
+        _check_repository(repository, backbone, adds, number)
         describe(repository.name, BASE_VERSION, backbone, adapters)  # refuses what clients can't follow, early
         served, there = repository.served, repository.versions()
         known = repository.manifest(served)["accuracy"] if served else []
@@ -120,7 +121,6 @@ def release(
             builds.append(builder.build(staging / str(BASE_VERSION), BASE_VERSION, backbone, ()))
         base = builds[0].folder if builds else repository.store / str(BASE_VERSION)
         if adds:
-            number = max([BASE_VERSION, *there]) + 1
             report("merging")
             merged = merged_backbone(repository, backbone, adapters)
             build = builder.build(staging / str(number), number, merged, adapters)
@@ -136,6 +136,8 @@ def release(
                 build.accuracies = recorded + measure_accuracy(merged, *encoders, checks.validation, report)
             build.forced = gate.check(build.accuracies, earlier, build.cast and build.cast.agreement)
             builds.append(build)
+        for build in builds:
+            repository.check_free(build.number)  # below, what has these numbers is ours to take back
         try:
             for build in builds:
                 builder.finish(build)
@@ -146,6 +148,8 @@ def release(
         except BaseException:
             for build in builds:
                 repository.take_out(build.number, staging)
+            repository.remove_empty()  # while the store has what tells that they are ours
+            for build in builds:
                 repository.remove(build.number)
             raise
     newest = builds[-1]
@@ -177,13 +181,12 @@ def check_base(repository: Repository, backbone: Backbone) -> None:
             )
 
 
-def _check_repository(repository: Repository, backbone: Backbone, adds: bool) -> None:
-    """Refuse a repository that a version of this base can't go into."""
-    if strays := set(repository.standing()) - set(repository.versions()):
-        raise RepositoryError(
-            f"repository {repository.path}: version {min(strays)} is not in {repository.store}; restore that, "
-            "or merge into a new repository"
-        )
+def _check_repository(repository: Repository, backbone: Backbone, adds: bool, number: int) -> None:
+    """Refuse a repository that a version of this base can't go into as this number."""
+    repository.check_store()
+    repository.check_foreign()
+    for new in [*([] if BASE_VERSION in repository.versions() else [BASE_VERSION]), *([number] if adds else [])]:
+        repository.check_free(new)
     if not repository.versions():
         return
     check_base(repository, backbone)

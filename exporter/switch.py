@@ -22,7 +22,7 @@ import tritonclient.http
 
 from exporter.admin import HEADER, KEY_VARIABLE, admin_key
 from exporter.config import UNIT_TOLERANCE
-from exporter.errors import NothingToRollBackTo, PromotionFailed, ServerUnreachable
+from exporter.errors import NothingToRollBackTo, PromotionFailed, RepositoryError, ServerUnreachable
 from exporter.manifest import check_files
 from exporter.repository import BASE_VERSION, KINDS, TOWERS, Repository
 
@@ -39,6 +39,7 @@ class Switched:
         standing: all versions that are served to those who name them, oldest first.
         servers: addresses that were switched; empty where only the files were.
         seconds: wall time.
+        warnings: what went wrong after the switch itself, a line each.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Switched:
     standing: list[int]
     servers: list[str]
     seconds: float
+    warnings: list[str]
 
     def to_dict(self) -> dict:
         """The fields as JSON has them."""
@@ -170,7 +172,7 @@ class Server:
 
 def promote(
     repository: Repository,
-    version: int,
+    version: int | None,
     urls: Sequence[str],
     *,
     timeout_s: float = 120.0,
@@ -181,18 +183,20 @@ def promote(
     Standing afterwards: it, and the version before it unless that is a newer one, which would be served in its place.
 
     Args:
+        version: None for the newest in the store.
         urls: of the servers' model control; where there are none, files are moved and the next start serves them.
         timeout_s: of each load.
         report: called with a line when a step begins.
 
     Raises:
-        RepositoryEmpty, VersionMissing, VersionDamaged: nothing was touched.
+        RepositoryEmpty, StoreMissing, VersionMissing, VersionDamaged, ForeignFiles: nothing was touched.
         ServerUnreachable: nothing was touched.
         PromotionFailed: a server could not load it; what was served before is.
     """
     repository.check_released()
     with repository.writing() as staging, _connected(repository, urls, timeout_s) as servers:
         history = repository.history()
+        version = repository.versions()[-1] if version is None else version
         return _switch(repository, version, [*history, version], servers, staging, report)
 
 
@@ -224,12 +228,18 @@ def prune(repository: Repository, keep: int) -> Pruned:
 
     Args:
         keep: how many of the newest are kept.
+
+    Raises:
+        RepositoryEmpty, StoreMissing: there is nothing to prune.
+        ForeignFiles: a version has something in it that clipweld did not write; nothing was deleted.
     """
     repository.check_released()
     with repository.held():
         versions = repository.versions()
         kept = {*versions[-keep:], *repository.standing(), BASE_VERSION} & set(versions)
         removed = [version for version in versions if version not in kept]
+        for version in removed:
+            repository.check_removable(version)
         for version in removed:
             repository.remove(version)
         return Pruned(repository.name, removed, sorted(kept))
@@ -245,45 +255,92 @@ def _switch(
 ) -> Switched:
     began = time.perf_counter()
     repository.check(version)
+    repository.check_foreign()
     report(f"version {version}: reading its files")
     check_files(repository, version)
     previous, stood = repository.served, repository.standing()
     following = [number for place, number in enumerate(following) if place == 0 or following[place - 1] != number]
+    keep = {version, min(following[-2:])}
+    gone = [old for old in stood if old not in keep]
+    for old in gone:
+        repository.check_retirable(old)
     history = repository.history()
     if following != history:
         repository.record(history, following)
+    newer = [old for old in gone if old > version]  # each is served in its place until its card is out
     try:
         report(f"version {version}: loading")
-        repository.put_in(version, staging, TOWERS)
-        _reload(repository, servers, TOWERS)
-        for server in servers:
-            for kind in TOWERS:
-                server.wait(repository.model(kind), version)
-            server.check_answers(repository, version)
-        repository.put_in(version, staging, ("card",))
-        _reload(repository, servers, ("card",))
-        for server in servers:
-            server.wait(repository.model("card"), version)
-            server.check_card(repository, version)
+        _load(repository, version, servers, staging)
+        for old in newer:
+            repository.take_out(old, staging, ("card",))
+        if newer:
+            _reload(repository, servers, ("card",))
     except BaseException:
-        if version not in stood:
-            repository.take_out(version, staging)
-            for server in servers:
-                for kind in KINDS:
-                    with suppress(PromotionFailed):
-                        server.load(repository.model(kind))
+        _undo(repository, version, stood, newer, servers, staging)
         raise
-    report(f"version {version}: taking out what it replaces")
-    keep = {version, min(following[-2:])}
-    gone = [old for old in stood if old not in keep]  # the newest last: until then it is the one that is served
-    for kinds in (("card",), TOWERS):
-        for old in gone:
-            repository.take_out(old, staging, kinds)
-        if gone:
-            _reload(repository, servers, kinds)
+    warnings = _retire(repository, gone, servers, staging, report)
     urls = [server.url for server in servers]
     took = time.perf_counter() - began
-    return Switched(repository.name, version, previous, repository.standing(), urls, took)
+    return Switched(repository.name, version, previous, repository.standing(), urls, took, warnings)
+
+
+def _load(repository: Repository, version: int, servers: Sequence[Server], staging: Path) -> None:
+    """Put a version in, its card once both towers answer on every server."""
+    repository.put_in(version, staging, TOWERS)
+    _reload(repository, servers, TOWERS)
+    for server in servers:
+        for kind in TOWERS:
+            server.wait(repository.model(kind), version)
+        server.check_answers(repository, version)
+    repository.put_in(version, staging, ("card",))
+    _reload(repository, servers, ("card",))
+    for server in servers:
+        server.wait(repository.model("card"), version)
+        server.check_card(repository, version)
+
+
+def _undo(
+    repository: Repository,
+    version: int,
+    stood: Sequence[int],
+    newer: Sequence[int],
+    servers: Sequence[Server],
+    staging: Path,
+) -> None:
+    """Serve again what was served before a switch that failed."""
+    for old in newer:
+        repository.put_in(old, staging, ("card",))
+    if version not in stood:
+        repository.take_out(version, staging)
+    if newer or version not in stood:
+        for server in servers:
+            for kind in KINDS:
+                with suppress(PromotionFailed):
+                    server.load(repository.model(kind))
+
+
+def _retire(
+    repository: Repository,
+    gone: Sequence[int],
+    servers: Sequence[Server],
+    staging: Path,
+    report: Callable[[str], None],
+) -> list[str]:
+    """Take out what was replaced. The switch has happened: what fails here is returned, a line each."""
+    report("taking out what it replaces")
+    failed = []
+    for kinds in (("card",), TOWERS):
+        for old in gone:
+            try:
+                repository.take_out(old, staging, kinds)
+            except RepositoryError as exc:
+                failed.append(f"version {old} could not be taken out: {exc}")
+        for server in servers if gone else ():
+            try:
+                _reload(repository, [server], kinds)
+            except PromotionFailed as exc:
+                failed.append(f"what is replaced may still be loaded: {exc}")
+    return failed
 
 
 def _reload(repository: Repository, servers: Sequence[Server], kinds: Sequence[str]) -> None:

@@ -79,6 +79,7 @@ def release_unmerged(
     sibling = Repository(repository.path, f"{repository.name}-unmerged")
     with sibling.writing() as staging:
         check_base(repository, backbone)
+        sibling.check_replaceable()
         if not all(map(sibling.is_unmerged, sibling.versions())):
             raise RepositoryError(
                 f"repository {repository.path}: {sibling.name!r} has merged versions, which unmerged ones would "

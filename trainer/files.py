@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainer.errors import OutputError
+from trainer.os_errors import cause, next_step
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def output_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as exc:
         raise OutputError(
-            f"{path}: can't be written ({exc.strerror or exc}); make room, or give a place that can be written"
+            f"{path}: can't be written ({cause(exc, path)}); {next_step(exc)}, or give a place that can be written"
         ) from exc
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trainer.errors import OutputError
+from trainer.os_errors import next_step
 
 
 class _Output(io.TextIOWrapper):
@@ -31,7 +32,7 @@ class _Output(io.TextIOWrapper):
             if isinstance(exc, BrokenPipeError):  # whoever read it has read enough
                 raise SystemExit(1) from exc
             raise OutputError(
-                f"standard output: can't be written ({exc.strerror}); make room where it goes, or print elsewhere"
+                f"standard output: can't be written ({exc.strerror}); {next_step(exc)}, or print elsewhere"
             ) from exc
 
 

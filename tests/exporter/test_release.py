@@ -6,6 +6,7 @@ import errno
 import fcntl
 import itertools
 import os
+import shutil
 from dataclasses import replace
 
 import onnx
@@ -190,22 +191,24 @@ def test_only_one_merge_writes_at_a_time(mini, samples, repository):
 
 def test_leftovers_of_a_killed_merge_are_removed(repository):
     """Killed between two renames: towers without a card; killed before: a staging folder."""
-    for kind in ("image", "text"):
-        (repository.model(kind) / "3").mkdir()
-        (repository.model(kind) / "3" / "model.onnx").write_bytes(b"whole, but its card is not there")
-    stale = repository.path.parent / ".model_repository.staging-abc"
-    stale.mkdir()
+    with repository.writing() as staging:
+        repository.take_out(2, staging)
+        repository.put_in(2, staging, ("image", "text"))
+        for stale, name in ((".model_repository.staging-abc", ""), (".model_repository.staging-def", "half-written")):
+            shutil.copytree(staging, repository.path.parent / stale)
+            if name:
+                (repository.path.parent / stale / name).write_bytes(b"x")
+    empty = repository.path.parent / ".model_repository.staging-ghi"
+    empty.mkdir()
     assert repository.versions() == [1, 2]
     with repository.writing() as staging:
-        assert not stale.exists()
-        assert not (repository.model("image") / "3").exists()
+        assert [path for path in repository.path.parent.glob(".*") if path != staging] == []
+        assert not (repository.model("image") / "2").exists()
         assert staging.parent == repository.path.parent
     assert sorted(os.listdir(repository.path.parent)) == FOLDERS
 
 
 def test_leftovers_of_a_killed_first_merge_are_removed(repository):
-    import shutil
-
     shutil.rmtree(repository.model("card"))
     with repository.writing():
         assert tree(repository.path) == []
