@@ -20,6 +20,7 @@ from exporter import printing
 from exporter.config import MODEL_NAME, Precision
 from exporter.errors import ExporterError, GateClosed, StoreMissing
 from trainer.errors import TrainerError
+from trainer.files import check_surroundings
 from trainer.printing import printing as to_stdout
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def main() -> None:
     """The console script: one line and status 1 for errors that have a reason; a bug keeps its traceback."""
     try:
         with to_stdout():
+            check_surroundings(sys.argv[1:])
             app()
     except (ExporterError, TrainerError) as exc:
         print(f"exporter: {' '.join(str(exc).split())}", file=sys.stderr)

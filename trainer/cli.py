@@ -20,6 +20,7 @@ from rich.table import Table
 from trainer import commands
 from trainer.config import MEASURES
 from trainer.errors import OutputError, TrainerError
+from trainer.files import check_surroundings
 from trainer.printing import printing
 
 if TYPE_CHECKING:  # heavy: imported where a command needs them, so that --help is instant
@@ -47,6 +48,7 @@ def main(args: list[str] | None = None) -> None:
     }
     try:
         with printing():
+            check_surroundings(args)
             command = commands.parse(args)
             run[type(command)](command)
     except OutputError as exc:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.errors import OutputError
+from trainer.errors import OutputError, TrainerError
 from trainer.os_errors import cause, next_step
 
 
@@ -48,6 +49,33 @@ def output_errors(path: Path) -> Iterator[None]:
         raise OutputError(
             f"{path}: can't be written ({cause(exc, path)}); {next_step(exc)}, or give a place that can be written"
         ) from exc
+
+
+def check_surroundings(arguments: Sequence[str]) -> None:
+    """Refuse to start where the libraries below would fail, each with a traceback of its own.
+
+    Args:
+        arguments: of the command line; what follows ``--`` is another program's.
+
+    Raises:
+        TrainerError: the working folder is gone, there is nowhere for temporary files, or a name is not UTF-8, which
+            is all that torch, ONNX Runtime and safetensors take.
+    """
+    try:
+        here = os.getcwd()
+    except FileNotFoundError as exc:
+        raise TrainerError("the working folder has been deleted; change to another one") from exc
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as exc:
+        raise TrainerError(
+            "temporary files: no folder for them can be written, neither /tmp nor this one; set TMPDIR to one that can"
+        ) from exc
+    for text in (*itertools.takewhile(lambda argument: argument != "--", arguments), here):
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise TrainerError(f"{text}: this name is not valid UTF-8; rename it") from exc
 
 
 def check_writable(folder: Path) -> None:
