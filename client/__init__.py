@@ -14,6 +14,7 @@ from client._address import TLS
 from client._bench import BenchResult, Interval, Timing, bench
 from client._card import Card, Task
 from client._classifier import AsyncZeroShotClassifier, ZeroShotClassifier
+from client._folders import LeftOut
 from client._images import ImageLike
 from client._results import Classification, Prediction, ServerInfo
 from client.errors import ClientError
@@ -26,6 +27,7 @@ __all__ = [
     "ServerInfo",
     "TLS",
     "ImageLike",
+    "LeftOut",
     "Card",
     "Task",
     "bench",

@@ -11,6 +11,7 @@ import numpy as np
 from client._address import TLS, parse_url
 from client._card import Card, Task
 from client._core import Core, Question
+from client._folders import LeftOut
 from client._images import ImageLike, Reading
 from client._labels import Labels, checked_labels, checked_templates
 from client._results import Classification, ServerInfo
@@ -112,6 +113,7 @@ class ZeroShotClassifier(_Classifier):
         top_k: int = 5,
         *,
         unreadable: Callable[[BadImage], object] | None = None,
+        left_out: Callable[[LeftOut], object] | None = None,
         deadline_s: float | None = None,
     ) -> Generator[Classification, None, None]:
         """Rank labels for each image.
@@ -131,6 +133,9 @@ class ZeroShotClassifier(_Classifier):
             top_k: how many labels an image gets at most.
             unreadable: called with the error of each image that cannot be read, which is then left out; None: the
                 first one is raised.
+            left_out: called with a `LeftOut` for whatever a folder has besides image files: other files, hidden ones,
+                links to folders, folders that cannot be read; None: a warning says how much that is, once the folder is
+                through.
             deadline_s: how long the whole call may take, in seconds; None: as long as it takes.
 
         Returns:
@@ -145,7 +150,7 @@ class ZeroShotClassifier(_Classifier):
                 `client.errors`.
         """
         question = _question(labels, task, templates, top_k)
-        return iterate(self._core.classify(images, question, unreadable, _checked(deadline_s)))
+        return iterate(self._core.classify(images, question, unreadable, left_out, _checked(deadline_s)))
 
     def image_features(self, images: ImageLike | Iterable[ImageLike], *, deadline_s: float | None = None) -> np.ndarray:
         """Encode images.
@@ -239,11 +244,12 @@ class AsyncZeroShotClassifier(_Classifier):
         top_k: int = 5,
         *,
         unreadable: Callable[[BadImage], object] | None = None,
+        left_out: Callable[[LeftOut], object] | None = None,
         deadline_s: float | None = None,
     ) -> AsyncGenerator[Classification, None]:
         """As `ZeroShotClassifier.classify`, for ``async for``."""
         question = _question(labels, task, templates, top_k)
-        return self._core.classify(images, question, unreadable, _checked(deadline_s))
+        return self._core.classify(images, question, unreadable, left_out, _checked(deadline_s))
 
     async def image_features(
         self, images: ImageLike | Iterable[ImageLike], *, deadline_s: float | None = None

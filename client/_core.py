@@ -17,6 +17,7 @@ from cachetools import LRUCache
 from client._address import Address
 from client._asker import Asker
 from client._card import Card
+from client._folders import LeftOut
 from client._images import ImageLike, Reading, as_images, name_of, preprocess
 from client._labels import Wording
 from client._release import Release, open_release, ready_versions
@@ -122,6 +123,7 @@ class Core:
         images: ImageLike | Iterable[ImageLike],
         question: Question,
         unreadable: Callable[[BadImage], object] | None,
+        left_out: Callable[[LeftOut], object] | None,
         deadline_s: float | None,
     ) -> AsyncGenerator[Classification, None]:
         """Answers in the order of the images, of which only a few are held at a time."""
@@ -131,7 +133,7 @@ class Core:
         async def work(batch: list[tuple[str, ImageLike]], turn: Any) -> list[Classification | BadImage]:
             return await self._on_one_version(call, lambda release: self._answers(call, release, batch, question, turn))
 
-        async with aclosing(self._in_order(_batches(_named(images), self._size(call)), work)) as answered:
+        async with aclosing(self._in_order(_batches(_named(images, left_out), self._size(call)), work)) as answered:
             async for answers in answered:
                 for answer in answers:
                     if isinstance(answer, Classification):
@@ -362,8 +364,10 @@ def ranked(
     )
 
 
-def _named(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[str, ImageLike]]:
-    return ((name_of(image, index), image) for index, image in enumerate(as_images(images)))
+def _named(
+    images: ImageLike | Iterable[ImageLike], left_out: Callable[[LeftOut], object] | None = None
+) -> Iterator[tuple[str, ImageLike]]:
+    return ((name_of(image, index), image) for index, image in enumerate(as_images(images, left_out)))
 
 
 def _prepared(batch: list[tuple[str, ImageLike]], card: Card, reading: Reading) -> list[np.ndarray | BadImage]:

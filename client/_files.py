@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -43,18 +44,18 @@ class ResultsFile:
             a place that can't be written.
 
     Attributes:
-        done: images that the file has an answer to, or the reason why there is none.
+        done: names of the images that the file has an answer to, or the reason why there is none.
         unreadable: how many of them are of the second kind.
     """
 
     def __init__(self, path: Path, question: dict[str, Any]) -> None:
-        if path.suffix not in _WRITERS:
-            raise ResultsError(f"results {path}: unknown ending; expected {', '.join(_WRITERS)}")
+        check_ending(path)
         self.path, self._part = path, path.with_name(f"{path.name}.part")
         self._check_absent()
         if path.suffix == ".parquet":
             _pyarrow()
         self.done: set[str] = set()
+        self._places: set[str] = set()
         self.unreadable = 0
         header = {"clipweld results": 1, "question": question}
         try:
@@ -71,6 +72,10 @@ class ResultsFile:
         with suppress(OSError):  # what could not be written has been said
             self._file.close()
 
+    def has(self, image: str) -> bool:
+        """Whether it has this image, by whatever name its folder went then."""
+        return place_of(image) in self._places
+
     def add(self, answer: Classification) -> None:
         """Keep an answer."""
         self._write(answer.to_dict())
@@ -86,7 +91,7 @@ class ResultsFile:
             self._file.flush()  # but not closed: that would let another process take it up
             with replacing(self.path) as staged, self._part.open(encoding="utf-8") as lines:
                 next(lines)
-                _WRITERS[self.path.suffix]((json.loads(line) for line in lines), staged)
+                _WRITERS[self.path.suffix](map(_answer, lines), staged)
             self._part.unlink()
             self._file.close()
         except OSError as exc:
@@ -147,19 +152,44 @@ class ResultsFile:
                     )
                 if number:
                     self.done.add(row["image"])
+                    self._places.add(row.get("path") or place_of(row["image"]))
                     self.unreadable += "error" in row
                 whole, number = whole + len(line), number + 1
         return whole
 
     def _write(self, row: dict[str, Any]) -> None:
+        path = place_of(row["image"])
         self.done.add(row["image"])
+        self._places.add(path)
         try:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.write(json.dumps(row | {"path": path}, ensure_ascii=False) + "\n")
             self._file.flush()
         except OSError as exc:
             raise ResultsError(
                 f"results {self._part}: cannot be written ({exc.strerror}); make room and ask again: it goes on there"
             ) from exc
+
+
+def check_ending(path: Path) -> None:
+    """Raises:
+    ResultsError: results are not written in files of this ending.
+    """
+    if path.suffix not in _WRITERS:
+        raise ResultsError(f"results {path}: unknown ending; expected {', '.join(_WRITERS)}")
+
+
+def place_of(image: str) -> str:
+    """What tells an image from others however its folder is spelled: the folder's real path, and the image's name.
+
+    The name may be a link: two names in one folder are two images.
+    """
+    folder, name = os.path.split(image)
+    return os.path.join(_real_path(os.getcwd(), folder), name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _real_path(working_folder: str, folder: str) -> str:
+    return os.path.realpath(os.path.join(working_folder, folder))
 
 
 @contextmanager
@@ -179,13 +209,20 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def _answer(line: str) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads(line)
+    row.pop("path", None)  # for us alone
+    return row
+
+
 def _check_row(row: Any) -> None:
     """Raises:
-    ValueError: not what ``add`` or ``add_unreadable`` writes.
+    ValueError: not what ``add`` or ``add_unreadable`` writes; before there were paths, without them.
     """
-    if type(row) is dict and row.keys() == {"image", "error"}:
+    keys = row.keys() - {"path"} if type(row) is dict and type(row.get("path", "")) is str else set()
+    if keys == {"image", "error"}:
         kinds = all(type(value) is str for value in row.values())
-    elif type(row) is dict and row.keys() == {"image", "version", "predictions"}:
+    elif keys == {"image", "version", "predictions"}:
         kinds = (
             (type(row["image"]), type(row["version"]), type(row["predictions"])) == (str, int, list)
             and 0 < row["version"] < 2**31

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image
 
 from client._arrays import each, image_from, is_array
-from client._image_files import FORMATS, Stream, as_seen, decoder, max_pixels, one_line, read_path
+from client._folders import LeftOut, image_files
+from client._image_files import Stream, as_seen, decoder, max_pixels, one_line, read_path
 from client.errors import BadImage
 
 
@@ -60,14 +61,19 @@ class Reading:
     exif_orientation: bool = True
 
 
-def as_images(images: ImageLike | Iterable[ImageLike]) -> Iterator[Any]:
+def as_images(
+    images: ImageLike | Iterable[ImageLike], left_out: Callable[[LeftOut], object] | None = None
+) -> Iterator[Any]:
     """One image, several, or the image files below a folder, one after the other.
+
+    Args:
+        left_out: called with what a folder has besides images; None: a warning says how much that is.
 
     Raises:
         BadImage: not images at all, or a folder without any.
     """
     if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
-        return image_files(Path(images))
+        return image_files(Path(os.fsdecode(images)), left_out)
     if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read"):
         return iter([_once(images)])
     if is_array(images):
@@ -75,24 +81,6 @@ def as_images(images: ImageLike | Iterable[ImageLike]) -> Iterator[Any]:
     if isinstance(images, Mapping) or not isinstance(images, Iterable):
         raise BadImage(f"images is a {type(images).__name__}; {_EXPECTED}, or several of them")
     return map(_once, images)
-
-
-def image_files(folder: Path) -> Iterator[Path]:
-    """The files below a folder that have an image's ending, sorted folder by folder; hidden ones are left out.
-
-    Raises:
-        BadImage: there is none.
-    """
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-    found = False
-    for path, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in endings:
-                found = True
-                yield Path(path) / name
-    if not found:
-        raise BadImage(f"folder {folder} has no images; expected files such as .jpg or .png in it or below")
 
 
 def preprocess(

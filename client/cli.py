@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import sys
@@ -24,7 +23,8 @@ from client import BenchResult, Card, Classification, ClientError, ZeroShotClass
 from client import bench as run_bench
 from client._classifier import DEFAULT_URL
 from client._figure import draw
-from client._files import ResultsFile
+from client._files import ResultsFile, check_ending, place_of
+from client._folders import LeftOut, Tally
 from client._images import as_images
 from client._label_lists import read_labels
 from client._printing import printing
@@ -58,7 +58,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def classify(
     images: Annotated[
-        list[Path], typer.Argument(help="Image files, and folders of them.", metavar="IMAGE", show_default=False)
+        list[str], typer.Argument(help="Image files, and folders of them.", metavar="IMAGE", show_default=False)
     ],
     labels: Annotated[
         list[str] | None,
@@ -132,8 +132,10 @@ def classify(
                 question["exif_orientation"] = False
             _classify_into(classifier, images, question, out, as_json)
             return
+        tally = Tally()
         with Console(stderr=True).status("Classifying"):
-            answers = list(classifier.classify(_files(images), **question))
+            answers = list(classifier.classify(_files(images, tally), **question))
+    _say_left_out(tally)
     if as_json:
         _print_json([answer.to_dict() for answer in answers])
     else:
@@ -141,22 +143,43 @@ def classify(
         Console().print(f"model {model} version {answers[-1].version}", style="dim", markup=False)
 
 
-def _files(images: list[Path]) -> Iterator[str]:
-    return map(str, itertools.chain.from_iterable(map(as_images, images)))
+def _files(images: list[str], tally: Tally) -> Iterator[str]:
+    """The images, and those in folders; what is left out of these is counted."""
+    for image in images:
+        if not image:
+            raise BadImage("an empty text is no image; name image files, or folders of them")
+        yield from map(str, as_images(image, tally.add))
+
+
+def _files_once(images: list[str], tally: Tally) -> list[str]:
+    """Each image once, however often and by whatever names of its folder it is given."""
+    listed: dict[str, str] = {}
+    for image in _files(images, tally):
+        if listed.setdefault(place_of(image), image) is not image:
+            tally.add(LeftOut(image, "named twice"))
+    return list(listed.values())
+
+
+def _say_left_out(tally: Tally) -> None:
+    if tally.counts:
+        _say(f"left out: {tally}")
 
 
 def _classify_into(
-    classifier: ZeroShotClassifier, images: list[Path], question: dict[str, Any], out: Path, as_json: bool
+    classifier: ZeroShotClassifier, images: list[str], question: dict[str, Any], out: Path, as_json: bool
 ) -> None:
     """Answers to a file, with a progress bar; what an earlier run has done is not asked again."""
     asked = {name: question[name] for name in ("labels", "task", "templates", "top_k")}
     versions: set[int] = set()
     bad: list[BadImage] = []
+    tally = Tally()
+    check_ending(out)
+    listed = _files_once(images, tally)
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[rate]}"))
     with ResultsFile(out, question) as results, Progress(*columns, console=Console(stderr=True)) as progress:
         earlier = len(results.done)
-        todo = (image for image in _files(images) if image not in results.done)
-        bar = progress.add_task("Classifying", total=sum(1 for _ in _files(images)), completed=earlier, rate="")
+        todo = [image for image in listed if not results.has(image)]
+        bar = progress.add_task("Classifying", total=len(listed), completed=len(listed) - len(todo), rate="")
         started = time.monotonic()
 
         def step() -> None:
@@ -179,16 +202,19 @@ def _classify_into(
         "images": len(results.done),
         "of_earlier_runs": earlier,
         "unreadable": results.unreadable,
+        "left_out": dict(tally.counts),
         "versions": sorted(versions),
         "seconds": round(seconds, 2),
         "images_per_s": round((len(results.done) - earlier) / seconds, 1),
     }
     for error in bad[:UNREADABLE_SHOWN]:
-        print(f"client: {error}", file=sys.stderr)
+        _say(str(error))
+    _say_left_out(tally)
     if as_json:
         _print_json(summary)
     else:
         told = f", {results.unreadable:,} of them unreadable: see the column error" if results.unreadable else ""
+        told += f"; {tally.counts.total():,} left out" if tally.counts else ""
         print(f"{out}: {len(results.done):,} images{told}; {summary['images_per_s']:,} images/s")
 
 

@@ -261,9 +261,10 @@ def test_a_folder_is_its_image_files_in_order(tmp_path):
     for name in ("b/2.JPG", "b/1.png", "a.webp", "c/notes.txt", ".hidden/3.png", "c/.thumb.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = [str(path.relative_to(tmp_path)) for path in as_images(tmp_path)]
+    left_out = []
+    found = [str(path.relative_to(tmp_path)) for path in as_images(tmp_path, left_out.append)]
     assert found == ["a.webp", "b/1.png", "b/2.JPG"]
-    assert list(as_images(str(tmp_path))) == list(as_images(tmp_path))
+    assert list(as_images(str(tmp_path), left_out.append)) == list(as_images(tmp_path, left_out.append))
     with pytest.raises(BadImage, match=r"c has no images; expected files such as \.jpg"):
         next(as_images(tmp_path / "c"))
 

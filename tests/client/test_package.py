@@ -8,7 +8,7 @@ import client
 def test_public_names_are_exactly_these():
     assert set(client.__all__) == {
         "AsyncZeroShotClassifier", "BenchResult", "Card", "Classification", "ClientError", "ImageLike", "Interval",
-        "Prediction", "ServerInfo", "TLS", "Task", "Timing", "ZeroShotClassifier", "bench", "errors",
+        "LeftOut", "Prediction", "ServerInfo", "TLS", "Task", "Timing", "ZeroShotClassifier", "bench", "errors",
     }  # fmt: skip
     public = {name for name in vars(client) if not name.startswith("_")} - {"cli"}
     assert public == set(client.__all__)
