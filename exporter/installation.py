@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import fcntl
 import importlib.util
 import os
 import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -77,9 +79,10 @@ def _native(binary: Path, folder: Path) -> Installation:
 
 def _from_package(package: Path, folder: Path) -> Installation:
     assemble_backends(package, folder)
+    link_python_library(folder / "lib")
     site = folder / "site"
     site.mkdir()
-    libraries = [str(package.parents[1] / "nvidia_pytriton.libs"), *_given("LD_LIBRARY_PATH")]
+    libraries = [str(package.parents[1] / "nvidia_pytriton.libs"), str(folder / "lib"), *_given("LD_LIBRARY_PATH")]
     path = [str(Path(sys.executable).parent), *_given("PATH")]
     return Installation(
         binary=package / "bin" / "tritonserver",
@@ -94,6 +97,28 @@ def _from_package(package: Path, folder: Path) -> Installation:
         },
         in_processes=True,
     )
+
+
+def link_python_library(folder: Path) -> None:
+    """Make a folder that has this Python's shared library: Triton's stub is linked with it, and few systems list it.
+
+    Only that file is linked: its own folder may have other libraries that Triton must not take, as conda's does.
+
+    Raises:
+        TritonMissing: this Python was built without one, and the system has none of its version either.
+    """
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    name = f"libpython{version}.so.1.0"
+    places = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib", *_given("LD_LIBRARY_PATH")]
+    found = next((Path(place) / name for place in places if place and (Path(place) / name).is_file()), None)
+    folder.mkdir()
+    if found is not None:
+        (folder / name).symlink_to(found)
+    elif ctypes.util.find_library(f"python{version}") is None:
+        raise TritonMissing(
+            f"{name}: Triton needs this Python's shared library, and neither {sys.base_prefix}/lib nor the system has "
+            f"it; install the system's libpython{version}, or take a Python that was built with --enable-shared"
+        )
 
 
 def _given(variable: str) -> list[str]:
@@ -196,6 +221,6 @@ def _pytriton() -> Path:
     if package is None or not (package / "bin" / "tritonserver").is_file():
         raise TritonMissing(
             "no Triton here: neither a tritonserver with an onnxruntime backend on PATH nor the nvidia-pytriton "
-            "package; pip install nvidia-pytriton"
+            "package; pip install '.[serve]' in a checkout of clipweld"
         )
     return package

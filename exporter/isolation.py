@@ -92,7 +92,7 @@ def _folder_of(name: str, entries: Iterable[str]) -> str:
             return str(Path(spec.origin).parents[1])
     raise TritonMissing(
         f"package {name}: not installed where a server looks for it, which is not the working folder; "
-        "pip install 'clipweld[serve]'"
+        "pip install '.[serve]' in a checkout of clipweld"
     )
 
 

@@ -1,0 +1,42 @@
+"""What a Triton from the package is laid out with."""
+
+from __future__ import annotations
+
+import ctypes.util
+import sys
+import sysconfig
+
+import pytest
+
+from exporter.errors import TritonMissing
+from exporter.installation import link_python_library
+
+NAME = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+
+
+def test_the_library_of_the_very_python_is_linked_and_nothing_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "python").mkdir()
+    for name in (NAME, "libstdc++.so.6"):
+        (tmp_path / "python" / name).write_bytes(b"")
+    monkeypatch.setattr(sysconfig, "get_config_var", {"LIBDIR": str(tmp_path / "python")}.get)
+    link_python_library(tmp_path / "lib")
+    (linked,) = (tmp_path / "lib").iterdir()
+    assert linked.resolve() == tmp_path / "python" / NAME
+
+
+def test_a_python_without_a_shared_library_is_refused_before_a_server_waits_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_config_var", {"LIBDIR": str(tmp_path)}.get)
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    with pytest.raises(TritonMissing, match=rf"{NAME}: .*install the system's"):
+        link_python_library(tmp_path / "lib")
+
+
+def test_the_system_s_library_will_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_config_var", {"LIBDIR": str(tmp_path)}.get)
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: NAME)
+    link_python_library(tmp_path / "lib")
+    assert list((tmp_path / "lib").iterdir()) == []
