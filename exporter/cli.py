@@ -373,9 +373,9 @@ def _refuse(context: typer.Context, why: str, *names: str) -> None:
 def _checks(gate: Gate, lineage: Sequence[Adapter], validate: Sequence[str], data: Path) -> Checks:
     """What a version must pass, on the tasks that were asked for and those that it has learned."""
     from exporter.release import Checks
-    from trainer.tasks import find_learned, load_task, shipped_tasks
+    from trainer.tasks import find_learned, load_tasks, shipped_tasks
 
-    validation = [load_task(given, data) for given in validate]
+    validation = load_tasks(validate, data)
     learned = [task for adapter in lineage if (task := find_learned(adapter, data))]
     return Checks(gate, validation, compared_on=[*validation, *learned] or shipped_tasks())
 

@@ -9,7 +9,7 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -104,7 +104,9 @@ def fit(command: commands.Fit) -> None:
         command.task, command.data, download=command.download, rename=command.name, templates=command.template
     )
     fabric = _fabric(command)
+    _announce([task], fabric, command.train.shots)
     base = _load(command, fabric)
+    _announce_prompts([task], base, fabric)
     lineage = load_lineage(command.adapters, base.fingerprint)
     (task,) = _readable([task], base, command)
     earlier = _readable([found for adapter in lineage if (found := find_learned(adapter, command.data))], base, command)
@@ -158,11 +160,15 @@ def fit(command: commands.Fit) -> None:
 def sequence(command: commands.Chain) -> None:
     """Learn several tasks one after another."""
     from trainer.sequence import run_sequence
-    from trainer.tasks import load_tasks, validation
+    from trainer.tasks import check_distinct, load_tasks, validation
 
     given = [load_tasks(names, command.data, download=command.download) for names in (command.tasks, command.watch)]
+    check_distinct([task for tasks in given for task in tasks])
     fabric = _fabric(command)
+    for tasks, shots in zip(given, (command.train.shots, None), strict=True):
+        _announce([validation(task) for task in tasks] if command.validate else tasks, fabric, shots)
     base = _load(command, fabric)
+    _announce_prompts([task for tasks in given for task in tasks], base, fabric)
     learn, watch = (_readable(tasks, base, command) for tasks in given)
     if command.validate:
         learn, watch = ([validation(task) for task in tasks] for tasks in (learn, watch))
@@ -215,7 +221,9 @@ def evaluate(command: commands.Evaluate) -> None:
 
     found = load_tasks(command.tasks, command.data, download=command.download)
     fabric = _fabric(command)
+    _announce(found, fabric)
     base = _load(command, fabric)
+    _announce_prompts(found, base, fabric)
     found = _readable(found, base, command)
     lineage = load_lineage(command.adapters, base.fingerprint)
     accuracies = evaluate_tasks(with_weights(base, merge(base.model.state_dict(), lineage)), found, fabric)["task"]
@@ -306,6 +314,41 @@ def _load(command: commands.WithModel, fabric: Fabric) -> Backbone:
     return backbone
 
 
+def _announce(tasks: list[Task], fabric: Fabric, shots: int | None = None) -> None:
+    """One line for each task on what was loaded, then its warnings; ``shots`` where it is learned."""
+    from trainer.tasks import summarise
+
+    if fabric.is_global_zero:
+        for task in tasks:
+            summary = summarise(task, shots)
+            _say(summary.line())
+            _warn(task, summary.warnings)
+
+
+def _announce_prompts(tasks: list[Task], base: Backbone, fabric: Fabric) -> None:
+    """Warnings on how the model reads the tasks' prompts.
+
+    Raises:
+        TaskInvalid: it can't tell two classes apart.
+    """
+    from trainer.tasks import check_prompts
+
+    for task in tasks:
+        warnings = check_prompts(task, base.tokenizer)
+        if fabric.is_global_zero:
+            _warn(task, warnings)
+
+
+def _warn(task: Task, warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        _say(f"warning: {task.name}: {warning}")
+
+
+def _say(line: str) -> None:
+    """A line on stderr, as it is."""
+    stderr.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
 def _show_dry_run(task: Task, base: Backbone, lineage: list[Adapter], command: commands.Fit, fabric: Fabric) -> None:
     """What learning the task would take."""
     from trainer.dry_run import dry_run
@@ -338,7 +381,7 @@ def _readable(tasks: list[Task], base: Backbone, command: commands.WithModel) ->
         return tasks
 
     def tell(fault: str) -> None:
-        stderr.print(f"skipped: {fault}", soft_wrap=True, markup=False)
+        _say(f"skipped: {fault}")
 
     return [skip_unreadable(task, base.preprocess, tell) for task in tasks]
 

@@ -85,11 +85,12 @@ class Chain(WithModel):
     """
 
     tasks: tuple[str, ...]
-    """Tasks to learn, in this order; 'mini' stands for the six that ship, mtil-1, mtil-2 and x-tail for benchmarks."""
+    """Tasks or folders to learn, in this order; NAME=FOLDER gives a folder another name. 'mini' stands for the six that
+    ship, mtil-1, mtil-2 and x-tail for benchmarks."""
     out: Path
     """Folder for the adapters and the accuracy matrix."""
     watch: tuple[str, ...] = ()
-    """Tasks to test but not to learn."""
+    """Tasks or folders (NAME=FOLDER too) to test but not to learn."""
     method: Method = "pool"
     """The expert pool; or one plain LoRA, all weights task after task, all weights on all tasks at once."""
     label_space: LabelSpace = "task"
@@ -127,7 +128,8 @@ class Evaluate(WithModel):
     """
 
     tasks: tuple[str, ...]
-    """Tasks to test; names of lists, such as 'mini', stand for all of theirs."""
+    """Tasks or folders to test; NAME=FOLDER gives a folder another name. Names of lists, such as 'mini', stand for all
+    of theirs."""
     adapters: Path = Path("adapters")
     """Adapters to merge; an empty or absent folder tests the base model."""
 

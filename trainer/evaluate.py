@@ -14,6 +14,7 @@ from trainer.config import LABEL_SPACES, LabelSpace
 from trainer.errors import NotFinite
 from trainer.finite import has_direction
 from trainer.tasks import Images, Task
+from trainer.tasks.prompts import as_read
 
 BATCH_SIZE = 128
 
@@ -24,7 +25,8 @@ Accuracies = dict[LabelSpace, dict[str, float]]
 def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = None) -> Accuracies:
     """Top-1 accuracy in percent on each task's test images, for both label spaces.
 
-    A class name that several tasks share is one class in the union: an answer is right by its name.
+    A class name that several tasks share is one class in the union, and so are names that become the same tokens: an
+    answer is right by its name as the model reads it.
 
     Args:
         fabric: shares the images out among its processes; each gets the whole result.
@@ -35,6 +37,8 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
     rank, world_size = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     classes = [encode_classes(backbone, task.class_names, task.templates) for task in tasks]
     names = [name for task in tasks for name in task.class_names]
+    read = dict(zip(names, as_read(backbone.tokenizer, names), strict=True)) if names else {}
+    union = torch.cat(classes) if classes else None
     accuracies: Accuracies = {space: {} for space in LABEL_SPACES}
     for task, own in zip(tasks, classes, strict=True):
         images = task.load("test")
@@ -44,9 +48,9 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
             features = encode_images(backbone, images, indices)
             unusable += int((~has_direction(features.norm(dim=-1))).sum())
             truth = [task.class_names[images.labels[index]] for index in indices]
-            for place, (weights, labels) in enumerate(((own, task.class_names), (torch.cat(classes), names))):
-                answers = (features @ weights.T).argmax(dim=-1).tolist()
-                correct[place] += sum(labels[answer] == name for answer, name in zip(answers, truth, strict=True))
+            in_task, in_union = ((features @ w.T).argmax(dim=-1).tolist() for w in (own, union))
+            correct[0] += sum(task.class_names[a] == name for a, name in zip(in_task, truth, strict=True))
+            correct[1] += sum(read[names[a]] == read[name] for a, name in zip(in_union, truth, strict=True))
         if fabric:
             correct, unusable = (fabric.all_reduce(count, reduce_op="sum") for count in (correct, unusable))
         if unusable:

@@ -27,7 +27,7 @@ from trainer.finite import all_finite, first_fault, first_not_finite
 from trainer.merge import merge
 from trainer.moments import drift_loss, past_inputs, principal_inputs
 from trainer.pool import PoolSet, attach_pools, contrastive_loss, detach_pools, orthogonality_loss
-from trainer.tasks import Task
+from trainer.tasks import Task, check_prompts
 from trainer.towers import cut_to_longest, encode_text
 
 MIN_LR = 1e-6
@@ -90,6 +90,7 @@ def fit(
 
     Raises:
         TaskAlreadyLearned: the lineage has an adapter of this task.
+        TaskInvalid: two of its classes are the same tokens.
         AdapterError: the adapter would say more than can be read again (``check_readable``).
         CheckpointError: ``unfinished`` holds training of another task or with other settings.
         NotFinite: training diverged, or what came of it can't be used; ``unfinished`` is from before.
@@ -99,6 +100,7 @@ def fit(
             f"task {task.name!r} was learned already; give another --adapters folder, "
             "or remove its adapter and those learned after it"
         )
+    check_prompts(task, base.tokenizer)
     fabric = fabric or one_device(base)
     weights = start.model.state_dict() if start else merge(base.model.state_dict(), lineage)
     model = with_weights(base, weights)

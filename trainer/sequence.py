@@ -21,7 +21,7 @@ from trainer.files import check_writable, output_errors, replacing
 from trainer.fit import Step, one_device
 from trainer.methods import LEARNERS, Learned, Run
 from trainer.records import STRICT, Count, Items, Percent, Setting, Sha256, Text, one_line, read_json_file
-from trainer.tasks import Task
+from trainer.tasks import Task, check_distinct, check_prompts
 
 LEFT_BEHIND = ("sequence.json", "progress.json", "unfinished.safetensors", "adapters", "weights")
 
@@ -123,7 +123,8 @@ def run_sequence(
         on_stage: told of the tasks that are learned next; what it returns is told of every step.
 
     Raises:
-        ConfigError: a task stands twice, or ``out`` holds a run and ``resume`` isn't set.
+        ConfigError: a task is listed twice, or ``out`` holds a run and ``resume`` isn't set.
+        TaskInvalid: two classes of a task are the same tokens.
         CheckpointError: ``out`` holds a run with other settings.
         OutputError: ``out`` can't be written; what is there can be gone on with.
     """
@@ -132,9 +133,9 @@ def run_sequence(
     if order_seed is not None:
         tasks = random.Random(order_seed).sample(tasks, len(tasks))
     tested = [*tasks, *watch]
-    names = [task.name for task in tested]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"a task stands twice in: {' '.join(names)}; name each once")
+    check_distinct(tested)
+    for task in tested:
+        check_prompts(task, base.tokenizer)
     identity = Identity(
         model=base.model_name,
         pretrained=base.pretrained,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from trainer.errors import TaskDataMissing, TaskError, UnknownTask
+from trainer.errors import ConfigError, TaskDataMissing, TaskError, UnknownTask
+from trainer.records import one_line
 from trainer.tasks import folder, shipped
 from trainer.tasks.lists import LISTS, MTIL
+from trainer.tasks.prompts import check_prompts
 from trainer.tasks.split import validation
+from trainer.tasks.summary import Summary, summarise
 from trainer.tasks.task import Images, Task, skip_unreadable
 
 if TYPE_CHECKING:
@@ -23,14 +27,18 @@ if TYPE_CHECKING:
 __all__ = [
     "Availability",
     "Images",
+    "Summary",
     "Task",
     "catalogue",
+    "check_distinct",
+    "check_prompts",
     "find_learned",
     "load_task",
     "load_tasks",
     "sample",
     "shipped_tasks",
     "skip_unreadable",
+    "summarise",
     "task_lists",
     "validation",
 ]
@@ -49,7 +57,8 @@ def load_task(
     """The task of a name, or of a folder of images.
 
     Args:
-        name: a shipped task, one of MTIL's, or the path of a folder (anything with a separator, or a folder here).
+        name: a shipped task, one of MTIL's, or the path of a folder (anything with a separator, or a folder here);
+            ``NAME=FOLDER`` is a folder's task by another name.
         data: where MTIL's data sets lie.
         download: fetch what is missing, where torchvision still can.
         rename, templates: what to call a folder's task, and its prompts.
@@ -61,17 +70,35 @@ def load_task(
     if name in shipped.names():
         return shipped.load(name)
     if name in MTIL:
-        from trainer.tasks import mtil  # and torchvision, which imports torch
-
-        return mtil.load(name, data, download)
-    if Path(name).is_dir() or os.sep in name:
+        return _benchmark(name, data, download)
+    if name and (os.path.isdir(name) or (os.sep in name and "=" not in name)):
         return folder.load(Path(name), rename, templates)
+    new_name, equals, place = name.partition("=")
+    if equals and new_name and place:
+        return folder.load(Path(place), new_name if rename is None else rename, templates)
     known = (*shipped.names(), *MTIL)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    what = f"{name!r} is a file, no task" if os.path.isfile(name) else f"unknown task {one_line(name)!r}"
     raise UnknownTask(
-        f"unknown task {name!r}; {'near names: ' + ', '.join(near) if near else 'known: ' + ', '.join(known)}; "
+        f"{what}; {'near names: ' + ', '.join(near) if near else 'known: ' + ', '.join(known)}; "
         "or give the path of a folder of images"
     )
+
+
+def _benchmark(name: str, data: Path, download: bool) -> Task:
+    """One of MTIL's tasks.
+
+    Raises:
+        TaskDataMissing: says how to get it, or that a folder here has its name.
+    """
+    from trainer.tasks import mtil  # and torchvision, which imports torch
+
+    try:
+        return mtil.load(name, data, download)
+    except TaskDataMissing as exc:
+        if not os.path.isdir(name):
+            raise
+        raise TaskDataMissing(f"{exc}; for the folder of that name here give .{os.sep}{name}") from exc
 
 
 def find_learned(adapter: Adapter, data: Path = DATA) -> Task | None:
@@ -83,10 +110,12 @@ def find_learned(adapter: Adapter, data: Path = DATA) -> Task | None:
     source, known = adapter.config.get("source"), {*shipped.names(), *MTIL}
     for reference in filter(None, (source if isinstance(source, str) else None, adapter.task)):
         try:
-            is_folder = reference not in known and Path(reference).is_dir()
-            if is_folder and folder.class_names(Path(reference)) != adapter.class_names:
+            if reference in known:
+                task = load_task(reference, data)
+            elif os.path.isdir(reference) and folder.class_names(Path(reference)) == adapter.class_names:
+                task = folder.load(Path(reference), adapter.task, adapter.templates)
+            else:
                 continue
-            task = load_task(reference, data, rename=adapter.task, templates=adapter.templates)
         except (TaskError, OSError, ValueError):  # a name that no folder can have raises the last two
             continue
         if task.class_names == adapter.class_names:
@@ -95,9 +124,32 @@ def find_learned(adapter: Adapter, data: Path = DATA) -> Task | None:
 
 
 def load_tasks(names: Sequence[str], data: Path = DATA, *, download: bool = False) -> list[Task]:
-    """The tasks of several names; the name of a list of tasks stands for all of its tasks, in their order."""
+    """The tasks of several names; the name of a list of tasks stands for all of its tasks, in their order.
+
+    Raises:
+        ConfigError: two are of one name.
+    """
     single = [name for given in names for name in task_lists().get(given, (given,))]
-    return [load_task(name, data, download=download) for name in single]
+    tasks = [load_task(name, data, download=download) for name in single]
+    check_distinct(tasks)
+    return tasks
+
+
+def check_distinct(tasks: Sequence[Task]) -> None:
+    """Refuse two tasks of one name, for figures are kept by names.
+
+    Raises:
+        ConfigError: names them all, and what two of one name are made of.
+    """
+    sources = defaultdict(list)
+    for task in tasks:
+        sources[task.name].append(task.source)
+    for name, own in sources.items():
+        if len(own) > 1:
+            raise ConfigError(
+                f"a task is listed twice in: {' '.join(task.name for task in tasks)}; {name!r} is "
+                f"{' and '.join(own)}: name each once; a folder of images gets another name as NAME=FOLDER"
+            )
 
 
 def shipped_tasks() -> list[Task]:

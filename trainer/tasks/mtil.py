@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
+from typing import IO
 
 from torchvision import datasets
 
@@ -223,13 +225,16 @@ def load(name: str, root: Path, download: bool = False) -> Task:
     splits = source.splits or (None,)
     built = [_build(name, source, root, split, download) for split in splits]
     parts = [_images(dataset, source, name) for dataset in built]
-    images = dict(zip(("train", "test"), parts, strict=True)) if source.splits else split_by_seed(*parts)
+    images = (
+        dict(zip(("train", "test"), parts, strict=True)) if source.splits else split_by_seed(*parts, f"task {name!r}")
+    )
     return Task(
         name=name,
         class_names=tuple(str(c).replace("_", " ").replace("/", " ") for c in source.class_names(built[0])),
         templates=source.templates,
         load=images.__getitem__,
         source=str(root / source.folder),
+        published=True,
     )
 
 
@@ -255,7 +260,8 @@ def _build(name: str, source: _Source, root: Path, split: object, download: bool
     if not fetch and (lacking := missing(name, root)):
         raise TaskDataMissing(f"task {name!r}: {lacking}")
     try:
-        dataset = source.build(str(root), split, fetch)
+        with _byte_order_marks_dropped():
+            dataset = source.build(str(root), split, fetch)
     except (ImportError, OSError, RuntimeError, ValueError, KeyError) as exc:  # torchvision's words for all that fails
         reason = f"{type(exc).__name__}: {shorten(str(exc), 200, placeholder=' ...')}"
         by_hand = source.by_hand.format(root=root)
@@ -268,6 +274,23 @@ def _build(name: str, source: _Source, root: Path, split: object, download: bool
             f"task {name!r}: {len(absent)} of its images are missing, such as {absent[0]}; provide them"
         )
     return dataset
+
+
+@contextmanager
+def _byte_order_marks_dropped() -> Iterator[None]:
+    """Have torchvision read lists of labels that an editor on Windows has saved, with a mark in front."""
+
+    def reading(file: str | Path, mode: str = "r") -> IO:
+        return open(file, mode, encoding=None if "b" in mode else "utf-8-sig")
+
+    modules = [datasets.dtd, datasets.fgvc_aircraft, datasets.food101, datasets.oxford_iiit_pet, datasets.sun397]
+    for module in modules:
+        module.open = reading  # what it calls, instead of Python's own
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.open
 
 
 def _absent(files: Sequence[str | Path]) -> list[Path]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from trainer.errors import TaskInvalid, UnreadableImage
+from trainer.preprocessing import FORMATS
 from trainer.records import one_line, printable
 from trainer.wording import MAX_NAME_BYTES, check_words, prompt_of, task_name
 
@@ -31,11 +32,13 @@ class Images:
         labels: index of the class of every image; known without decoding any.
         open: index -> PIL image, in whatever mode the file has; open_clip's preprocessing converts.
         name_of: index -> what to call the image in an error.
+        files: path of every image, where each is a file of a user's own; else empty.
     """
 
     labels: Sequence[int]
     open: Callable[[int], Image.Image]
     name_of: Callable[[int], str]
+    files: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,10 +74,9 @@ class Images:
         try:
             yield
         except Exception as exc:  # on damaged files, Pillow's readers raise any
-            reason = " ".join(str(exc).split()) or type(exc).__name__
             raise UnreadableImage(
-                f"image {self.name_of(index)} can't be read ({reason}); replace or remove the file, or leave it out "
-                "with --skip-unreadable"
+                f"image {self.name_of(index)} can't be read ({_reason(exc)}); replace or remove the file, or leave it "
+                "out with --skip-unreadable"
             ) from exc
 
     def readable(self, preprocess: Callable[[Image.Image], Tensor], tell: Callable[[str], None]) -> Images:
@@ -99,6 +101,7 @@ class Images:
             labels=[self.labels[i] for i in indices],
             open=lambda i: self.open(indices[i]),
             name_of=lambda i: self.name_of(indices[i]),
+            files=[self.files[i] for i in indices] if self.files else (),
         )
 
     def few_shot(self, shots: int, seed: int) -> Images:
@@ -114,6 +117,32 @@ class Images:
         )
 
 
+def _reason(exc: Exception) -> str:
+    """What is wrong with an image, in one line: Pillow's own words name an object by its address."""
+    if isinstance(exc, UnidentifiedImageError):
+        return f"it is none of the formats {', '.join(FORMATS)}"
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror
+    return " ".join(str(exc).split()) or type(exc).__name__
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a user's folder was read.
+
+    Attributes:
+        class_folders: names of the class folders, in the order of the task's classes.
+        left_out: how many entries were left out, by kind.
+        notes: what a split is made of, where that isn't plain.
+        warnings: what a user should look at.
+    """
+
+    class_folders: tuple[str, ...]
+    left_out: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Task:
     """A classification task.
@@ -124,6 +153,8 @@ class Task:
         templates: prompts with one ``{}`` for the class name.
         load: split (``train`` or ``test``) -> its images.
         source: where the images come from, for messages and for the record.
+        origin: of a user's own folder, how it was read.
+        published: whether the class names are a benchmark's, which are taken as they are.
     """
 
     name: str
@@ -131,6 +162,8 @@ class Task:
     templates: tuple[str, ...]
     load: Callable[[str], Images]
     source: str
+    origin: Origin | None = None
+    published: bool = False
 
     def __post_init__(self) -> None:
         try:

@@ -164,6 +164,20 @@ def test_each_is_read_with_names_labels_and_splits(name, data):
 
 
 @pytest.mark.parametrize("name", mtil.names())
+def test_lists_of_labels_may_be_as_windows_writes_them(name, data):
+    root = data(name)
+    for file in root.rglob("*"):
+        if file.suffix in (".txt", ".json"):
+            file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    task = load_task(name, root)
+    assert task.class_names == CLASSES[name]
+    assert len(list(task.load("train"))) > 0
+    assert not any("open" in vars(module) for module in (datasets.dtd, datasets.sun397)), (
+        "torchvision is left as it was"
+    )
+
+
+@pytest.mark.parametrize("name", mtil.names())
 def test_what_is_missing_is_named(name, data):
     root = data(name)
     source = mtil.SOURCES[name]

@@ -1,0 +1,101 @@
+"""Classes and prompts as the model reads them."""
+
+import dataclasses
+
+import pytest
+from PIL import Image
+
+from trainer.cli import main
+from trainer.config import train_config
+from trainer.errors import TaskInvalid
+from trainer.evaluate import evaluate
+from trainer.fit import fit
+from trainer.sequence import run_sequence
+from trainer.tasks import Images, Task, check_prompts, shipped_tasks
+from trainer.tasks.flowers import FLOWERS
+from trainer.tasks.mtil import CALTECH, EUROSAT
+from trainer.tasks.prompts import as_read, cut_prompts
+
+LONG = "a very " * 30
+
+
+def made(*class_names, templates=("a photo of a {}",), published=False):
+    images = Images([0, 1], lambda i: Image.new("RGB", (9, 9), (200 * i, 0, 0)), str)
+    return Task("made", class_names, templates, lambda split: images, "here", published=published)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("Bolt", "bolt"), ("hex  bolt", "hex bolt"), ("a &amp; b", "a & b"), ("HEX", "Hex"), ("fi", "\ufb01")],
+)
+def test_classes_that_become_the_same_tokens_are_refused_by_both_names(mini, first, second):
+    with pytest.raises(TaskInvalid) as caught:
+        check_prompts(made("nut", first, second), mini.tokenizer)
+    assert f"classes {first!r} and {second!r} are the same tokens" in str(caught.value)
+    assert check_prompts(made("nut", first, "other"), mini.tokenizer) == []
+
+
+def test_classes_that_differ_after_the_cut_are_refused_as_that(mini):
+    with pytest.raises(TaskInvalid, match="differ only where prompts are cut"):
+        check_prompts(made(LONG + "bolt", LONG + "nut"), mini.tokenizer)
+
+
+def test_classes_that_one_template_keeps_apart_are_told_apart(mini):
+    templates = (LONG + "{}", "{}")
+    (said,) = check_prompts(made("bolt", "nut", templates=templates), mini.tokenizer)
+    assert said.startswith(f"2 of 4 prompts are longer than the {mini.context_length} tokens that the model reads")
+
+
+@pytest.mark.parametrize("words", [1, 10, 20, 21, 22, 23, 24, 25])
+def test_a_prompt_is_cut_where_tokens_are_lost(mini, words):
+    text = " ".join(["dog"] * words)
+    fits = words + 2 <= mini.context_length
+    assert (cut_prompts(mini.tokenizer, [text]) == []) == fits
+
+
+def test_equal_templates_are_said(mini):
+    (said,) = check_prompts(made("a", "b", templates=("A photo of {}", "the {}", "a photo of {}")), mini.tokenizer)
+    assert said == "templates 'A photo of {}' and 'a photo of {}' are the same tokens to the model"
+
+
+def test_published_lists_are_taken_as_they_are_and_that_is_said(mini):
+    (said,) = check_prompts(made("Bolt", "bolt", published=True), mini.tokenizer)
+    assert "'Bolt' and 'bolt' are the same tokens" in said
+
+
+def test_shipped_tasks_and_the_lists_at_hand_can_be_told_apart(mini):
+    assert [check_prompts(task, mini.tokenizer) for task in shipped_tasks()] == [[]] * 6
+    for names in (FLOWERS, EUROSAT, tuple(CALTECH.values())):
+        assert len(set(as_read(mini.tokenizer, names))) == len(names)
+
+
+def test_nothing_is_trained_where_classes_cannot_be_told_apart(mini, tmp_path):
+    task, config = made("Bolt", "bolt"), train_config("mini", iterations=1)
+    with pytest.raises(TaskInvalid, match="'Bolt' and 'bolt'"):
+        fit(task, mini, [], config, test_on=[], on_step=lambda step: pytest.fail("trained"))
+    with pytest.raises(TaskInvalid, match="'Bolt' and 'bolt'"):
+        run_sequence([shipped_tasks()[0]], mini, config, tmp_path / "run", watch=[task])
+    assert not (tmp_path / "run").exists()
+
+
+def test_commands_refuse_them_in_one_line_and_write_nothing(tmp_path, capsys):
+    for name in ("Bolt", "bolt"):
+        for number in range(4):
+            file = tmp_path / "t" / name / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9), (number, 0, 0)).save(file)
+    for arguments in (
+        ["fit", "--task", str(tmp_path / "t"), "--adapters", str(tmp_path / "adapters")],
+        ["sequence", "--tasks", str(tmp_path / "t"), "--out", str(tmp_path / "run")],
+        ["evaluate", "--tasks", str(tmp_path / "t")],
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--model", "mini"])
+        assert "trainer: task 't'" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t"]
+
+
+def test_names_that_are_read_alike_are_one_class_in_the_union(mini):
+    left, right = made("Bolt", "nut"), dataclasses.replace(made("bolt", "NUT"), name="right")
+    found = evaluate(mini, [left, right])
+    assert found["union"] == found["task"]

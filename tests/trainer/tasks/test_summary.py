@@ -1,0 +1,149 @@
+"""The line at load and its warnings."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from trainer.cli import main
+from trainer.tasks import load_task, summarise, validation
+from trainer.tasks.equal_files import LOOKED_AT, MAX_READ, equal_files
+
+QUICK = ["--model", "mini", "--iterations", "1", "--batch-size", "4"]
+
+
+def lay(folder: Path, **counts: tuple[int, int]) -> Path:
+    """Classes with so many training and test images, no two alike."""
+    shade = 0
+    for name, numbers in counts.items():
+        for split, count in zip(("train", "test"), numbers, strict=True):
+            for number in range(count):
+                file = folder / split / name / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shade += 1
+                Image.new("RGB", (9, 9), (shade % 256, shade // 256, 9)).save(file)
+    return folder
+
+
+def test_the_line_says_what_is_there_what_is_used_and_what_is_left_out(tmp_path):
+    folder = lay(tmp_path / "bolts", hex_bolt=(3, 2), rivet=(8, 4))
+    (folder / "train" / "rivet" / "notes.md").write_text("x")
+    (folder / "train" / ".DS_Store").write_text("x")
+    summary = summarise(load_task(str(folder)), shots=5)
+    assert summary.line() == (
+        f"bolts ({folder}): 2 classes; train 3 to 8 images per class (fewest: hex bolt), 3 to 5 per class used "
+        "(--shots); test 2 to 4 images per class (fewest: hex bolt); 2 left out (1 .md, 1 hidden); "
+        "names: hex_bolt -> hex bolt"
+    )
+    assert not summary.warnings
+    said = json.loads(json.dumps(dataclasses.asdict(summary)))
+    assert said["used"] == {"per_class": [3, 5]}
+    assert said["renamed"] == {"hex_bolt": "hex bolt"}
+
+
+@pytest.mark.parametrize(
+    ("shots", "says"), [(0, "train 4 images per class, all used"), (9, "all used"), (1, "class, 1 per class used")]
+)
+def test_the_line_says_how_many_images_of_how_many_training_draws(tmp_path, shots, says):
+    folder = lay(tmp_path / "bolts", a=(4, 1), b=(4, 1))
+    assert says in summarise(load_task(str(folder)), shots).line()
+    assert "; test 1 image per class" in summarise(load_task(str(folder)), shots).line()
+
+
+def test_a_task_that_is_only_tested_says_nothing_of_training(tmp_path):
+    line = summarise(load_task(str(lay(tmp_path / "bolts", a=(4, 2), b=(4, 2))))).line()
+    assert line == f"bolts ({tmp_path / 'bolts'}): 2 classes; test 2 images per class"
+
+
+@pytest.mark.parametrize("name", ["digits", "emoji"])
+def test_shipped_tasks_have_a_line_and_no_warning(name):
+    summary = summarise(load_task(name), shots=16)
+    assert summary.line().startswith(f"{name} (shipped): ")
+    assert not summary.warnings
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ({"a": (21, 2), "b": (2, 2)}, "class 'a' has 21 training images, class 'b' 2"),
+        ({"a": (3, 21), "b": (3, 2)}, "class 'a' has 21 test images, class 'b' 2"),
+        ({"a": (3, 2), "b": (3, 0)}, "no test image in class 'b'"),
+        ({"a": (20, 2), "b": (2, 2)}, None),
+    ],
+)
+def test_uneven_and_untested_classes_are_warned_of(tmp_path, counts, says):
+    warnings = summarise(load_task(str(lay(tmp_path / "bolts", **counts))), 5).warnings
+    assert (says in warnings[0]) if says else not warnings
+
+
+def test_a_class_of_one_image_in_one_tree_is_untested(tmp_path):
+    folder = lay(tmp_path / "bolts", a=(5, 0), b=(1, 0)) / "train"
+    assert "no test image in class 'b'" in summarise(load_task(str(folder)), 5).warnings[0]
+
+
+def test_splits_that_share_equal_files_are_warned_of(tmp_path):
+    folder = lay(tmp_path / "bolts", a=(4, 2), b=(4, 2))
+    shutil.copy(folder / "train/a/3.png", folder / "test/b/copy.png")
+    (warning,) = summarise(load_task(str(folder))).warnings
+    assert "1 of 5 test images are training images too" in warning
+    assert f"{folder}/test/b/copy.png and {folder}/train/a/3.png" in warning
+
+
+def test_equal_files_of_one_tree_are_found_wherever_its_split_puts_them(tmp_path):
+    folder = lay(tmp_path / "bolts", a=(5, 0), b=(5, 0)) / "train"
+    for number in range(4):
+        shutil.copy(folder / "a/0.png", folder / f"a/copy{number}.png")
+    assert "training images too" in summarise(load_task(str(folder))).warnings[0]
+
+
+def test_a_large_folder_costs_no_more_than_a_set_number_of_reads(tmp_path, monkeypatch):
+    file = tmp_path / "image"
+    file.write_bytes(b"x" * 100)
+    read = []
+    monkeypatch.setattr("trainer.tasks.equal_files._head", lambda name: read.append(name) or b"head")
+    found = equal_files([str(file)] * 20_000, [str(file)] * 20_000)
+    assert found.looked_at == LOOKED_AT
+    assert len(read) <= LOOKED_AT + MAX_READ
+
+
+def test_files_that_are_not_equal_to_the_last_byte_are_not_equal(tmp_path):
+    for name, last in (("one", b"1"), ("two", b"2"), ("again", b"1")):
+        (tmp_path / name).write_bytes(bytes(100_000) + last)
+    (tmp_path / "empty").touch()
+    one, two, again, empty = (str(tmp_path / name) for name in ("one", "two", "again", "empty"))
+    assert equal_files([one, empty], [two, empty, str(tmp_path), str(tmp_path / "none")]).found == ()
+    assert equal_files([two, one], [again]).found == ((again, one),)
+
+
+def test_commands_say_it_on_stderr_before_they_train(tmp_path, capsys):
+    folder = lay(tmp_path / "bolts", a=(40, 2), b=(2, 2))
+    main(["fit", "--task", str(folder), "--shots", "3", "--adapters", str(tmp_path / "adapters"), *QUICK, "--json"])
+    captured = capsys.readouterr()
+    json.loads(captured.out)
+    first, second = captured.err.splitlines()[:2]
+    assert first.startswith(f"bolts ({folder}): 2 classes; train 2 to 40 images per class (fewest: b), 2 to 3 per")
+    assert second == "warning: bolts: class 'a' has 40 training images, class 'b' 2"
+
+    arguments = ["--tasks", f"nuts={folder}", "--watch", "emoji", "--out", str(tmp_path / "run"), "--json"]
+    main(["sequence", *arguments, "--shots", "1", "--validate", *QUICK])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["tested"] == ["nuts", "emoji"]
+    lines = captured.err.splitlines()
+    assert lines[0].startswith(f"nuts ({folder}, validation): 2 classes; train 1 to 32 images per class")
+    assert lines[2].startswith("emoji (shipped, validation): ")
+
+    main(["evaluate", "--model", "mini", "--tasks", "emoji", f"nuts={folder}", "--json"])
+    captured = capsys.readouterr()
+    assert set(json.loads(captured.out)["accuracy"]) == {"emoji", "nuts"}
+    assert [line.split()[0] for line in captured.err.splitlines()] == ["emoji", "nuts"]
+
+
+def test_validation_looks_at_training_images_alone(tmp_path):
+    folder = lay(tmp_path / "bolts", a=(10, 2), b=(10, 2))
+    shutil.copy(folder / "train/a/3.png", folder / "test/b/copy.png")
+    summary = summarise(validation(load_task(str(folder))), 5)
+    assert not summary.warnings
+    assert "test 2 images per class" in summary.line()
