@@ -203,6 +203,9 @@ def serve(
         ),
     ] = None,
     timeout: TimeoutOption = 120.0,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start another Triton where one ends by itself, twice in ten minutes.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show Triton's log.")] = False,
 ) -> None:
     """Run a local Triton on loopback until Ctrl-C, or while COMMAND runs, and exit with its status.
@@ -225,13 +228,16 @@ def serve(
         find_command(command)
     signal.signal(signal.SIGTERM, _terminate)
 
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     def log(line: str) -> None:
         if verbose:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     ports = {"port": port, "http_port": http_port if http_port is not None else 8000 if port else 0}
     try:
-        with serve_triton(repository, **ports, timeout_s=timeout, log=log) as server:
+        with serve_triton(repository, **ports, timeout_s=timeout, restart=restart, log=log, report=say) as server:
             served = ", ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in versions.items())
             text = f"{server.url} and {server.http_url}: {served}; {server.description}"
             console.print(text, highlight=False, soft_wrap=True)

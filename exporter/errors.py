@@ -24,6 +24,7 @@ ExporterError
     ├── TritonMissing       no tritonserver here
     ├── PortTaken
     ├── TritonFailed        did not start, or died
+    ├── ModelNotLoaded      Triton's reason for not loading a model
     └── CommandMissing      the command to run beside it does not exist
 
 Every message says what, which object, expected, got, and the next step, in one line.
@@ -140,6 +141,10 @@ class PortTaken(TritonError):
 
 class TritonFailed(TritonError):
     """Triton did not start, or died."""
+
+
+class ModelNotLoaded(TritonError):
+    """Triton's reason for not loading a model."""
 
 
 class CommandMissing(TritonError):

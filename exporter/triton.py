@@ -3,56 +3,72 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import re
-import resource
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.admin import HEADER, RESTRICTED, new_admin_key
-from exporter.errors import CommandMissing, PortTaken, TritonFailed
+from exporter.control import Control
+from exporter.errors import CommandMissing, PortTaken
 from exporter.installation import Installation, installation, remove_shared_memory
-from exporter.isolation import isolated_environment, stack_limits
+from exporter.process import STOP_TIMEOUT_S, Triton
+from exporter.watch import LOOK_EVERY_S, Watch
 
 HOST = "127.0.0.1"
-STOP_TIMEOUT_S = 15.0
-PR_SET_PDEATHSIG = 1
-DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no way to our loopback
 
 
-@dataclass(frozen=True)
 class Server:
-    """A Triton that is ready.
+    """A Triton that is looked after: what it loses is loaded again.
 
     Attributes:
         url: ``grpc://127.0.0.1:PORT``.
         http_url: ``http://127.0.0.1:PORT``.
-        process: tritonserver, the leader of its own process group.
         description: which Triton and which backend.
+        watch: what looks after it.
     """
 
-    url: str
-    http_url: str
-    process: subprocess.Popen
-    description: str
+    watch: Watch
+
+    def __init__(self, url: str, http_url: str, description: str, start: Callable[[], Triton]) -> None:
+        self.url, self.http_url, self.description = url, http_url, description
+        self._start, self._lock, self._stopped = start, threading.Lock(), False
+        self._triton = start()
+
+    @property
+    def process(self) -> subprocess.Popen:
+        """The tritonserver, leader of its own process group; another one after a restart."""
+        return self._triton.process
 
     @property
     def environment(self) -> dict[str, str]:
         """What a command run beside the server is told."""
         return {"CLIPWELD_URL": self.url, "CLIPWELD_HTTP_URL": self.http_url}
+
+    def wait_until_ready(self, control: Control, timeout_s: float) -> None:
+        """Return once everything is loaded.
+
+        Raises:
+            TritonFailed: it ended, or takes too long.
+        """
+        self._triton.wait_until_ready(control, timeout_s)
+
+    def start_another(self) -> None:
+        """Put another Triton in the place of one that ended."""
+        with self._lock:
+            if not self._stopped:
+                self._triton.stop()
+                self._triton = self._start()
+
+    def stop(self) -> None:
+        """End it for good."""
+        with self._lock:
+            self._stopped = True
+            self._triton.stop()
 
 
 @contextmanager
@@ -62,7 +78,9 @@ def serve(
     port: int = 0,
     http_port: int = 0,
     timeout_s: float = 120.0,
+    restart: bool = False,
     log: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Server]:
     """Serve all models of a repository until the block is left.
 
@@ -70,7 +88,9 @@ def serve(
         repository: a folder of models with at least one version.
         port, http_port: of gRPC and HTTP; 0 takes a free one.
         timeout_s: how long loading may take.
+        restart: whether another Triton is started where one ends by itself.
         log: called with each line that Triton writes, from another thread.
+        report: called with a line, likewise, when a version or Triton is started again.
 
     Raises:
         PortTaken: names the port.
@@ -78,19 +98,36 @@ def serve(
         TritonFailed: a model failed to load (in Triton's own words), or loading took too long.
     """
     port, http_port = _claim_ports(port, http_port)
+    url, http_url = f"grpc://{HOST}:{port}", f"http://{HOST}:{http_port}"
     prefix = f"clipweld-{os.getpid()}-{port}-"
-    with installation(prefix) as triton:
-        process = _start(triton, _arguments(triton, repository, port, http_port, prefix))
-        lines: deque[str] = deque(maxlen=2000)
-        reader = threading.Thread(target=_read, args=(process, lines, log), daemon=True)
-        reader.start()
+    with installation(prefix) as found:
+        found.models.symlink_to(repository.resolve())
+        key = new_admin_key(repository)
+        arguments, control = (
+            _arguments(found, repository, port, http_port, prefix, key),
+            Control(http_url, key, timeout_s),
+        )
+
+        def start() -> Triton:
+            remove_shared_memory(prefix)
+            return Triton(found, arguments, log)
+
+        def start_another() -> None:
+            server.start_another()
+            server.wait_until_ready(control, timeout_s)
+
+        server = Server(url, http_url, found.description, start)
+        link = found.models if found.in_processes else None
+        server.watch = Watch(server, repository, link, control, start_another if restart else None, report)
         try:
-            _wait_until_ready(process, f"http://{HOST}:{http_port}", timeout_s, reader, lines)
-            yield Server(f"grpc://{HOST}:{port}", f"http://{HOST}:{http_port}", process, triton.description)
+            server.wait_until_ready(control, timeout_s)
+            server.watch.start()
+            yield server
         finally:
-            _stop(process)
-            reader.join(timeout=STOP_TIMEOUT_S)
-            process.stdout.close()
+            server.watch.over.set()
+            server.stop()
+            if server.watch.ident is not None:
+                server.watch.join()
             remove_shared_memory(prefix)
 
 
@@ -99,18 +136,26 @@ def run_beside(server: Server, command: Sequence[str]) -> int:
 
     Returns:
         its exit status; 128 + N where signal N ended it.
+
+    Raises:
+        TritonFailed: the server is gone for good; the command is ended.
     """
     process = subprocess.Popen(command, env=os.environ | server.environment)
     try:
-        while True:
+        while not server.watch.over.is_set():
             # Ctrl-C reaches the command too, being in our process group: what it makes of it is its own affair.
-            with contextlib.suppress(KeyboardInterrupt):
-                status = process.wait()
+            with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+                status = process.wait(LOOK_EVERY_S)
                 return status if status >= 0 else 128 - status
+        raise server.watch.failure
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def find_command(command: Sequence[str]) -> None:
@@ -127,19 +172,16 @@ def wait_until_stopped(server: Server) -> None:
     """Return never, unless interrupted.
 
     Raises:
-        TritonFailed: Triton ended by itself.
+        TritonFailed: the server is gone for good.
     """
-    status = server.process.wait()
-    raise TritonFailed(f"Triton at {server.url} ended by itself with status {status}; exporter serve -v shows its log")
+    server.watch.over.wait()
+    raise server.watch.failure
 
 
-def _arguments(triton: Installation, repository: Path, port: int, http_port: int, prefix: str) -> list[str]:
-    place = repository.resolve()
-    triton.models.symlink_to(place)
+def _arguments(found: Installation, repository: Path, port: int, http_port: int, prefix: str, key: str) -> list[str]:
     return [
-        str(triton.binary),
-        f"--model-repository={triton.models if triton.in_processes else place}",
-        f"--backend-directory={triton.backends}",
+        f"--model-repository={found.models if found.in_processes else repository.resolve()}",
+        f"--backend-directory={found.backends}",
         # Explicit, so that versions can be switched later; * loads everything at the start.
         "--model-control-mode=explicit",
         "--load-model=*",
@@ -155,7 +197,7 @@ def _arguments(triton: Installation, repository: Path, port: int, http_port: int
         f"--grpc-port={port}",
         "--exit-timeout-secs=10",
         f"--backend-config=python,shm-region-prefix-name={prefix}",
-        *_restrictions(new_admin_key(repository)),
+        *_restrictions(key),
     ]
 
 
@@ -163,81 +205,6 @@ def _restrictions(key: str) -> list[str]:
     """What wants the administrator's key."""
     flags = ("--grpc-restricted-protocol", "--http-restricted-api")
     return [f"{flag}={RESTRICTED}:{HEADER}={key}" for flag in flags]
-
-
-def _start(triton: Installation, arguments: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        arguments,
-        cwd=triton.working_folder,
-        env=isolated_environment(os.environ) | triton.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # Ctrl-C reaches us alone, and one signal reaches all of its processes
-        preexec_fn=_prepare(),
-    )
-
-
-def _prepare() -> Callable[[], None] | None:
-    """Have the kernel stop Triton when this process is killed and can't do it itself, and give its threads room."""
-    if not sys.platform.startswith("linux"):
-        return None
-    # Looked up here: after the fork only the calls themselves are safe.
-    prctl, limits = ctypes.CDLL(None).prctl, stack_limits()
-
-    def prepare() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        resource.setrlimit(resource.RLIMIT_STACK, limits)
-
-    return prepare
-
-
-def _read(process: subprocess.Popen, lines: deque[str], log: Callable[[str], None]) -> None:
-    for line in process.stdout:
-        lines.append(line.rstrip("\n"))
-        log(line.rstrip("\n"))
-
-
-def _wait_until_ready(
-    process: subprocess.Popen, http_url: str, timeout_s: float, reader: threading.Thread, lines: deque[str]
-) -> None:
-    deadline = time.monotonic() + timeout_s
-    while process.poll() is None:
-        # A connection that is refused, or a 400 while models load: both mean not yet.
-        with (
-            contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError),
-            DIRECTLY.open(f"{http_url}/v2/health/ready", timeout=5) as response,
-        ):
-            if response.status == 200:
-                return
-        if time.monotonic() > deadline:
-            raise TritonFailed(
-                f"Triton was not ready within {timeout_s:g} s; give it longer with --timeout, or see its log with -v"
-            )
-        time.sleep(0.05)
-    reader.join(timeout=STOP_TIMEOUT_S)
-    raise TritonFailed(f"Triton did not start: {_reason(list(lines))}")
-
-
-def _reason(lines: list[str]) -> str:
-    """Triton's own words, in one line: the first model that failed, else its last error, else its last line."""
-    errors = [re.sub(r"^[EF]\d{4} [\d:.]+ \d+ \S+\] ", "", line) for line in lines if re.match(r"[EF]\d{4} ", line)]
-    failed = [line for line in errors if "failed to load" in line]
-    text = (failed or errors[-1:] or lines[-1:] or ["it wrote nothing"])[0]
-    return " ".join(text.strip('"').split())
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """End tritonserver and everything it started."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _claim_ports(*ports: int) -> list[int]:
