@@ -302,6 +302,12 @@ def test_compose_opens_the_clients_port_alone():
     assert device["devices"][0]["capabilities"] == ["gpu"]
 
 
+def test_compose_gives_threads_the_stack_that_exporter_serve_gives_them():
+    from exporter.isolation import STACK
+
+    assert compose()["services"]["triton"]["ulimits"]["stack"] == {"soft": STACK, "hard": STACK}
+
+
 def test_prometheus_asks_the_server():
     target = documents(DEPLOY / "prometheus.yml")[0]["scrape_configs"][0]["static_configs"][0]["targets"][0]
     service, port = target.split(":")
@@ -333,6 +339,9 @@ def test_readme_names_every_file():
 def test_promotion_needs_neither_torch_nor_onnxruntime(tmp_path):
     """What exporter.Dockerfile leaves out is not missed; that there is nothing to promote is."""
     heavy = ("torch", "torchvision", "open_clip", "onnxruntime", "onnxscript", "pytriton", "lightning", "scipy")
+    heavy += ("lightning_fabric", "safetensors", "jinja2", "tyro", "matplotlib")
+    image = (DEPLOY / "exporter.Dockerfile").read_text(encoding="utf-8")
+    assert re.search(r"pip install .* /src onnx pydantic ", image), "what the client's own dependencies lack"
     code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); from exporter.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "promote", "2", "--repository", str(tmp_path / "model_repository")],

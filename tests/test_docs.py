@@ -60,6 +60,20 @@ def test_curl(server, folder):
         assert sum(x * x for x in output["data"]) == pytest.approx(1, abs=1e-4)
 
 
+def test_every_body_that_curl_sends_is_called_what_it_is():
+    """What curl calls it by itself has ended servers."""
+    sent = [
+        command
+        for page in ("docs/without-the-client.md", "deploy/README.md", "README.md")
+        for script in blocks(page, "sh")
+        for command in re.findall(r"curl (?:[^\n]|(?<=\\)\n|(?<=,)\n)*", script)
+        if re.search(r" (-d|--data\S*) ", command)
+    ]
+    assert len(sent) == 3
+    for command in sent:
+        assert re.search(r"-H 'Content-Type: application/(json|octet-stream)'", command), command
+
+
 def test_tritonclient_gives_our_answers(server, folder):
     (script,) = blocks("docs/without-the-client.md", "python")
     done = subprocess.run([sys.executable, "-c", at(server, script)], capture_output=True, text=True, check=True)
