@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 from contextlib import suppress
 from enum import Enum
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
     from exporter.gate import Gate
     from exporter.release import Checks
+    from exporter.repository import Repository
+    from exporter.servers import Found
     from exporter.switch import Switched
     from trainer.adapter import Adapter
 
@@ -49,14 +50,17 @@ def _model_name(name: str) -> str:
 REPOSITORY = Path("model_repository")
 FOR_A_VERSION = ("precision", "min_agreement", "min_accuracy", "max_drop", "validate", "data", "force")
 PARITY_IMAGES = 16
-DEFAULT_SERVER = "127.0.0.1:8001"
 
 RepositoryOption = Annotated[Path, typer.Option(help="The Triton model repository.")]
 NameOption = Annotated[str, typer.Option(help="Common name of the three models.", callback=_model_name)]
 UrlOption = Annotated[
     list[str] | None,
-    typer.Option(help=f"A server to switch, by gRPC or http://; again for more. Left out: {DEFAULT_SERVER}, if there."),
+    typer.Option(
+        help="A server of it, by gRPC or http://; again for more. Left out: $CLIPWELD_URL, else those that exporter "
+        "serve has started, and one on port 8001."
+    ),
 ]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Look at the files alone, not for running servers.")]
 TimeoutOption = Annotated[float, typer.Option(min=1, help="Seconds that loading may take.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -229,7 +233,8 @@ def serve(
     signal.signal(signal.SIGTERM, _terminate)
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # nobody reads any more
+            print(line, file=sys.stderr, flush=True)
 
     def log(line: str) -> None:
         if verbose:
@@ -250,22 +255,40 @@ def serve(
 
 
 @app.command()
-def versions(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
+def versions(
+    repository: RepositoryOption = REPOSITORY,
+    url: UrlOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Show every version: what it has learned, on which base, where it comes from, whether it is served.
 
+    The table is about the files; what running servers have loaded is said below it, and in the JSON of each version.
     What clipweld did not write is listed as foreign: no command touches it.
 
     Example: exporter versions
     """
     from exporter.foreign import foreign_entries
     from exporter.repository import known_repositories
+    from exporter.switch import loaded_versions
 
     found = known_repositories(repository)
     rows = [row for r in found for row in (*printing.summaries(r), *map(printing.foreign_summary, foreign_entries(r)))]
+    servers = _servers(found, url, offline)
+    loaded = {(r.name, address): loaded_versions(r, address) for r in found for address in servers.urls}
+    for row in rows:
+        having = {a: numbers for (name, a), numbers in loaded.items() if name == row["model"]}
+        row["loaded_on"] = [a for a, numbers in having.items() if row["version"] in numbers and not row["foreign"]]
+        row["newest_on"] = [a for a in row["loaded_on"] if having[a][-1] == row["version"]]
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
     Console().print(printing.versions_table(rows))
+    for one in found if servers.urls else ():
+        for address in servers.urls:
+            print(printing.running(one, address, loaded[one.name, address]))
+    if not servers.urls:
+        print(servers.nowhere)
     for one in found:
         try:
             one.check_store()
@@ -278,6 +301,8 @@ def verify(
     version: Annotated[int | None, typer.Argument(help="Which one; all of them if left out.")] = None,
     repository: RepositoryOption = REPOSITORY,
     name: NameOption = "clip",
+    url: UrlOption = None,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prove versions again: files unaltered, graph the base's own, answers PyTorch's. Needs no adapters.
@@ -285,21 +310,29 @@ def verify(
     Example: exporter verify 2
     """
     from exporter.repository import Repository
+    from exporter.switch import loaded_versions
     from exporter.verify import verify as verify_version
     from trainer.tasks import sample
 
     found = Repository(repository, name)
     found.check_released()
     numbers = [version] if version is not None else found.versions()
+    servers = _servers([found], url, offline)
+    loaded = {address: loaded_versions(found, address) for address in servers.urls}
+    on = {number: [address for address in loaded if number in loaded[address]] for number in numbers}
     images, prompts = sample(PARITY_IMAGES)
     with Console(stderr=True).status("verifying"):
         results = [verify_version(found, number, images, prompts) for number in numbers]
     lines = [
         f"{name} version {result.version}: files unaltered, ONNX Runtime is within "
-        f"{result.parity.max_abs:.1e} of PyTorch" + (f", as served {result.cast.max_abs:.1e}" if result.cast else "")
+        f"{result.parity.max_abs:.1e} of PyTorch"
+        + (f", as served {result.cast.max_abs:.1e}" if result.cast else "")
+        + (f"; loaded on {', '.join(on[result.version])}" if on[result.version] else "")
         for result in results
     ]
-    print(json.dumps([result.to_dict() for result in results]) if as_json else "\n".join(lines))
+    lines += [] if servers.urls else [servers.nowhere]
+    proven = [result.to_dict() | {"loaded_on": on[result.version]} for result in results]
+    print(json.dumps(proven) if as_json else "\n".join(lines))
 
 
 @app.command()
@@ -310,6 +343,7 @@ def promote(
     repository: RepositoryOption = REPOSITORY,
     name: NameOption = "clip",
     url: UrlOption = None,
+    offline: OfflineOption = False,
     timeout: TimeoutOption = 120.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -322,11 +356,12 @@ def promote(
     from exporter.repository import Repository
     from exporter.switch import promote as promote_version
 
+    found = Repository(repository, name)
+    found.check_released()
     with Console(stderr=True).status("promoting") as status:
-        result = promote_version(
-            Repository(repository, name), version, _servers(url), timeout_s=timeout, report=status.update
-        )
-    _print_switched(result, as_json)
+        servers = _servers([found], url, offline, timeout).all_reached()
+        result = promote_version(found, version, servers.urls, timeout_s=timeout, report=status.update)
+    _print_switched(result, servers, as_json)
 
 
 @app.command()
@@ -334,6 +369,7 @@ def rollback(
     repository: RepositoryOption = REPOSITORY,
     name: NameOption = "clip",
     url: UrlOption = None,
+    offline: OfflineOption = False,
     timeout: TimeoutOption = 120.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -344,9 +380,12 @@ def rollback(
     from exporter.repository import Repository
     from exporter.switch import rollback as roll_back
 
+    found = Repository(repository, name)
+    found.check_released()
     with Console(stderr=True).status("rolling back") as status:
-        result = roll_back(Repository(repository, name), _servers(url), timeout_s=timeout, report=status.update)
-    _print_switched(result, as_json)
+        servers = _servers([found], url, offline, timeout).all_reached()
+        result = roll_back(found, servers.urls, timeout_s=timeout, report=status.update)
+    _print_switched(result, servers, as_json)
 
 
 @app.command()
@@ -354,18 +393,24 @@ def prune(
     keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions to keep.")],
     repository: RepositoryOption = REPOSITORY,
     name: NameOption = "clip",
+    url: UrlOption = None,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete old versions for good; never one that stands, nor the base.
+    """Delete old versions for good; never one that is active or that a running server has loaded, nor the base.
 
     Example: exporter prune --keep 3
     """
     from exporter.repository import Repository
     from exporter.switch import prune as prune_versions
 
-    result = prune_versions(Repository(repository, name), keep)
+    found = Repository(repository, name)
+    found.check_released()
+    servers = _servers([found], url, offline).all_reached()
+    result = prune_versions(found, keep, servers.urls)
     removed, kept = (", ".join(map(str, numbers)) or "none" for numbers in (result.removed, result.kept))
-    _print(result.to_dict(), as_json, f"{name}: removed {removed}; kept {kept}")
+    asked = f"what is loaded on {', '.join(servers.urls)} was kept" if servers.urls else servers.nowhere
+    _print(result.to_dict() | _search(servers), as_json, f"{name}: removed {removed}; kept {kept}; {asked}")
 
 
 def _refuse(context: typer.Context, why: str, *names: str) -> None:
@@ -386,21 +431,30 @@ def _checks(gate: Gate, lineage: Sequence[Adapter], validate: Sequence[str], dat
     return Checks(gate, validation, compared_on=[*validation, *learned] or shipped_tasks())
 
 
-def _servers(urls: list[str] | None) -> list[str]:
-    """The servers to switch: those that were named, else the one on this machine, if there is one."""
+def _servers(repositories: Sequence[Repository], urls: list[str] | None, offline: bool, wait_s: float = 0) -> Found:
+    """The servers of a repository: those that were named, else those that are found, unless files alone are wanted."""
+    from exporter.servers import Found, find_servers
+
+    if offline and urls:
+        raise typer.BadParameter("--offline looks for no server; leave out --url")
+    if offline:
+        return Found([], [], offline=True)
     named = urls or [url for url in [os.environ.get("CLIPWELD_URL")] if url]
-    if named:
-        return named
-    host, _, port = DEFAULT_SERVER.rpartition(":")
-    with suppress(OSError), socket.create_connection((host, int(port)), timeout=2):
-        return [DEFAULT_SERVER]
-    return []
+    found = Found(named, []) if named else find_servers(repositories, wait_s)
+    for reason in found.out_of_reach:
+        print(f"exporter: {reason}", file=sys.stderr)
+    return found
 
 
-def _print_switched(result: Switched, as_json: bool) -> None:
+def _search(found: Found) -> dict:
+    """The search for servers, as JSON has it."""
+    return {"servers": found.urls, "looked": found.looked, "offline": found.offline}
+
+
+def _print_switched(result: Switched, found: Found, as_json: bool) -> None:
     for warning in result.warnings:
         print(f"exporter: warning: {warning}", file=sys.stderr)
-    _print(result.to_dict(), as_json, printing.switched(result))
+    _print(result.to_dict() | _search(found), as_json, printing.switched(result, found))
 
 
 def _print(result: dict, as_json: bool, line: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from typing import Any
 
 from exporter.admin import HEADER
@@ -77,4 +78,12 @@ class Control:
             DIRECTLY.open(request, timeout=self._timeout_s).close()
         except urllib.error.HTTPError as exc:
             with exc:
-                raise ModelNotLoaded(" ".join(exc.read().decode(errors="replace").split())) from exc
+                raise ModelNotLoaded(_reason(exc.read())) from exc
+
+
+def _reason(body: bytes) -> str:
+    """Triton's words in one line."""
+    text = body.decode(errors="replace")
+    with suppress(ValueError, KeyError, TypeError):
+        text = str(json.loads(text)["error"])
+    return " ".join(text.split()).rstrip(";")

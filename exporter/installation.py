@@ -190,6 +190,21 @@ def _claimed(prefix: str, stack: ExitStack) -> Path:
                 return folder
 
 
+def served_on_port(port: int) -> Path | None:
+    """The repository that a server of ours on this machine serves on a gRPC port, by the link in its folder."""
+    for folder in Path(tempfile.gettempdir()).glob(f"clipweld-*-{port}-{SCRATCH}*"):
+        try:
+            with _locked(folder, fcntl.LOCK_SH | fcntl.LOCK_NB):
+                continue  # it ended without an end
+        except BlockingIOError:
+            with suppress(OSError):
+                place = (folder / "models").readlink()
+                return None if place.parent == folder else place
+        except OSError:
+            continue
+    return None
+
+
 def remove_shared_memory(prefix: str) -> None:
     """Remove what a Triton that has ended left there."""
     for region in SHARED_MEMORY.glob(f"{prefix}*"):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # the help needs none of it
     from exporter.foreign import Foreign
     from exporter.release import Release
     from exporter.repository import Repository
+    from exporter.servers import Found
     from exporter.switch import Switched
     from exporter.unmerged import Unmerged
 
@@ -86,6 +87,18 @@ def versions_table(rows: Sequence[dict]) -> Table:
     return table
 
 
+def running(repository: Repository, url: str, loaded: Sequence[int]) -> str:
+    """What a server really serves, and where that is not what the files say."""
+    if not loaded:
+        return f"{url} has no version of {repository.name} loaded, whole"
+    others = ", ".join(map(str, loaded[:-1]))
+    text = f"{url} serves {repository.name} version {loaded[-1]}"
+    text += f", and {others} to those who name one" if others else ""
+    if loaded[-1] != repository.served:
+        text += f"; version {repository.served} is what is active on disk: exporter promote {repository.served}"
+    return text
+
+
 def accuracy_table(accuracies: Sequence[Accuracy], agreements: Sequence[Agreement]) -> Table:
     """What was measured, a task a row."""
     from rich.table import Table
@@ -119,10 +132,10 @@ def released(result: Release, tasks: Sequence[str]) -> str:
     )
 
 
-def switched(result: Switched) -> str:
-    """The end of a promotion or a way back."""
+def switched(result: Switched, found: Found) -> str:
+    """The end of a promotion or a way back, and of the search for servers before it."""
     before = f" (before: {result.previous})" if result.previous not in (None, result.version) else ""
-    where = f"on {', '.join(result.servers)}" if result.servers else "from the next start on: no server runs here"
+    where = f"on {', '.join(result.servers)}" if result.servers else f"from the next start on ({found.nowhere})"
     loaded = ", ".join(map(str, result.standing))
     served = f"{result.model} version {result.version} is served{before} {where}"
     return f"{served}; loaded: {loaded}; {result.seconds:.1f} s"

@@ -7,26 +7,19 @@ pin one version for both towers and move to another between calls, so no answer 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from textwrap import shorten
-from types import ModuleType
 
-import numpy as np
-import tritonclient.grpc
-import tritonclient.http
-
-from exporter.admin import HEADER, KEY_VARIABLE, admin_key
-from exporter.config import UNIT_TOLERANCE
-from exporter.errors import NothingToRollBackTo, PromotionFailed, RepositoryError, ServerUnreachable
+from exporter.admin import admin_key
+from exporter.connection import Connection, ModelControl
+from exporter.errors import NothingToRollBackTo, PromotionFailed, RepositoryError
 from exporter.manifest import check_files
 from exporter.repository import BASE_VERSION, KINDS, TOWERS, Repository
 
-POLL_S = 0.02
+ASK_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -70,104 +63,6 @@ class Pruned:
     def to_dict(self) -> dict:
         """The fields as JSON has them."""
         return asdict(self)
-
-
-class Server:
-    """A running Triton, through its model control.
-
-    Args:
-        url: ``http://host:port``, or ``host:port`` or ``grpc://host:port`` for gRPC.
-        key: the administrator's, where there is one.
-        timeout_s: how long a model may take to load, and a request to be answered.
-
-    Raises:
-        ServerUnreachable: nobody answers there, or its model control is not for us.
-    """
-
-    def __init__(self, url: str, key: str | None, timeout_s: float) -> None:
-        if "@" in url:  # not shown: what stands before it may be a password
-            raise ServerUnreachable("server address: has a user's name in it; give host:port or http://host:port alone")
-        self.url, self._timeout_s = url, timeout_s
-        scheme, _, address = url.rpartition("://")
-        self._triton: ModuleType = tritonclient.http if scheme == "http" else tritonclient.grpc
-        limits = {"network_timeout": timeout_s} if scheme == "http" else {}
-        self._client = self._triton.InferenceServerClient(address, **limits)
-        prefix = "" if scheme == "http" else "triton-grpc-protocol-"
-        self._headers = {f"{prefix}{HEADER}": key} if key else {}
-        step = f"is there an exporter serve of this very repository, another --url, or a {KEY_VARIABLE}?"
-        with self._errors(ServerUnreachable, step):
-            self._client.get_model_repository_index(headers=self._headers)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
-
-    def load(self, model: Path) -> None:
-        """Have Triton look at a model's folder again: new versions are loaded, those that are gone are dropped."""
-        with self._errors(PromotionFailed, "see the server's log"):
-            self._client.load_model(model.name, headers=self._headers)
-
-    def wait(self, model: Path, version: int) -> None:
-        """Return once a version is ready: loaded, and warm, as its config.pbtxt wants it."""
-        deadline = time.monotonic() + self._timeout_s
-        with self._errors(PromotionFailed, "see the server's log"):
-            while not self._client.is_model_ready(model.name, str(version)):
-                if time.monotonic() > deadline:
-                    raise PromotionFailed(
-                        f"{model.name} version {version} was not ready at {self.url} within {self._timeout_s:g} s; is "
-                        f"{model.parent} what it serves? or give it longer with --timeout"
-                    )
-                time.sleep(POLL_S)
-
-    def check_card(self, repository: Repository, version: int) -> None:
-        """Hold the card that is served against the one in the store.
-
-        Raises:
-            PromotionFailed: this server serves another repository.
-        """
-        model = repository.model("card")
-        answer = self._infer(model, version, "index", np.zeros((1, 1), np.int32)).as_numpy("card")
-        if json.loads(answer[0, 0]) != repository.card(version):
-            raise PromotionFailed(
-                f"{model.name} version {version} at {self.url} has another card than {repository.store}; does it serve "
-                "another repository?"
-            )
-
-    def check_answers(self, repository: Repository, version: int) -> None:
-        """Ask both towers once: what passed every check where it was made may overflow on this machine.
-
-        Raises:
-            PromotionFailed: an answer is no unit vector, or NaN.
-        """
-        card = repository.card(version)
-        size, length = card["image"]["size"], card["text"]["context_length"]
-        for kind, name, array in (
-            ("image", "image", np.zeros((1, size, size, 3), np.uint8)),
-            ("text", "tokens", np.zeros((1, length), np.int32)),
-        ):
-            model = repository.model(kind)
-            features = self._infer(model, version, name, array).as_numpy(f"{kind}_features")
-            norm = float(np.linalg.norm(features))
-            if not abs(norm - 1) <= UNIT_TOLERANCE:  # NaN fails
-                raise PromotionFailed(
-                    f"{model.name} version {version} at {self.url} answers features of length {norm:g}, expected 1; "
-                    "promote one merged with --precision fp32"
-                )
-
-    def _infer(self, model: Path, version: int, name: str, array: np.ndarray):
-        value = self._triton.InferInput(name, array.shape, {"uint8": "UINT8", "int32": "INT32"}[array.dtype.name])
-        value.set_data_from_numpy(array)
-        with self._errors(PromotionFailed, "see the server's log"):
-            return self._client.infer(model.name, [value], model_version=str(version))
-
-    @contextmanager
-    def _errors(self, kind: type[Exception], step: str) -> Iterator[None]:
-        """tritonclient's errors, and those of the libraries below it, in one line of ours."""
-        try:
-            yield
-        except (tritonclient.grpc.InferenceServerException, OSError) as exc:
-            reason = shorten(str(exc), 300, placeholder=" ...")
-            raise kind(f"server {self.url}: {reason}; {step}") from exc
 
 
 def promote(
@@ -223,20 +118,24 @@ def rollback(
         return _switch(repository, history[-2], history[:-1], servers, staging, report)
 
 
-def prune(repository: Repository, keep: int) -> Pruned:
-    """Delete old versions for good: all but the newest, those that stand, and the base, which merges are compared with.
+def prune(repository: Repository, keep: int, urls: Sequence[str] = ()) -> Pruned:
+    """Delete old versions for good: all but the newest, those that are loaded, and the base, which merges are compared
+    with.
 
     Args:
         keep: how many of the newest are kept.
+        urls: of running servers: what they have loaded is kept, though it may no longer be active on disk.
 
     Raises:
         RepositoryEmpty, StoreMissing: there is nothing to prune.
         ForeignFiles: a version has something in it that clipweld did not write; nothing was deleted.
+        ServerUnreachable: a server can't be asked; nothing was deleted.
     """
     repository.check_released()
     with repository.held():
         versions = repository.versions()
-        kept = {*versions[-keep:], *repository.standing(), BASE_VERSION} & set(versions)
+        loaded = {version for url in urls for version in loaded_versions(repository, url)}
+        kept = {*versions[-keep:], *repository.standing(), *loaded, BASE_VERSION} & set(versions)
         removed = [version for version in versions if version not in kept]
         for version in removed:
             repository.check_removable(version)
@@ -245,11 +144,21 @@ def prune(repository: Repository, keep: int) -> Pruned:
         return Pruned(repository.name, removed, sorted(kept))
 
 
+def loaded_versions(repository: Repository, url: str) -> list[int]:
+    """What a running server has loaded, oldest first; the last is what it serves to those who name no version.
+
+    Raises:
+        ServerUnreachable: no Triton answers.
+    """
+    with Connection(url, ASK_TIMEOUT_S) as connection:
+        return connection.loaded(repository)
+
+
 def _switch(
     repository: Repository,
     version: int,
     following: Sequence[int],
-    servers: Sequence[Server],
+    servers: Sequence[ModelControl],
     staging: Path,
     report: Callable[[str], None],
 ) -> Switched:
@@ -284,7 +193,7 @@ def _switch(
     return Switched(repository.name, version, previous, repository.standing(), urls, took, warnings)
 
 
-def _load(repository: Repository, version: int, servers: Sequence[Server], staging: Path) -> None:
+def _load(repository: Repository, version: int, servers: Sequence[ModelControl], staging: Path) -> None:
     """Put a version in, its card once both towers answer on every server."""
     repository.put_in(version, staging, TOWERS)
     _reload(repository, servers, TOWERS)
@@ -304,7 +213,7 @@ def _undo(
     version: int,
     stood: Sequence[int],
     newer: Sequence[int],
-    servers: Sequence[Server],
+    servers: Sequence[ModelControl],
     staging: Path,
 ) -> None:
     """Serve again what was served before a switch that failed."""
@@ -322,7 +231,7 @@ def _undo(
 def _retire(
     repository: Repository,
     gone: Sequence[int],
-    servers: Sequence[Server],
+    servers: Sequence[ModelControl],
     staging: Path,
     report: Callable[[str], None],
 ) -> list[str]:
@@ -343,17 +252,17 @@ def _retire(
     return failed
 
 
-def _reload(repository: Repository, servers: Sequence[Server], kinds: Sequence[str]) -> None:
+def _reload(repository: Repository, servers: Sequence[ModelControl], kinds: Sequence[str]) -> None:
     for server in servers:
         for kind in kinds:
             server.load(repository.model(kind))
 
 
 @contextmanager
-def _connected(repository: Repository, urls: Sequence[str], timeout_s: float) -> Iterator[list[Server]]:
+def _connected(repository: Repository, urls: Sequence[str], timeout_s: float) -> Iterator[list[ModelControl]]:
     with ExitStack() as stack:
         servers, key = [], admin_key(repository.path) if urls else None
         for url in urls:
-            servers.append(Server(url, key, timeout_s))
+            servers.append(ModelControl(url, key, timeout_s))
             stack.callback(servers[-1].close)
         yield servers

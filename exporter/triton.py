@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from exporter.admin import HEADER, RESTRICTED, new_admin_key
+from exporter.announcement import announced
 from exporter.control import Control
 from exporter.errors import CommandMissing, PortTaken
 from exporter.installation import Installation, installation, remove_shared_memory
@@ -100,8 +101,12 @@ def serve(
     port, http_port = _claim_ports(port, http_port)
     url, http_url = f"grpc://{HOST}:{port}", f"http://{HOST}:{http_port}"
     prefix = f"clipweld-{os.getpid()}-{port}-"
-    with installation(prefix) as found:
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(installation(prefix))
         found.models.symlink_to(repository.resolve())
+        hidden = stack.enter_context(announced(repository, url, http_url))
+        if hidden:
+            report(f"other commands find this server by its address alone, as --url: it can't be left in {hidden}")
         key = new_admin_key(repository)
         arguments, control = (
             _arguments(found, repository, port, http_port, prefix, key),

@@ -35,7 +35,7 @@ def repository(repository):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """A function that runs a command and gives its status, its output and its errors."""
-    monkeypatch.setattr(cli, "DEFAULT_SERVER", "127.0.0.1:1")
+    monkeypatch.setattr("exporter.servers.DEFAULT_SERVER", "127.0.0.1:1")
     monkeypatch.delenv("CLIPWELD_URL", raising=False)
 
     def run(repository, *arguments):

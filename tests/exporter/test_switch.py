@@ -19,7 +19,7 @@ import tritonclient.grpc
 
 from client import ZeroShotClassifier
 from client.errors import VersionGone
-from exporter import cli, switch
+from exporter import cli, servers, switch
 from exporter.admin import admin_key
 from exporter.errors import (
     ConfigChanged,
@@ -165,7 +165,7 @@ def test_prune_needs_no_room(repository, monkeypatch):
 
 
 def test_the_commands(repository, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "DEFAULT_SERVER", "127.0.0.1:1")
+    monkeypatch.setattr(servers, "DEFAULT_SERVER", "127.0.0.1:1")
     monkeypatch.delenv("CLIPWELD_URL", raising=False)
     where = ["--repository", str(repository.path)]
 
@@ -184,7 +184,9 @@ def test_the_commands(repository, monkeypatch, capsys):
     assert [entry["task"] for entry in versions[3]["lineage"]] == ["digits", "letters", "flags"]
     assert "served" in run("versions")
     assert json.loads(run("rollback", "--json"))["version"] == 2
-    assert json.loads(run("prune", "--keep", "1", "--json")) == {"model": "clip", "removed": [1 + 2], "kept": [1, 2, 4]}
+    pruned = json.loads(run("prune", "--keep", "1", "--json"))
+    assert (pruned["model"], pruned["removed"], pruned["kept"]) == ("clip", [1 + 2], [1, 2, 4])
+    assert (pruned["servers"], pruned["looked"][-1]) == ([], "nothing listens at 127.0.0.1:1")
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +197,15 @@ def live(four, tmp_path_factory):
     repository = Repository(folder / "model_repository", "clip")
     with serve(repository.path) as server:
         yield repository, server
+
+
+def test_prune_keeps_what_a_running_server_has_loaded(live):
+    repository, server = live
+    promote(repository, 3, [server.url])
+    promote(repository, 1, [])
+    assert repository.standing() == [1]
+    assert prune(repository, 1, [server.url]).kept == [1, 2, 3, 4]
+    promote(repository, 2, [server.url])
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,187 @@
+"""What a command says about running servers is true: it finds those there are, and takes nothing else for one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import socket
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from exporter import announcement, cli, servers
+from exporter.announcement import FOLDER, announced, announcements
+from exporter.errors import ServerUnreachable
+from exporter.repository import Repository, store_of
+from exporter.servers import find_servers
+from exporter.switch import loaded_versions
+from exporter.triton import serve
+
+
+@pytest.fixture(autouse=True)
+def _nothing_at_the_default_address(monkeypatch):
+    monkeypatch.setattr(servers, "DEFAULT_SERVER", "127.0.0.1:1")
+    monkeypatch.delenv("CLIPWELD_URL", raising=False)
+
+
+@pytest.fixture
+def run(repository, monkeypatch, capsys):
+    """A command on the repository: its status, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["exporter", *arguments, "--repository", str(repository.path)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    return run
+
+
+def at_default(monkeypatch, url):
+    monkeypatch.setattr(servers, "DEFAULT_SERVER", url.rpartition("/")[2])
+
+
+def test_servers_on_any_ports_are_found_and_all_are_switched(repository, run):
+    with serve(repository.path) as one:
+        with serve(repository.path) as other:
+            urls = {one.url, other.url}
+            status, out, err = run("promote", "1", "--json")
+            assert status == 0, err
+            assert set(json.loads(out)["servers"]) == urls
+            assert [loaded_versions(repository, url) for url in urls] == [[1], [1]]
+        # Only one is left, and a switch of the files alone passes it by.
+        status, out, _ = run("promote", "2", "--offline", "--json")
+        assert (status, json.loads(out)["servers"], json.loads(out)["offline"]) == (0, [], True)
+        status, out, _ = run("versions", "--json")
+        rows = {row["version"]: row for row in json.loads(out)}
+        assert [(rows[n]["served"], rows[n]["newest_on"]) for n in (1, 2)] == [(False, [one.url]), (True, [])]
+        _, out, _ = run("versions")
+        assert f"{one.url} serves clip version 1; version 2 is what is active on disk: exporter promote 2" in out
+        status, out, _ = run("rollback")
+        assert f"on {one.url}; loaded: 1" in out
+        assert loaded_versions(repository, one.url) == [1]
+    assert not (store_of(repository.path) / FOLDER).exists()
+    status, out, _ = run("promote", "2")
+    assert (
+        f"from the next start on (no server of it was found: none has left its address in {store_of(repository.path)}"
+        in out
+    )
+    assert "nothing listens at 127.0.0.1:1)" in out
+
+
+@pytest.mark.parametrize("kind", ["web server", "silent", "triton"])
+def test_what_else_listens_at_the_default_address_is_no_server_of_it(repository, run, tmp_path, monkeypatch, kind):
+    if kind == "triton":
+        other = tmp_path / "another" / "models"
+        shutil.copytree(repository.path, other)
+        shutil.copytree(store_of(repository.path), store_of(other))
+        with serve(other) as server:
+            at_default(monkeypatch, server.url)
+            status, out, _ = run("promote", "1")
+            assert status == 0
+            assert f"{servers.DEFAULT_SERVER} serves another repository, {other}" in out
+            assert loaded_versions(Repository(other, "clip"), server.url) == [1, 2]
+        return
+    monkeypatch.setattr(servers, "PROBE_TIMEOUT_S", 1.0)
+    if kind == "web server":
+        listening = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        port = listening.server_address[1]
+    else:
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    at_default(monkeypatch, f"127.0.0.1:{port}")
+    status, out, _ = run("promote", "1", "--json")
+    if kind == "web server":
+        listening.shutdown()
+        listening.server_close()
+    else:
+        listening.close()
+    assert (status, json.loads(out)["servers"]) == (0, [])
+    assert f"what listens at 127.0.0.1:{port} is no Triton" in json.loads(out)["looked"][-1]
+
+
+def test_a_server_that_has_not_announced_itself_is_found_at_the_default_address(repository, run, monkeypatch):
+    """As one that was started by hand, or in a container, is."""
+    with serve(repository.path) as server:
+        shutil.rmtree(store_of(repository.path) / FOLDER)
+        assert find_servers([repository]).urls == []
+        at_default(monkeypatch, server.url)
+        status, out, err = run("promote", "1", "--json")
+        assert (status, json.loads(out)["servers"]) == (0, [server.url]), err
+
+
+def test_what_a_killed_server_left_is_no_server(repository):
+    with announced(repository.path, "grpc://127.0.0.1:2", "http://127.0.0.1:3") as hidden:
+        assert hidden is None
+        assert [entry["url"] for entry in announcements(repository.path)] == ["grpc://127.0.0.1:2"]
+        (file,) = (store_of(repository.path) / FOLDER).iterdir()
+        left = file.read_bytes()
+    assert announcements(repository.path) == []
+    file.parent.mkdir()
+    file.write_bytes(left)
+    assert announcements(repository.path) == []
+    assert not file.exists()
+
+
+def test_a_server_that_can_not_be_reached_from_here_is_never_passed_over(repository, run, monkeypatch):
+    with announced(repository.path, "grpc://127.0.0.1:2", "http://127.0.0.1:3"):
+        status, _, err = run("promote", "1", "--timeout", "1")
+        assert (status, repository.served) == (1, 2)
+        assert "server grpc://127.0.0.1:2 (process " in err
+        assert "runs and is not ready" in err
+        monkeypatch.setattr(servers, "this_network", lambda: "another")
+        for command in (["promote", "1"], ["rollback"], ["prune", "--keep", "1"]):
+            status, _, err = run(*command)
+            assert (status, repository.served) == (1, 2)
+            assert "runs on another machine or in a container (process " in err
+        status, out, err = run("versions")
+        assert status == 0
+        assert "another machine" in err
+        assert "no server of it could be asked" in out
+        assert run("promote", "1", "--offline")[0] == 0
+        assert repository.served == 1
+
+
+def test_files_that_are_no_announcements_are_no_servers(repository):
+    folder = store_of(repository.path) / FOLDER
+    with announced(repository.path, "grpc://192.0.2.1:2", "http://127.0.0.1:3"):
+        assert announcements(repository.path) == [], "the key would go to another machine"
+    folder.mkdir()
+    for name, content in (("1-1.json", b"{}"), ("2-2.json", b"\xff" * 20_000), ("3-3.json", b"[" * 5_000)):
+        (folder / name).write_bytes(content)
+        descriptor = open(folder / name)  # noqa: SIM115
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert announcements(repository.path) == []
+        descriptor.close()
+    (folder / "4-4.json").symlink_to(repository.path)
+    assert announcements(repository.path) == []
+
+
+def test_a_store_that_can_not_be_written_is_said(repository):
+    (store_of(repository.path) / FOLDER).touch()
+    with announced(repository.path, "grpc://127.0.0.1:2", "http://127.0.0.1:3") as hidden:
+        assert hidden == f"{store_of(repository.path)}: not a directory"
+    shutil.rmtree(store_of(repository.path))
+    with announced(repository.path, "grpc://127.0.0.1:2", "http://127.0.0.1:3") as hidden:
+        assert hidden == f"{store_of(repository.path)}: no such file or directory"
+    assert not store_of(repository.path).exists()
+
+
+def test_addresses_that_are_none_are_refused(repository, run):
+    for url in ("localhost", "https://localhost:8001", "grpc://localhost:8001/v2", "localhost:99999"):
+        status, _, err = run("promote", "1", "--url", url)
+        assert status == 1
+        assert f"server address '{url}': can't be used; expected host:port" in err
+    with pytest.raises(ServerUnreachable, match="user's name"):
+        loaded_versions(repository, "me:secret@localhost:8001")
+    assert run("promote", "1", "--url", "localhost:1", "--offline")[0] == 2
+
+
+def test_one_machine_is_told_from_another():
+    assert announcement.this_network() == announcement.this_network()
+    assert len(announcement.this_network()) > 30
