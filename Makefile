@@ -15,6 +15,9 @@ install: $(VENV)/.installed
 
 # The stamp is newer than the project's own files once everything is installed: set up once, again when they change.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { \
+	  echo "$(PYTHON) is `$(PYTHON) --version 2>&1`: the pinned packages are for 3.11 (and 3.12, where a C compiler is);" \
+	    "give another: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -236,6 +236,6 @@ def _pytriton() -> Path:
     if package is None or not (package / "bin" / "tritonserver").is_file():
         raise TritonMissing(
             "no Triton here: neither a tritonserver with an onnxruntime backend on PATH nor the nvidia-pytriton "
-            "package; pip install '.[serve]' in a checkout of clipweld"
+            "package; on Python 3.10 to 3.12: pip install '.[serve]' in a checkout of clipweld"
         )
     return package
