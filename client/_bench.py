@@ -12,21 +12,25 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from client._address import Address, parse_url
+from client._arguments import count, model_name, seconds, shown, version_number
 from client._asker import Asker
 from client._release import Release, open_release, ready_versions
 from client._runtime import BlockingRuntime, run
-from client._transport import BlockingTransport
+from client._transport import Transport
 from client.errors import ContractMismatch, InvalidRequest, ModelNotFound
 
 WARMUP_ROUNDS = 5
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+MOST = 10_000_000  # requests in one setting: their times are kept in memory
 UNMERGED = "{model}-unmerged"  # what `exporter merge --unmerged` serves beside a model, a version for so many adapters
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -142,34 +146,45 @@ def bench(
         track: wraps the loop over all rounds, for a progress bar.
 
     Raises:
-        InvalidRequest: no requests, or a batch that the server does not take.
+        InvalidRequest: no requests, or too many, or a batch that the server does not take.
         ContractMismatch: the contenders take different images.
         ServerUnavailable, RequestTimeout, ServerError, ModelNotFound, VersionGone: see `client.errors`.
     """
+    requests = count("requests", requests, 1, MOST)
+    batches = [count("batches", batch, 1) for batch in _several("batches", batches)]
+    concurrencies = [count("concurrencies", number, 1, MOST) for number in _several("concurrencies", concurrencies)]
+    pair = [version_number(version) for version in _several("versions", versions)]
+    if len(pair) != 2:
+        raise InvalidRequest(f"versions is {shown(versions)}; expected two: base and merged")
+    if requests * max(concurrencies) > MOST:
+        raise InvalidRequest(f"requests is {requests:,}, {max(concurrencies):,} at a time; expected {MOST:,} in all")
     settings = [(batch, concurrency) for batch in batches for concurrency in concurrencies]
-    if requests < 1 or not settings or min(min(setting) for setting in settings) < 1:
-        raise InvalidRequest(
-            f"requests is {requests}, batches {list(batches)} and concurrencies {list(concurrencies)}; expected 1 or "
-            "more everywhere"
-        )
     with ExitStack() as stack:
-        asker = _connected(parse_url(url), timeout_s, stack)
-        contenders = _contenders(asker, model, versions)
+        pool = stack.enter_context(ThreadPoolExecutor(max(concurrencies)))  # closed last: what is underway is ended
+        asker = _connected(parse_url(url), seconds("timeout_s", timeout_s), stack)
+        contenders = _contenders(asker, model_name(model), (pair[0], pair[1]))
         pixels = {batch: _random_images(contenders, batch) for batch in batches}
-        pool = stack.enter_context(ThreadPoolExecutor(max(concurrencies)))
         rounds = iter(track(range(len(settings) * (requests + WARMUP_ROUNDS))))
         timings: list[Timing] = []
         for batch, concurrency in settings:
-            seconds, walls, compute = _measure(asker, contenders, pixels[batch], concurrency, requests, pool, rounds)
-            timings += _timings(contenders, seconds, walls, compute, batch, concurrency)
+            measured = _measure(asker, contenders, pixels[batch], concurrency, requests, pool, rounds)
+            timings += _timings(contenders, *measured, batch, concurrency)
         next(rounds, None)  # the end of a progress bar
     return BenchResult(tuple(timings), requests)
 
 
+def _several(name: str, values: Iterable[_T]) -> list[_T]:
+    listed = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else []
+    if not listed:
+        raise InvalidRequest(f"{name} is {shown(values)}; expected one or more in a list")
+    return listed
+
+
 def _connected(address: Address, timeout_s: float, stack: ExitStack) -> Asker:
-    transport = BlockingTransport(address)
-    stack.callback(lambda: run(transport.close()))
-    return Asker(transport, BlockingRuntime(), timeout_s, 0, None)
+    runtime = BlockingRuntime()
+    transport = Transport(address, runtime)
+    stack.callback(transport.close)
+    return Asker(transport, runtime, timeout_s, 0, None)
 
 
 def _contenders(asker: Asker, model: str, versions: tuple[int, int]) -> list[_Contender]:

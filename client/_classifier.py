@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from client._address import TLS, parse_url
+from client._arguments import count, model_name, seconds, shown, text, version_number
 from client._card import Card, Task
-from client._core import Core, Question
+from client._core import Core, Question, Settings
 from client._folders import LeftOut
 from client._images import ImageLike, Reading
 from client._labels import Labels, checked_labels, checked_templates
 from client._results import Classification, ServerInfo
 from client._runtime import AsyncioRuntime, BlockingRuntime, Runtime, iterate, run
-from client._transport import AsyncioTransport, BlockingTransport, Transport
 from client.errors import BadImage, InvalidRequest
 
 DEFAULT_URL = "localhost:8001"
@@ -26,43 +27,48 @@ class _Classifier:
     """What both faces are made of."""
 
     _runtime_type: type[Runtime]
-    _transport_type: type[Transport]
 
     def __init__(
         self,
         url: str = DEFAULT_URL,
         model: str = "clip",
-        version: int | Literal["latest"] = "latest",
+        version: int | Literal["latest"] | None = "latest",
         *,
-        timeout_s: float = 30.0,
+        timeout_s: float | None = 30.0,
         retries: int = 3,
         headers: Mapping[str, str] | None = None,
         tls: TLS | None = None,
         exif_orientation: bool = True,
     ) -> None:
-        if not timeout_s > 0:
-            raise InvalidRequest(f"timeout_s is {timeout_s}; expected more than 0 seconds")
-        if retries < 0:
-            raise InvalidRequest(f"retries is {retries}; expected 0 or more")
-        if version != "latest" and not (isinstance(version, int) and version >= 1):
-            raise InvalidRequest(f"version is {version!r}; expected a number from 1 on, or 'latest'")
-        self._runtime = self._runtime_type()
-        self._core = Core(
-            parse_url(url, tls, headers),
-            model,
-            None if version == "latest" else version,
-            self._runtime,
-            self._transport_type,
-            timeout_s,
-            retries,
-            Reading(exif_orientation=exif_orientation),
+        self._settings = Settings(
+            address=parse_url(url, tls, headers),
+            model=model_name(model),
+            version=None if version is None or version == "latest" else version_number(version),
+            timeout_s=seconds("timeout_s", timeout_s),
+            retries=count("retries", retries, 0),
+            reading=Reading(exif_orientation=exif_orientation),
         )
+        self._connect()
+
+    def _connect(self) -> None:
+        self._runtime = self._runtime_type()
+        self._core = Core(self._settings, self._runtime)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Address and settings, headers among them; a copy has connections of its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("_runtime", "_core")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._connect()
 
 
 class ZeroShotClassifier(_Classifier):
     """A served CLIP that names what is on images, among labels given in words.
 
-    Image and text features of an answer always come from one version. May be shared by threads.
+    Image and text features of an answer always come from one version. May be shared by threads. In a forked child it
+    connects anew; pickled and copied, it is its address and settings, headers included. Nothing of it keeps the
+    interpreter from ending.
 
     Args:
         url: ``host:port`` or ``grpc://host:port`` for gRPC, ``http://host:port`` for HTTP; ``grpcs://`` and
@@ -71,12 +77,15 @@ class ZeroShotClassifier(_Classifier):
         version: which one to use. "latest": the newest that is ready, for each call as a whole; a server that switches
             is followed within a second, and where it drops a version in the middle of a call, what that had not
             answered is asked again. So it is where a server comes back with another version of the same number.
-        timeout_s: how long one request to the server may take, in seconds.
+        timeout_s: how long one request to the server may take, in seconds; None: as long as it takes.
         retries: how often a request that got no answer is asked again, after pauses that grow and vary.
         headers: sent with every request, such as ``{"authorization": "Bearer ..."}``.
         tls: certificates.
         exif_orientation: turn and mirror an image as its Exif orientation says, as in training, so that the model sees
             what a person sees. False: pixels exactly as open_clip's transform gives them.
+
+    Numbers may be of any numeric type, or text that spells one. A server on loopback is asked directly; for any other,
+    the proxy of http_proxy, https_proxy or grpc_proxy counts, and no_proxy.
 
     Raises:
         InvalidRequest: the arguments are wrong. The server is first asked by the first call.
@@ -90,7 +99,6 @@ class ZeroShotClassifier(_Classifier):
     """
 
     _runtime_type = BlockingRuntime
-    _transport_type = BlockingTransport
 
     def __enter__(self) -> ZeroShotClassifier:
         return self
@@ -102,7 +110,7 @@ class ZeroShotClassifier(_Classifier):
 
     def close(self) -> None:
         """Close the connection. A later call opens a new one."""
-        run(self._core.close())
+        self._core.close()
 
     def classify(
         self,
@@ -125,6 +133,7 @@ class ZeroShotClassifier(_Classifier):
             images: one or several, each a path, the bytes of an image file, an open binary file, a PIL image, or an
                 array or tensor (height, width[, channels]) or (channels, height, width), grey, RGB or RGBA, of uint8,
                 uint16, bool, or floats in [0, 1]; a batch of such arrays; or a folder, for all image files below it.
+                What an iterator raises comes out when all that it gave before has been answered.
             labels: what the images may show, or a mapping of that to the prompt or prompts of each. Exactly one of
                 ``labels`` and ``task`` is given.
             task: a task of the served version: its class names are the labels, its templates the prompts.
@@ -149,7 +158,7 @@ class ZeroShotClassifier(_Classifier):
             ServerUnavailable, RequestTimeout, ServerError, NotAllowed, ModelNotFound, ContractMismatch: see
                 `client.errors`.
         """
-        question = _question(labels, task, templates, top_k)
+        question = _question(labels, task, templates, top_k, unreadable=unreadable, left_out=left_out)
         return iterate(self._core.classify(images, question, unreadable, left_out, _checked(deadline_s)))
 
     def image_features(self, images: ImageLike | Iterable[ImageLike], *, deadline_s: float | None = None) -> np.ndarray:
@@ -209,7 +218,7 @@ class ZeroShotClassifier(_Classifier):
 class AsyncZeroShotClassifier(_Classifier):
     """`ZeroShotClassifier` for asyncio: the same arguments, methods, answers and errors.
 
-    Belongs to the event loop of its first call; may be shared by that loop's tasks.
+    May be shared by tasks, and by event loops, one after the other or in several threads.
 
     Example:
         >>> async def name(picture):
@@ -221,7 +230,6 @@ class AsyncZeroShotClassifier(_Classifier):
     """
 
     _runtime_type = AsyncioRuntime
-    _transport_type = AsyncioTransport
 
     async def __aenter__(self) -> AsyncZeroShotClassifier:
         return self
@@ -233,7 +241,7 @@ class AsyncZeroShotClassifier(_Classifier):
 
     async def aclose(self) -> None:
         """Close the connection. A later call opens a new one."""
-        await self._core.close()
+        self._core.close()
 
     def classify(
         self,
@@ -248,7 +256,7 @@ class AsyncZeroShotClassifier(_Classifier):
         deadline_s: float | None = None,
     ) -> AsyncGenerator[Classification, None]:
         """As `ZeroShotClassifier.classify`, for ``async for``."""
-        question = _question(labels, task, templates, top_k)
+        question = _question(labels, task, templates, top_k, unreadable=unreadable, left_out=left_out)
         return self._core.classify(images, question, unreadable, left_out, _checked(deadline_s))
 
     async def image_features(
@@ -278,20 +286,35 @@ class AsyncZeroShotClassifier(_Classifier):
         return await self._core.server_info(_checked(deadline_s))
 
 
-def _question(labels: Labels | None, task: str | None, templates: Sequence[str] | None, top_k: int) -> Question:
+def _question(
+    labels: Labels | None, task: str | None, templates: Sequence[str] | None, top_k: int, **called: object
+) -> Question:
     if (labels is None) == (task is None):
         raise InvalidRequest("give exactly one of labels and task")
-    if top_k < 1:
-        raise InvalidRequest(f"top_k is {top_k}; expected 1 or more")
+    for name, function in called.items():
+        if function is not None and not callable(function):
+            raise InvalidRequest(f"{name} is {shown(function)}; expected a function, or None")
     prompts = None if templates is None else checked_templates(templates)
-    return Question(None if labels is None else checked_labels(labels, prompts), task, prompts, top_k)
+    return Question(
+        None if labels is None else checked_labels(labels, prompts),
+        None if task is None else text("task", task),
+        prompts,
+        count("top_k", top_k, 1),
+    )
 
 
 def _checked(deadline_s: float | None) -> float | None:
-    if deadline_s is not None and not deadline_s > 0:
-        raise InvalidRequest(f"deadline_s is {deadline_s}; expected more than 0 seconds, or None")
-    return deadline_s
+    limit_s = seconds("deadline_s", deadline_s)
+    return None if limit_s == math.inf else limit_s
 
 
 def _texts(texts: str | Sequence[str]) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts)
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Iterable) or isinstance(texts, (bytes, Mapping)):
+        raise InvalidRequest(f"texts is {shown(texts)}; expected text, or a list of texts")
+    listed = list(texts)
+    for index, one in enumerate(listed):
+        if not isinstance(one, str):
+            raise InvalidRequest(f"text {index} is {shown(one)}; expected text")
+    return listed

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,28 +16,26 @@ from client._address import Address
 from client._asker import Asker
 from client._card import Card
 from client._folders import LeftOut
+from client._fork import at_fork
 from client._images import ImageLike, Reading, as_images, name_of, preprocess
 from client._labels import Wording
 from client._release import Release, open_release, ready_versions
 from client._results import Classification, Prediction, ServerInfo
 from client._runtime import Runtime
+from client._streams import InOrder, Supply, in_batches
 from client._tokenizer import default_tokenizer
 from client._transport import Transport
 from client.errors import BadImage, ServerError, VersionGone
 
-# Images in a request, requests on their way at a time, and batches that are read and resized meanwhile. One request is
-# answered while the next waits at the server. More would not help: Triton joins what waits into one batch, and on CPUs
-# large batches are slower (ViT-B-16 in batches of 32: 0.8 times the images a second of batches of 8).
+# Images in a request. On CPUs large batches are slower (ViT-B-16 in batches of 32: 0.8 times the images a second of
+# batches of 8).
 BATCH = 8
-IN_FLIGHT = 2
-AHEAD = 6
 FEATURES_BYTES = 256 * 2**20
 LOOK_AGAIN_S = 1.0
 # A version that goes while it is asked is followed by another; more in one request than this are no accident.
 MOVES = 8
 
 _T = TypeVar("_T")
-_U = TypeVar("_U")
 
 
 @dataclass(frozen=True)
@@ -73,47 +69,57 @@ class _Call:
     seen: float
 
 
-class Core:
-    """A served CLIP.
+@dataclass(frozen=True)
+class Settings:
+    """A classifier's settings.
 
-    Args:
+    Attributes:
         version: which one; None: the newest, at the start of each call.
+        timeout_s: how long one request may take, in seconds.
+        retries: how often a request that got no answer is retried.
     """
 
-    def __init__(
-        self,
-        address: Address,
-        model: str,
-        version: int | None,
-        runtime: Runtime,
-        connect: Callable[[Address], Transport],
-        timeout_s: float,
-        retries: int,
-        reading: Reading,
-    ) -> None:
-        self._reading = reading
-        self._address, self._model, self._version = address, model, version
-        self._runtime, self._connect = runtime, connect
-        self._timeout_s, self._retries = timeout_s, retries
-        self._connecting, self._opening, self._encoding = threading.Lock(), runtime.lock(), runtime.lock()
+    address: Address
+    model: str
+    version: int | None
+    timeout_s: float
+    retries: int
+    reading: Reading
+
+
+class Core:
+    """A served CLIP."""
+
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
+        self._settings, self._runtime = settings, runtime
+        self._begin_anew()
+        at_fork(self)
+
+    def after_fork(self) -> None:
+        """The child connects anew; another thread of the parent may have held any of its locks."""
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._connecting, self._remembering = threading.Lock(), threading.Lock()
+        self._opening, self._encoding = self._runtime.lock(), self._runtime.lock()
         self._transport: Transport | None = None
         self._release: Release | None = None
         self._looked = 0.0
         self._forget()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         with self._connecting:
             transport, self._transport, self._release = self._transport, None, None
             self._forget()
         if transport is not None:
-            await transport.close()
+            transport.close()
 
     async def server_info(self, deadline_s: float | None) -> ServerInfo:
         asker = self._asker(deadline_s)
         return ServerInfo(*await asker.ask(asker.transport.server))
 
     async def versions(self, deadline_s: float | None) -> list[int]:
-        return await ready_versions(self._asker(deadline_s), self._model)
+        return await ready_versions(self._asker(deadline_s), self._settings.model)
 
     async def card(self, deadline_s: float | None) -> Card:
         return (await self._begin(deadline_s)).release.card
@@ -129,11 +135,12 @@ class Core:
         """Answers in the order of the images, of which only a few are held at a time."""
         call = await self._begin(deadline_s)
         question.on(call.release.card)  # an unknown task is refused before an image is read
+        supply = Supply(_named(images, left_out))
 
         async def work(batch: list[tuple[str, ImageLike]], turn: Any) -> list[Classification | BadImage]:
             return await self._on_one_version(call, lambda release: self._answers(call, release, batch, question, turn))
 
-        async with aclosing(self._in_order(_batches(_named(images, left_out), self._size(call)), work)) as answered:
+        async with aclosing(InOrder(self._runtime, in_batches(supply, self._size(call)), work)) as answered:
             async for answers in answered:
                 for answer in answers:
                     if isinstance(answer, Classification):
@@ -142,6 +149,8 @@ class Core:
                         raise answer
                     else:
                         unreadable(answer)
+        if supply.raised is not None:
+            raise supply.raised
 
     async def image_features(self, images: ImageLike | Iterable[ImageLike], deadline_s: float | None) -> np.ndarray:
         call = await self._begin(deadline_s)
@@ -154,7 +163,7 @@ class Core:
 
     async def _image_features(self, call: _Call, release: Release, images: list[tuple[str, ImageLike]]) -> np.ndarray:
         async def work(batch: list[tuple[str, ImageLike]], turn: Any) -> np.ndarray:
-            pixels = await self._runtime.in_thread(_prepared, batch, release.card, self._reading)
+            pixels = await self._runtime.in_thread(_prepared, batch, release.card, self._settings.reading)
             good = [found for found in pixels if not isinstance(found, BadImage)]
             for found in pixels:
                 if isinstance(found, BadImage):
@@ -163,7 +172,7 @@ class Core:
                 return await release.image_features(call.asker, np.stack(good))
 
         parts = [np.empty((0, release.card.embed_dim), np.float32)]
-        async with aclosing(self._in_order(_batches(iter(images), self._size(call)), work)) as encoded:
+        async with aclosing(InOrder(self._runtime, in_batches(iter(images), self._size(call)), work)) as encoded:
             parts += [features async for features in encoded]
         return np.concatenate(parts)
 
@@ -173,7 +182,7 @@ class Core:
         """One request's worth of images, answered by one version."""
         wording = question.on(release.card)
         text = await self._of_labels(call.asker, release, wording)
-        pixels = await self._runtime.in_thread(_prepared, batch, release.card, self._reading)
+        pixels = await self._runtime.in_thread(_prepared, batch, release.card, self._settings.reading)
         good = [found for found in pixels if not isinstance(found, BadImage)]
         scores = iter(())
         if good:
@@ -197,7 +206,8 @@ class Core:
         """
         key = (release.card, wording)
         async with asker.holding(self._encoding):  # whoever asks for the same meanwhile waits for it
-            features = self._label_features.get(key)
+            with self._remembering:  # event loops in several threads share what is known
+                features = self._label_features.get(key)
             if features is None:
                 prompts = wording.prompts()
                 tokens = await self._tokens(release, [prompt for own in prompts for prompt in own])
@@ -214,7 +224,8 @@ class Core:
                     )
                 features /= lengths
                 if features.nbytes <= FEATURES_BYTES:
-                    self._label_features[key] = features
+                    with self._remembering:
+                        self._label_features[key] = features
         return features
 
     async def _text_features(self, asker: Asker, release: Release, texts: Sequence[str]) -> np.ndarray:
@@ -233,33 +244,12 @@ class Core:
                 return await release.text_features(asker, tokens[rows, : lengths[rows].max()])
 
         features, done = np.empty((len(tokens), release.card.embed_dim), np.float32), 0
-        batches = _batches(iter(order.tolist()), release.max_texts)
-        async with aclosing(self._in_order(batches, work)) as encoded:
+        batches = in_batches(iter(order.tolist()), release.max_texts)
+        async with aclosing(InOrder(self._runtime, batches, work)) as encoded:
             async for part in encoded:
                 features[order[done : done + len(part)]] = part
                 done += len(part)
         return features
-
-    async def _in_order(
-        self, items: Iterator[_T], work: Callable[[_T, Any], Coroutine[Any, Any, _U]]
-    ) -> AsyncGenerator[_U, None]:
-        """The results of working on items, several at a time; what works on a request takes ``turn`` for it."""
-        turn = self._runtime.semaphore(IN_FLIGHT)
-        first = list(itertools.islice(items, 2))
-        if len(first) < 2:  # no thread or task for what is alone
-            for item in first:
-                yield await work(item, turn)
-            return
-        started: deque[Awaitable[_U]] = deque()
-        try:
-            for item in itertools.chain(first, items):
-                started.append(self._runtime.start(work(item, turn)))
-                if len(started) == IN_FLIGHT + AHEAD:
-                    yield await started.popleft()
-            while started:
-                yield await started.popleft()
-        finally:
-            await self._runtime.finish(list(started))
 
     async def _on_one_version(self, call: _Call, work: Callable[[Release], Awaitable[_T]]) -> _T:
         """Do work on the call's version; on the one that follows where that vanished, unless the caller named it."""
@@ -270,12 +260,12 @@ class Core:
                 if await self._still(call, release):
                     return done
             except VersionGone:
-                if self._version is not None:
+                if self._settings.version is not None:
                     raise
             call.release, call.seen = await self._opened(call.asker, gone=release)
         raise VersionGone(
-            f"model {self._model!r} at {self._address} changed {1 + MOVES} times during one request; is somebody "
-            "rewriting its repository?"
+            f"model {self._settings.model!r} at {self._settings.address} changed {1 + MOVES} times during one request; "
+            "is somebody rewriting its repository?"
         )
 
     async def _still(self, call: _Call, release: Release) -> bool:
@@ -323,21 +313,21 @@ class Core:
     async def _newest(self, asker: Asker, current: Release | None) -> Release:
         """The release that was named, or the newest ready; ``current`` where it is still that."""
         for attempt in range(MOVES):
-            version = self._version or (await ready_versions(asker, self._model))[-1]
+            version = self._settings.version or (await ready_versions(asker, self._settings.model))[-1]
             try:
                 if current is not None and current.version == version and await self._is_served(asker, current):
                     return current
-                return await open_release(asker, self._model, version)
+                return await open_release(asker, self._settings.model, version)
             except VersionGone:  # between the two questions
-                if self._version or attempt == MOVES - 1:
+                if self._settings.version or attempt == MOVES - 1:
                     raise
         raise AssertionError("unreachable")
 
     def _asker(self, deadline_s: float | None) -> Asker:
         with self._connecting:
             if self._transport is None:
-                self._transport = self._connect(self._address)
-            return Asker(self._transport, self._runtime, self._timeout_s, self._retries, deadline_s)
+                self._transport = Transport(self._settings.address, self._runtime)
+            return Asker(self._transport, self._runtime, self._settings.timeout_s, self._settings.retries, deadline_s)
 
     @staticmethod
     def _size(call: _Call) -> int:
@@ -389,8 +379,3 @@ def _prepared(batch: list[tuple[str, ImageLike]], card: Card, reading: Reading) 
             exc.image = name
             found.append(exc)
     return found
-
-
-def _batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch

@@ -335,7 +335,6 @@ def demo(
     from client._demo import Comparison
     from client._page import PageServer
 
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it would log each restart of the server here; the page says it
     with (
         contextlib.suppress(KeyboardInterrupt),
         contextlib.closing(Comparison(url, model)) as comparison,
@@ -349,6 +348,7 @@ def demo(
 
 def main() -> None:
     """Run the command line: exit 0, 1 (said why in one line on stderr) or 2 (usage)."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is said once, by the error that ends in a line
     try:
         with printing():
             app(prog_name="client")

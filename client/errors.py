@@ -67,15 +67,19 @@ class UnknownTask(ClientError):
         name: the task that was asked for.
         known: names of the tasks that this version has learned.
         near: those of ``known`` that are spelled like ``name``, best first.
+        version: the served version.
     """
 
     def __init__(self, name: str, known: Sequence[str], version: int) -> None:
-        self.name = name
+        super().__init__(name, known, version)  # as a copy, or another process, makes it again
+        self.name, self.version = name, version
         self.known = tuple(known)
         self.near = tuple(difflib.get_close_matches(name, self.known))
+
+    def __str__(self) -> str:
         hint = f"did you mean {' or '.join(map(repr, self.near))}? " if self.near else ""
-        listed = f"it has: {', '.join(self.known)}" if known else "it is the base model, without tasks"
-        super().__init__(f"version {version} has no task {name!r}; {hint}{listed}")
+        listed = f"it has: {', '.join(self.known)}" if self.known else "it is the base model, without tasks"
+        return f"version {self.version} has no task {self.name!r}; {hint}{listed}"
 
 
 class BadImage(ClientError):

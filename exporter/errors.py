@@ -71,8 +71,11 @@ class GateClosed(ExporterError):
     """
 
     def __init__(self, message: str, accuracies: Sequence[Accuracy], agreements: Sequence[Agreement]) -> None:
-        super().__init__(message)
+        super().__init__(message, accuracies, agreements)  # as a copy, or another process, makes it again
         self.accuracies, self.agreements = accuracies, agreements
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class RepositoryError(ExporterError):

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from client import ZeroShotClassifier
-from client._transport import BlockingTransport
+from client._transport import Transport
 from client.errors import ServerError
 from exporter import errors
 from exporter.config import Precision
@@ -352,9 +352,9 @@ def weight_in_a_tower(ground: World, draw: random.Random) -> Plant:
 def answer(ground: World, draw: random.Random) -> Plant:
     """A row of what a server answers, on its way."""
     kind, value = draw.choice(TOWERS), draw.choice([*NOT_NUMBERS, 0.0, 1e30, 2.0])
-    infer = BlockingTransport.infer
+    infer = Transport.infer
 
-    async def spoil(self: BlockingTransport, model: str, *args: Any) -> np.ndarray:
+    async def spoil(self: Transport, model: str, *args: Any) -> np.ndarray:
         features = await infer(self, model, *args)
         if model == f"clip_{kind}":
             features = features.copy()
@@ -363,7 +363,7 @@ def answer(ground: World, draw: random.Random) -> Plant:
         return features
 
     def meet() -> None:
-        with mock.patch.object(BlockingTransport, "infer", spoil):
+        with mock.patch.object(Transport, "infer", spoil):
             ask(ground, ground.url)
 
     return Plant(meet, ServerError, [f"clip_{kind} version 2"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from client import AsyncZeroShotClassifier, ZeroShotClassifier
-from client._core import AHEAD, IN_FLIGHT
+from client._streams import AHEAD, IN_FLIGHT
 from client.errors import BadImage, InvalidRequest, RequestTimeout, ServerUnavailable, TooManyLabels, VersionGone
 
 LABELS = ["cat", "dog"]
