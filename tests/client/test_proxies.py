@@ -44,7 +44,7 @@ class Proxy(BaseHTTPRequestHandler):
         answer = connection.getresponse()
         content = answer.read()
         self.send_response(answer.status)
-        for name in ("Content-Type", "Inference-Header-Content-Length"):
+        for name in ("Content-Type", "Content-Encoding", "Inference-Header-Content-Length"):
             if name in answer.headers:
                 self.send_header(name, answer.headers[name])
         self.send_header("Content-Length", str(len(content)))
