@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from exporter.servers import Found
     from exporter.switch import Switched
     from trainer.adapter import Adapter
+    from trainer.backbone import Backbone
+    from trainer.tasks import Task
 
 app = typer.Typer(
     name="exporter",
@@ -116,7 +118,7 @@ def merge(
     ] = None,
     validate: Annotated[
         list[str] | None,
-        typer.Option(help="Measure both versions on a task's or folder's test images; again for more."),
+        typer.Option(help="Measure both versions on a task's or folder's (NAME=FOLDER's) test images; again for more."),
     ] = None,
     data: Annotated[Path, typer.Option(help="Where the MTIL data sets lie.")] = Path("data"),
     force: Annotated[bool, typer.Option("--force", help="Write it though it fails these, and record that.")] = False,
@@ -148,6 +150,7 @@ def merge(
     from trainer.model_choice import choose_model, choose_weights
 
     model_name = choose_model(model, adapters)
+    validation = _load_tasks(validate or [], data)
     from trainer.adapter import load_lineage
     from trainer.backbone import load_backbone
 
@@ -177,7 +180,8 @@ def merge(
         from exporter.gate import Gate
         from exporter.release import release
 
-        checks = _checks(Gate(min_accuracy, max_drop, min_agreement, force), lineage, validate or [], data)
+        _check_prompts(validation, backbone)
+        checks = _checks(Gate(min_accuracy, max_drop, min_agreement, force), lineage, validation, data)
         try:
             released = release(
                 backbone, lineage, found, images, prompts, status.update, precision=precision, checks=checks
@@ -421,12 +425,35 @@ def _refuse(context: typer.Context, why: str, *names: str) -> None:
         raise typer.BadParameter(f"{why}; leave out {options}")
 
 
-def _checks(gate: Gate, lineage: Sequence[Adapter], validate: Sequence[str], data: Path) -> Checks:
+def _load_tasks(names: Sequence[str], data: Path) -> list[Task]:
+    """Tasks to measure versions on; says what each is made of, and what about it a user should look at."""
+    from trainer.tasks import load_tasks, summarise
+
+    tasks = load_tasks(names, data)
+    for task in tasks:
+        for line in summarise(task).lines():
+            print(line, file=sys.stderr)
+    return tasks
+
+
+def _check_prompts(tasks: Sequence[Task], backbone: Backbone) -> None:
+    """Say what a user should know of how the model reads the tasks' prompts.
+
+    Raises:
+        TaskInvalid: it can't tell two classes apart.
+    """
+    from trainer.tasks import check_prompts
+
+    for task in tasks:
+        for warning in check_prompts(task, backbone.tokenizer):
+            print(f"warning: {task.name}: {warning}", file=sys.stderr)
+
+
+def _checks(gate: Gate, lineage: Sequence[Adapter], validation: Sequence[Task], data: Path) -> Checks:
     """What a version must pass, on the tasks that were asked for and those that it has learned."""
     from exporter.release import Checks
-    from trainer.tasks import find_learned, load_tasks, shipped_tasks
+    from trainer.tasks import find_learned, shipped_tasks
 
-    validation = load_tasks(validate, data)
     learned = [task for adapter in lineage if (task := find_learned(adapter, data))]
     return Checks(gate, validation, compared_on=[*validation, *learned] or shipped_tasks())
 

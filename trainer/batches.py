@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.backbone import Backbone
 from trainer.config import TrainConfig
+from trainer.errors import ConfigError
 from trainer.tasks import Task
 from trainer.wording import prompt_of
 
@@ -36,6 +37,17 @@ class Batch:
     labels: Tensor
     tokens: Tensor
     text_of: Tensor
+
+
+def check_batch_size(config: TrainConfig, world_size: int) -> None:
+    """Raises:
+    ConfigError: a batch of one image, whose loss is zero whatever the model answers.
+    """
+    if config.batch_size * world_size < 2:
+        raise ConfigError(
+            f"batch_size {config.batch_size} on one device: the loss compares the images of a batch, so that a single "
+            "one teaches nothing; give --batch-size 2 or more"
+        )
 
 
 class Batches:

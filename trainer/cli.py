@@ -9,7 +9,7 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -320,9 +320,8 @@ def _announce(tasks: list[Task], fabric: Fabric, shots: int | None = None) -> No
 
     if fabric.is_global_zero:
         for task in tasks:
-            summary = summarise(task, shots)
-            _say(summary.line())
-            _warn(task, summary.warnings)
+            for line in summarise(task, shots).lines():
+                _say(line)
 
 
 def _announce_prompts(tasks: list[Task], base: Backbone, fabric: Fabric) -> None:
@@ -334,14 +333,9 @@ def _announce_prompts(tasks: list[Task], base: Backbone, fabric: Fabric) -> None
     from trainer.tasks import check_prompts
 
     for task in tasks:
-        warnings = check_prompts(task, base.tokenizer)
-        if fabric.is_global_zero:
-            _warn(task, warnings)
-
-
-def _warn(task: Task, warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        _say(f"warning: {task.name}: {warning}")
+        for warning in check_prompts(task, base.tokenizer):
+            if fabric.is_global_zero:
+                _say(f"warning: {task.name}: {warning}")
 
 
 def _say(line: str) -> None:

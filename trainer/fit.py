@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.adapter import Adapter, check_readable
 from trainer.anchors import WordAnchors
 from trainer.backbone import Backbone, with_weights
-from trainer.batches import Batch, Batches
+from trainer.batches import Batch, Batches, check_batch_size
 from trainer.checkpoint import Checkpoint, Trainee
 from trainer.config import TrainConfig
 from trainer.errors import NotFinite, TaskAlreadyLearned
@@ -91,6 +91,7 @@ def fit(
     Raises:
         TaskAlreadyLearned: the lineage has an adapter of this task.
         TaskInvalid: two of its classes are the same tokens.
+        ConfigError: a batch of one image.
         AdapterError: the adapter would say more than can be read again (``check_readable``).
         CheckpointError: ``unfinished`` holds training of another task or with other settings.
         NotFinite: training diverged, or what came of it can't be used; ``unfinished`` is from before.
@@ -102,6 +103,7 @@ def fit(
         )
     check_prompts(task, base.tokenizer)
     fabric = fabric or one_device(base)
+    check_batch_size(config, fabric.world_size)
     weights = start.model.state_dict() if start else merge(base.model.state_dict(), lineage)
     model = with_weights(base, weights)
     parents = tuple(parent.sha256 for parent in lineage)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from lightning_fabric import Fabric
 
 from trainer.backbone import Backbone
+from trainer.batches import check_batch_size
 from trainer.checkpoint import differences
 from trainer.config import LABEL_SPACES, LabelSpace, Method, TrainConfig, without_pool
 from trainer.errors import CheckpointError, ConfigError
@@ -123,7 +124,7 @@ def run_sequence(
         on_stage: told of the tasks that are learned next; what it returns is told of every step.
 
     Raises:
-        ConfigError: a task is listed twice, or ``out`` holds a run and ``resume`` isn't set.
+        ConfigError: a task is listed twice, batches of one image, or ``out`` holds a run and ``resume`` isn't set.
         TaskInvalid: two classes of a task are the same tokens.
         CheckpointError: ``out`` holds a run with other settings.
         OutputError: ``out`` can't be written; what is there can be gone on with.
@@ -134,6 +135,7 @@ def run_sequence(
         tasks = random.Random(order_seed).sample(tasks, len(tasks))
     tested = [*tasks, *watch]
     check_distinct(tested)
+    check_batch_size(config, fabric.world_size)
     for task in tested:
         check_prompts(task, base.tokenizer)
     identity = Identity(

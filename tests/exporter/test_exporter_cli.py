@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from exporter import cli
 from trainer.adapter import save_adapter
@@ -75,6 +76,34 @@ def test_a_broken_chain_is_one_line_and_status_1(make_adapter, tmp_path, monkeyp
     assert captured.out == ""
     line = captured.err.strip().splitlines()[-1]
     assert line.startswith("exporter: adapter 'ants' was trained on top of")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        (("bus", "Train"), "'Train' is named like a split"),
+        (("Bolt", "bolt"), "classes 'Bolt' and 'bolt' are the same tokens to the model"),
+    ],
+)
+def test_merge_reads_folders_to_validate_on_as_the_trainer_does(
+    make_adapter, tmp_path, monkeypatch, capsys, classes, says
+):
+    save_adapter(make_adapter("ants"), tmp_path / "adapters" / "ants.safetensors")
+    for name in classes:
+        for number in range(2):
+            (tmp_path / "bolts" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9)).save(tmp_path / "bolts" / name / f"{number}.png")
+    merge = ["merge", "--to", "onnx", "--model", "mini", "--adapters", tmp_path / "adapters"]
+    where = ["--repository", tmp_path / "r", "--validate", f"nuts={tmp_path / 'bolts'}"]
+    assert run(*merge, *where, monkeypatch=monkeypatch) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert lines[-1].startswith("exporter: task ")
+    assert says in lines[-1]
+    if "Bolt" in classes:
+        assert lines[0].startswith(f"nuts ({tmp_path / 'bolts'}): 2 classes; test 1 image per class")
     assert not (tmp_path / "r").exists()
 
 

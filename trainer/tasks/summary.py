@@ -53,6 +53,10 @@ class Summary:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def lines(self) -> list[str]:
+        """All of it: one line on what there is, then one for each warning."""
+        return [self.line(), *(f"warning: {self.task}: {warning}" for warning in self.warnings)]
+
     def line(self) -> str:
         """All but the warnings."""
         where = "" if self.source == self.task else f" ({self.source})"

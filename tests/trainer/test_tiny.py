@@ -1,0 +1,99 @@
+"""Tasks that are tiny or odd: each is learned, or refused in one line before anything slow."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from trainer.adapter import load_adapter
+from trainer.config import train_config
+from trainer.errors import ConfigError, TaskInvalid
+from trainer.fit import fit
+from trainer.sequence import run_sequence
+from trainer.tasks import load_task, validation
+
+
+def lay(folder: Path, train: list[int], test: list[int]) -> Path:
+    """Classes with so many training and test images each."""
+    shade = 0
+    for split, counts in (("train", train), ("test", test)):
+        for label, count in enumerate(counts):
+            for number in range(count):
+                file = folder / split / f"class {label:03}" / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shade += 1
+                Image.new("RGB", (9, 9), (shade % 256, shade // 256, 9)).save(file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "settings"),
+    [
+        ([1, 1], [1, 1], {}),
+        ([1, 1], [1, 0], {"shots": 0}),
+        ([3, 4], [1, 2], {"batch_size": 100}),
+        ([1, 300], [1, 1], {"shots": 0, "batch_size": 8}),
+        ([1] * 200, [1] * 200, {}),
+        ([2, 3], [1, 1], {"shots": 100, "batch_size": 2}),
+    ],
+)
+def test_tiny_and_uneven_tasks_are_learned(mini, tmp_path, train, test, settings):
+    task = load_task(str(lay(tmp_path / "tiny", train, test)))
+    config = train_config("mini", iterations=2, **{"batch_size": 8} | settings)
+    steps = []
+    fitted = fit(task, mini, [], config, test_on=[task], on_step=steps.append)
+    assert len(steps) == 2
+    assert 0 <= fitted.adapter.accuracy["after"]["tiny"] <= 100
+
+
+def test_one_image_of_each_class_in_one_tree_leaves_none_to_test_on(tmp_path):
+    folder = lay(tmp_path / "tiny", [1, 1, 1], [])
+    with pytest.raises(TaskInvalid, match=r"3 classes have one image each.*give two or more per class"):
+        load_task(str(folder / "train"))
+    assert len(load_task(str(lay(tmp_path / "more", [1, 2], []) / "train")).load("test")) == 1
+
+
+def test_one_training_image_of_each_class_leaves_none_to_validate_on(tmp_path):
+    with pytest.raises(TaskInvalid, match=r"'tiny', training images .*have one image each"):
+        validation(load_task(str(lay(tmp_path / "tiny", [1, 1], [1, 1]))))
+
+
+def test_a_batch_of_one_image_teaches_nothing_and_is_refused(mini, tmp_path):
+    task = load_task(str(lay(tmp_path / "tiny", [2, 2], [1, 1])))
+    config = train_config("mini", iterations=1, batch_size=1)
+    with pytest.raises(ConfigError, match="--batch-size 2 or more"):
+        fit(task, mini, [], config, test_on=[])
+    with pytest.raises(ConfigError, match="--batch-size 2 or more"):
+        run_sequence([task], mini, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [["--shots", "0", "--batch-size", "1"], ["--batch-size", "50"]])
+def test_two_devices_share_an_odd_number_of_images(tmp_path, settings):
+    folder = lay(tmp_path / "tiny", [3, 4], [1, 2])
+    command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        "fit",
+        "--model",
+        "mini",
+        "--task",
+        folder,
+        "--iterations",
+        "2",
+        "--json",
+    ]
+    command += ["--accelerator", "cpu", "--devices", "2", "--adapters", tmp_path / "adapters", *settings]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert load_adapter(tmp_path / "adapters/tiny.safetensors").sha256 == json.loads(done.stdout)["sha256"]
+    said = [line for line in done.stderr.splitlines() if line.startswith("tiny (")]
+    assert len(said) == 1, "one process speaks for all"
