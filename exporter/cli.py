@@ -177,6 +177,7 @@ def merge(
             apart = release_unmerged(backbone, lineage, found, images, prompts, status.update)
             _print(apart.to_dict(), as_json, f"{repository}: {printing.unmerged(apart)}")
             return
+        from exporter.announcement import announcements
         from exporter.gate import Gate
         from exporter.release import release
 
@@ -193,7 +194,8 @@ def merge(
     agreements = released.cast.agreement if released.cast else ()
     if not as_json and (released.accuracy or agreements):
         Console().print(printing.accuracy_table(released.accuracy, agreements))
-    _print(released.to_dict(), as_json, f"{repository}: {printing.released(released, tasks)}")
+    line = printing.released(released, tasks, servers_run=bool(announcements(repository)))
+    _print(released.to_dict(), as_json, f"{repository}: {line}")
 
 
 @app.command()

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exporter.errors import TritonMissing
+from exporter.errors import TritonFailed, TritonMissing
 from exporter.isolation import absolute_entries, python_environment
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -78,6 +78,11 @@ def _native(binary: Path, folder: Path) -> Installation:
 
 
 def _from_package(package: Path, folder: Path) -> Installation:
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise TritonFailed(
+            f"temporary folder {folder.parent}: its file system is mounted noexec, and Triton's processes are started "
+            "from there; set TMPDIR to a folder of another one"
+        )
     assemble_backends(package, folder)
     link_python_library(folder / "lib")
     site = folder / "site"

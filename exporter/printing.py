@@ -120,14 +120,16 @@ def accuracy_table(accuracies: Sequence[Accuracy], agreements: Sequence[Agreemen
     return table
 
 
-def released(result: Release, tasks: Sequence[str]) -> str:
-    """The end of a merge that wrote a version."""
+def released(result: Release, tasks: Sequence[str], servers_run: bool) -> str:
+    """The end of a merge that wrote a version; a server that runs by then has loaded none of it."""
+    name = "" if result.model == "clip" else f" --name {result.model}"
+    served = result.served == result.version and not servers_run
     return (
         f"{result.model} version {result.version}, {learned(tasks)}; ONNX Runtime is within "
         f"{result.parity.max_abs:.1e} of PyTorch, the graph is the base's own"
         + (f", then cast to {result.precision.value}" if result.cast else "")
         + f"; {result.seconds:.1f} s. "
-        + ("It is served" if result.served == result.version else f"Serve it: exporter promote {result.version}")
+        + ("It is served" if served else f"Serve it: exporter promote {result.version}{name}")
         + (f". FORCED though {'; '.join(result.forced)}" if result.forced else "")
     )
 

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
-from textwrap import shorten
 
 from exporter.announcement import FOLDER, Announcement, announcements, this_network
 from exporter.connection import Connection
@@ -116,6 +115,6 @@ def _look_at_default(repositories: Sequence[Repository]) -> str | None:
         with Connection(DEFAULT_SERVER, PROBE_TIMEOUT_S) as connection:
             if any(connection.serves(repository) for repository in repositories):
                 return None
-    except ServerUnreachable as exc:
-        return f"what listens at {DEFAULT_SERVER} is no Triton ({shorten(str(exc.__cause__), 100)})"
+    except ServerUnreachable:
+        return f"what listens at {DEFAULT_SERVER} is no Triton"
     return f"the Triton at {DEFAULT_SERVER} serves another repository"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from exporter import isolation
-from exporter.errors import TritonMissing
+from exporter.errors import TritonFailed, TritonMissing
+from exporter.installation import installation
 from exporter.triton import run_beside, serve
 
 SHADOWS = ("json", "random", "numpy", "onnxruntime", "triton_python_backend_utils", "model", "sitecustomize")
@@ -74,3 +77,14 @@ def test_packages_are_found_where_they_are_installed_and_elsewhere_only_if_nowhe
     sys.path.remove(str(target))
     with pytest.raises(TritonMissing, match="package only_there: not installed where a server looks"):
         isolation.package_folders(("only_there",))
+
+
+def test_a_temporary_folder_that_runs_no_programs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    with (
+        pytest.raises(TritonFailed, match=rf"temporary folder {tmp_path}: .* noexec, .*; set TMPDIR to a folder"),
+        installation("clipweld-0-0-"),
+    ):
+        pytest.fail("must not start")
+    assert list(tmp_path.iterdir()) == []

@@ -8,11 +8,12 @@ import shutil
 import socket
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from exporter import announcement, cli, servers
+from exporter import announcement, cli, printing, servers
 from exporter.announcement import FOLDER, announced, announcements
 from exporter.errors import ServerUnreachable
 from exporter.repository import Repository, store_of
@@ -185,3 +186,10 @@ def test_addresses_that_are_none_are_refused(repository, run):
 def test_one_machine_is_told_from_another():
     assert announcement.this_network() == announcement.this_network()
     assert len(announcement.this_network()) > 30
+
+
+def test_a_merge_beside_a_running_server_does_not_call_its_version_served(released):
+    """A first version of another name is active at once, and only the next start loads it unasked."""
+    first = replace(released[1], model="other", version=1, served=1)
+    assert printing.released(first, [], servers_run=False).endswith("It is served")
+    assert printing.released(first, [], servers_run=True).endswith("Serve it: exporter promote 1 --name other")
