@@ -39,6 +39,7 @@ class _Classifier:
         headers: Mapping[str, str] | None = None,
         tls: TLS | None = None,
         exif_orientation: bool = True,
+        allow_urls: bool = False,
     ) -> None:
         self._settings = Settings(
             address=parse_url(url, tls, headers),
@@ -46,7 +47,7 @@ class _Classifier:
             version=None if version is None or version == "latest" else version_number(version),
             timeout_s=seconds("timeout_s", timeout_s),
             retries=count("retries", retries, 0),
-            reading=Reading(exif_orientation=exif_orientation),
+            reading=Reading(exif_orientation=exif_orientation, allow_urls=allow_urls),
         )
         self._connect()
 
@@ -83,6 +84,8 @@ class ZeroShotClassifier(_Classifier):
         tls: certificates.
         exif_orientation: turn and mirror an image as its Exif orientation says, as in training, so that the model sees
             what a person sees. False: pixels exactly as open_clip's transform gives them.
+        allow_urls: fetch images that are named by an http:// or https:// address: at most 50 MB in 30 s, and never from
+            loopback, private or link-local addresses.
 
     Numbers may be of any numeric type, or text that spells one. A server on loopback is asked directly; for any other,
     the proxy of http_proxy, https_proxy or grpc_proxy counts, and no_proxy.

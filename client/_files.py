@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from client._images import is_url, name_of
 from client._json import read_json
 from client._results import Classification
 from client.errors import BadImage, ResultsError
@@ -74,7 +75,7 @@ class ResultsFile:
 
     def has(self, image: str) -> bool:
         """Whether it has this image, by whatever name its folder went then."""
-        return place_of(image) in self._places
+        return place_of(name_of(image, 0)) in self._places
 
     def add(self, answer: Classification) -> None:
         """Keep an answer."""
@@ -183,6 +184,8 @@ def place_of(image: str) -> str:
 
     The name may be a link: two names in one folder are two images.
     """
+    if is_url(image):
+        return image
     folder, name = os.path.split(image)
     return os.path.join(_real_path(os.getcwd(), folder), name)
 

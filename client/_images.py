@@ -14,6 +14,7 @@ million) before and after resizing, and a file at most 8 bytes for each of that 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,7 +44,7 @@ ImageLike = (
 
 A path, the bytes of an image file, an open binary file, a PIL image, or an array of pixels (of NumPy, or a tensor on
 the CPU): (height, width[, channels]) or (channels, height, width), grey, RGB or RGBA, of uint8, uint16, bool, or floats
-in [0, 1]. Where URLs are allowed, an http:// or https:// one.
+in [0, 1]. A ``data:`` URL; where URLs are allowed, an ``http://`` or ``https://`` one.
 """
 
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -56,9 +57,11 @@ class Reading:
 
     Attributes:
         exif_orientation: turn and mirror an image as its Exif orientation says.
+        allow_urls: fetch those that are named by http:// or https:// (`client._urls`).
     """
 
     exif_orientation: bool = True
+    allow_urls: bool = False
 
 
 def as_images(
@@ -101,7 +104,7 @@ def preprocess(
     Raises:
         BadImage: unreadable, too large, or not an image at all.
     """
-    opened = _open(image, name)
+    opened = _open(image, name, reading)
     width, height = _resized(opened, size, resize_mode)
     if max(opened.width * opened.height, width * height) > max_pixels():
         raise BadImage(
@@ -125,6 +128,8 @@ def preprocess(
 def name_of(image: Any, index: int) -> str:
     """What an error message calls an image: its path, or its place in the call, counted from 0."""
     if isinstance(image, (str, os.PathLike)) and (path := os.fsdecode(image)):
+        if _DATA.match(path):
+            return f"data URL {hashlib.sha256(path.encode(errors='replace')).hexdigest()[:12]}"
         return path
     if isinstance(image, Stream):
         return image.name or f"image {index} ({image.kind})"
@@ -132,18 +137,23 @@ def name_of(image: Any, index: int) -> str:
     return f"image {index} ({kind})"
 
 
+def is_url(image: str) -> bool:
+    """Whether it would be fetched."""
+    return _HTTP.match(image) is not None
+
+
 def _once(image: Any) -> Any:
     """The image, but an open file as one that is read only once."""
     return Stream(image) if hasattr(image, "read") and not isinstance(image, Stream) else image
 
 
-def _open(image: Any, name: str) -> Image.Image:
+def _open(image: Any, name: str, reading: Reading) -> Image.Image:
     if isinstance(image, Image.Image):
         opened = image
     elif isinstance(image, (bytes, bytearray, memoryview)):
         opened = decoder(bytes(image), name)
     elif isinstance(image, (str, os.PathLike)):
-        opened = decoder(_read(os.fsdecode(image), name), name)
+        opened = decoder(_read(os.fsdecode(image), name, reading), name)
     elif hasattr(image, "read"):
         opened = decoder(_once(image).read(name), name)
     elif is_array(image):
@@ -155,11 +165,22 @@ def _open(image: Any, name: str) -> Image.Image:
     return opened
 
 
-def _read(path: str, name: str) -> bytes:
+def _read(path: str, name: str, reading: Reading) -> bytes:
     if not path:
         raise BadImage(f"{name} is an empty text; name an image file")
-    if scheme := _SCHEME.match(path):
-        raise BadImage(f"{name} is a URL of scheme {scheme[1]!r}; expected a path")
+    if is_url(path):
+        if not reading.allow_urls:
+            raise BadImage(f"{name} is a URL; allow that with allow_urls=True, or --allow-urls on the command line")
+        from client._urls import fetch  # few need it, and it loads http and ssl
+
+        return fetch(path, name)
+    if _DATA.match(path):
+        from client._urls import data_of
+
+        return data_of(path, name)
+    if (scheme := _SCHEME.match(path)) and not os.path.lexists(path):
+        taken = "a path, or an http:// or https:// address where URLs are allowed"
+        raise BadImage(f"{name} is a URL of scheme {scheme[1]!r}; expected {taken}")
     return read_path(path, name)
 
 
@@ -175,5 +196,7 @@ def _shortest_side_to(size: int, width: int, height: int) -> tuple[int, int]:
     return int(size * width / height), size
 
 
-_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
+_HTTP = re.compile(r"https?://", re.IGNORECASE)
+_DATA = re.compile(r"data:[\w/+.;=-]*,", re.IGNORECASE)
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/")
 _EXPECTED = "expected a path, the bytes of an image file, an open binary file, a PIL image or an array of pixels"

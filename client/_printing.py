@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 from client.errors import ResultsError
 
@@ -59,3 +60,13 @@ def printing() -> Iterator[None]:
         finally:
             sys.stdout = before
             output.detach()
+
+
+def say(text: str) -> None:
+    """A line for people, beside the answers."""
+    print(f"client: {text}", file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """A value for programs."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))

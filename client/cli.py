@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
-import time
 import webbrowser
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress, TextColumn, track
-from rich.table import Table
+from rich.progress import track
 
-from client import BenchResult, Card, Classification, ClientError, ZeroShotClassifier
+from client import ClientError, ZeroShotClassifier
 from client import bench as run_bench
 from client._classifier import DEFAULT_URL
 from client._figure import draw
-from client._files import ResultsFile, check_ending, place_of
-from client._folders import LeftOut, Tally
-from client._images import as_images
+from client._folder_command import check_images, classify_into, image_names, say_left_out
+from client._folders import Tally
 from client._label_lists import read_labels
-from client._printing import printing
-from client.errors import BadImage
-
-UNREADABLE_SHOWN = 20
+from client._printing import print_json, printing, say
+from client._tables import answers_table, bench_table, tasks_table, versions_table
 
 app = typer.Typer(
     name="client",
@@ -94,6 +87,9 @@ def classify(
             show_default=False,
         ),
     ] = None,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Fetch images that are http:// or https:// addresses.")
+    ] = False,
     no_exif_orientation: Annotated[
         bool, typer.Option("--no-exif-orientation", help="Do not turn images upright as their Exif says.")
     ] = False,
@@ -119,103 +115,34 @@ def classify(
     if template and isinstance(names, dict):
         raise typer.BadParameter("the labels bring their own prompts", param_hint="'--template'")
     if repeated:
-        _say(f"{len(repeated)} labels are given more than once, and count once: {', '.join(repeated[:5])}")
+        say(f"{len(repeated)} labels are given more than once, and count once: {', '.join(repeated[:5])}")
     if any("{}" not in text for text in template or ()):
         raise typer.BadParameter("expected {} where the label goes", param_hint="'--template'")
+    check_images(images, allow_urls)
     question: dict[str, Any] = {"labels": names, "task": task, "templates": template or None, "top_k": top_k}
     with ZeroShotClassifier(
-        url, model, version or "latest", timeout_s=timeout, exif_orientation=not no_exif_orientation
+        url,
+        model,
+        version or "latest",
+        timeout_s=timeout,
+        exif_orientation=not no_exif_orientation,
+        allow_urls=allow_urls,
     ) as classifier:
         if out is not None:
             question |= {"model": model, "version": version}
             if no_exif_orientation:  # only then: what was begun before there was a choice goes on
                 question["exif_orientation"] = False
-            _classify_into(classifier, images, question, out, as_json)
+            classify_into(classifier, images, question, out, as_json)
             return
         tally = Tally()
         with Console(stderr=True).status("Classifying"):
-            answers = list(classifier.classify(_files(images, tally), **question))
-    _say_left_out(tally)
+            answers = list(classifier.classify(image_names(images, tally), **question))
+    say_left_out(tally)
     if as_json:
-        _print_json([answer.to_dict() for answer in answers])
+        print_json([answer.to_dict() for answer in answers])
     else:
-        Console().print(_answers_table(answers))
+        Console().print(answers_table(answers))
         Console().print(f"model {model} version {answers[-1].version}", style="dim", markup=False)
-
-
-def _files(images: list[str], tally: Tally) -> Iterator[str]:
-    """The images, and those in folders; what is left out of these is counted."""
-    for image in images:
-        if not image:
-            raise BadImage("an empty text is no image; name image files, or folders of them")
-        yield from map(str, as_images(image, tally.add))
-
-
-def _files_once(images: list[str], tally: Tally) -> list[str]:
-    """Each image once, however often and by whatever names of its folder it is given."""
-    listed: dict[str, str] = {}
-    for image in _files(images, tally):
-        if listed.setdefault(place_of(image), image) is not image:
-            tally.add(LeftOut(image, "named twice"))
-    return list(listed.values())
-
-
-def _say_left_out(tally: Tally) -> None:
-    if tally.counts:
-        _say(f"left out: {tally}")
-
-
-def _classify_into(
-    classifier: ZeroShotClassifier, images: list[str], question: dict[str, Any], out: Path, as_json: bool
-) -> None:
-    """Answers to a file, with a progress bar; what an earlier run has done is not asked again."""
-    asked = {name: question[name] for name in ("labels", "task", "templates", "top_k")}
-    versions: set[int] = set()
-    bad: list[BadImage] = []
-    tally = Tally()
-    check_ending(out)
-    listed = _files_once(images, tally)
-    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[rate]}"))
-    with ResultsFile(out, question) as results, Progress(*columns, console=Console(stderr=True)) as progress:
-        earlier = len(results.done)
-        todo = [image for image in listed if not results.has(image)]
-        bar = progress.add_task("Classifying", total=len(listed), completed=len(listed) - len(todo), rate="")
-        started = time.monotonic()
-
-        def step() -> None:
-            rate = (len(results.done) - earlier) / (time.monotonic() - started)
-            progress.update(bar, advance=1, rate=f"{rate:,.1f} images/s")
-
-        def unreadable(error: BadImage) -> None:
-            bad.append(error)
-            results.add_unreadable(error)
-            step()
-
-        for answer in classifier.classify(todo, **asked, unreadable=unreadable):
-            results.add(answer)
-            versions.add(answer.version)
-            step()
-        results.finish()
-        seconds = time.monotonic() - started
-    summary = {
-        "out": str(out),
-        "images": len(results.done),
-        "of_earlier_runs": earlier,
-        "unreadable": results.unreadable,
-        "left_out": dict(tally.counts),
-        "versions": sorted(versions),
-        "seconds": round(seconds, 2),
-        "images_per_s": round((len(results.done) - earlier) / seconds, 1),
-    }
-    for error in bad[:UNREADABLE_SHOWN]:
-        _say(str(error))
-    _say_left_out(tally)
-    if as_json:
-        _print_json(summary)
-    else:
-        told = f", {results.unreadable:,} of them unreadable: see the column error" if results.unreadable else ""
-        told += f"; {tally.counts.total():,} left out" if tally.counts else ""
-        print(f"{out}: {len(results.done):,} images{told}; {summary['images_per_s']:,} images/s")
 
 
 @app.command()
@@ -265,9 +192,9 @@ def bench(
         track=tracked,
     )
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
-        Console().print(_bench_table(result))
+        Console().print(bench_table(result))
         Console().print(result.verdict, style="bold", highlight=False, soft_wrap=True)
     if figure is not None:
         draw(result, figure)
@@ -290,10 +217,10 @@ def tasks(
     with ZeroShotClassifier(url, model, version or "latest", timeout_s=timeout) as classifier:
         card = classifier.card()
     if as_json:
-        _print_json({"version": card.version, "tasks": [_task_row(task) for task in card.tasks]})
+        print_json({"version": card.version, "tasks": [_task_row(task) for task in card.tasks]})
     else:
         base = f"{card.base_model_name}/{card.base_pretrained}"
-        Console().print(_tasks_table(card) if card.tasks else "no tasks: the base model")
+        Console().print(tasks_table(card) if card.tasks else "no tasks: the base model")
         Console().print(f"model {model} version {card.version}, base {base}", style="dim", markup=False)
 
 
@@ -312,9 +239,9 @@ def versions(model: Model = "clip", url: Url = DEFAULT_URL, timeout: Timeout = 3
         with ZeroShotClassifier(url, model, number, timeout_s=timeout) as classifier:
             cards.append(classifier.card())
     if as_json:
-        _print_json([{"version": card.version, "tasks": [task.name for task in card.tasks]} for card in cards])
+        print_json([{"version": card.version, "tasks": [task.name for task in card.tasks]} for card in cards])
     else:
-        Console().print(_versions_table(cards))
+        Console().print(versions_table(cards))
 
 
 @app.command()
@@ -357,15 +284,6 @@ def main() -> None:
         sys.exit(1)
 
 
-def _say(text: str) -> None:
-    """A line for people, beside the answers."""
-    print(f"client: {text}", file=sys.stderr)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 def _task_row(task: Any) -> dict[str, Any]:
     return {
         "name": task.name,
@@ -374,68 +292,3 @@ def _task_row(task: Any) -> dict[str, Any]:
         "accuracy": {"before": task.accuracy_before, "after": task.accuracy_after},
         "adapter_sha256": task.adapter_sha256,
     }
-
-
-def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-    return table
-
-
-def _answers_table(answers: list[Classification]) -> Table:
-    table = _table(
-        "Image",
-        "Label",
-        "Probability",
-        "Cosine",
-        numbers=("Probability", "Cosine"),
-    )
-    for answer in answers:
-        for rank, found in enumerate(answer):
-            name = escape(answer.image) if rank == 0 else ""
-            table.add_row(name, escape(found.label), f"{found.probability:.1%}", f"{found.score:.3f}")
-    return table
-
-
-def _bench_table(result: BenchResult) -> Table:
-    numbers = ("Batch", "At a time", "p50 ms", "p95 ms", "p99 ms", "Images/s", "Times the base", "By the server")
-    table = _table("Image tower", *numbers, numbers=numbers)
-    for timing in result.timings:
-        if timing.contender == "base" and table.row_count:
-            table.add_row()
-        tasks = f", {timing.tasks} task{'s' if timing.tasks != 1 else ''}"
-        computed = "" if timing.compute_to_base is None else f"{timing.compute_to_base:.3f}"
-        table.add_row(
-            timing.contender + ("" if timing.contender == "base" else tasks),
-            *(str(number) for number in (timing.batch, timing.concurrency)),
-            *(f"{ms:.2f}" for ms in (timing.p50_ms, timing.p95_ms, timing.p99_ms)),
-            f"{timing.images_per_s:.1f}",
-            *(("", "") if timing.contender == "base" else (str(timing.to_base), computed)),
-        )
-    return table
-
-
-def _tasks_table(card: Card) -> Table:
-    table = _table(
-        "Task",
-        "Classes",
-        "Before %",
-        "After %",
-        "Prompts",
-        numbers=("Classes", "Before %", "After %"),
-    )
-    for task in card.tasks:
-        before, after = (
-            "" if accuracy is None else f"{accuracy:.1f}" for accuracy in (task.accuracy_before, task.accuracy_after)
-        )
-        table.add_row(escape(task.name), str(len(task.class_names)), before, after, escape("\n".join(task.templates)))
-    return table
-
-
-def _versions_table(cards: list[Card]) -> Table:
-    table = _table("Version", "Base", "Tasks", numbers=("Version",))
-    for card in cards:
-        learned = ", ".join(task.name for task in card.tasks) or "none: the base model"
-        table.add_row(str(card.version), f"{card.base_model_name}/{card.base_pretrained}", escape(learned))
-    return table

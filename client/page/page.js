@@ -169,8 +169,11 @@ function showAnswers({ answers, labels }) {
 
 // The question --------------------------------------------------------------------------------------------------------
 
+/** Commas and lines separate labels; one that has a comma stands in quotes. */
 function ownLabels() {
-  return [...new Set(byId("labels").value.split(/[,\n]/).map((label) => label.trim()).filter(Boolean))];
+  const fields = byId("labels").value.matchAll(/\s*"((?:[^"]|"")*)"\s*(?=[,\n]|$)|[^,\n]+/g);
+  const labels = [...fields].map(([whole, quoted]) => (quoted?.replaceAll('""', '"') ?? whole).trim());
+  return [...new Set(labels.filter(Boolean))];
 }
 
 function question() {
@@ -183,7 +186,7 @@ function question() {
 /** What is still missing, for people; empty where nothing is. */
 function missing() {
   if (!image) return "Choose an image first.";
-  return question() ? "" : "Type a label or more first, with commas between them.";
+  return question() ? "" : "Type a label or more first, with commas or lines between them.";
 }
 
 async function ask() {
@@ -249,7 +252,7 @@ function listen() {
     event.target.value = ""; // the same file may be chosen again
   });
   byId("labels").addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || event.isComposing) return;
     event.preventDefault();
     byId("question").requestSubmit();
   });

@@ -55,10 +55,12 @@ class Page:
     def pick(self, selector):
         self.find(selector)[0].click()
 
-    def own_labels(self, text):
+    def own_labels(self, text, ask=False):
+        from selenium.webdriver import Keys
+
         self.pick("input[value=labels]")
         self.find("#labels")[0].clear()
-        self.find("#labels")[0].send_keys(text)
+        self.find("#labels")[0].send_keys(text, *([Keys.CONTROL, Keys.ENTER] if ask else []))
 
     def answered(self, *versions):
         """Wait for an answer of these versions: [(best label, [(label, percentage)], milliseconds)]."""
@@ -157,7 +159,7 @@ def test_learned_task_on_a_real_triton(see, server, digits, tmp_path):
 @pytest.mark.slow
 def test_own_labels_on_a_real_triton(see, server, photo):
     page = see(server.url)
-    page.own_labels("cat, <b>dog</b>, cat,,\n")  # Enter asks, and there is no image yet
+    page.own_labels("cat, <b>dog</b>, cat,,", ask=True)  # there is no image yet
     assert page.error() == "Choose an image first."
     page.choose(photo)
     answers = page.answered(1, 2)
@@ -177,6 +179,19 @@ def test_question_is_asked_again_when_the_task_or_the_labels_change(see, fake, p
     page.pick("input[value=task]")
     page.until(lambda: {name for name, _ in page.answered(1, 2)[0][1]} == {"zero", "one", "two"})
     assert page.texts("#accuracy-bars .number") == ["45.2%", "not measured"]
+
+
+def test_lines_separate_labels_as_the_hint_says(see, fake, photo):
+    page = see(fake.url)
+    page.choose(photo)
+    page.answered(1, 2)
+    page.own_labels('cat\n\n dog, bird\n"salt, ""pepper"""\n')  # Enter makes a line, and asks nothing
+    assert page.find("#labels")[0].get_property("value").count("\n") == 4
+    assert page.text("#labels-hint").startswith("Commas or lines between them; Ctrl+Enter asks.")
+    assert {name for name, _ in page.answered(1, 2)[0][1]} == {"zero", "one", "two"}
+    page.own_labels('cat\n\n dog, bird\n"salt, ""pepper"""\n', ask=True)
+    page.until(lambda: {name for name, _ in page.answered(1, 2)[0][1]} == {"cat", "dog", "bird", 'salt, "pepper"'})
+    assert page.nothing_was_wrong()
 
 
 def test_newest_version_is_the_newest_at_each_question(see, fake, photo):
@@ -199,7 +214,7 @@ def test_only_the_base_is_served(see, fake, photo):
     assert page.text("#notice").startswith("Only version 1, the base, is served")
     assert not page.find("input[value=task]")[0].is_enabled()
     page.choose(photo)
-    page.own_labels("cat, dog\n")
+    page.own_labels("cat, dog", ask=True)
     page.answered(1)
 
 
@@ -287,7 +302,7 @@ def test_narrow_window_needs_no_sideways_scrolling(see, fake, photo):
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
     try:
         page.choose(photo)
-        page.own_labels(f"{'endless' * 20}, dog\n")
+        page.own_labels(f"{'endless' * 20}, dog", ask=True)
         page.until(lambda: "endless" in page.text("li"))
         root = page.find("html")[0]
         assert root.get_property("scrollWidth") == root.get_property("clientWidth")

@@ -1,6 +1,8 @@
 import io
 import os
+import threading
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -385,3 +387,131 @@ def test_what_only_looks_like_scans_is_none():
     data = progressive(10)
     comment = b"\xff\xfe\x02\x02" + b"\xff\xda" * 256
     np.testing.assert_array_equal(ours(data[:2] + comment + data[2:] + b"\xff\xda" * 200), ours(data))
+
+
+def array(dtype="uint8", channels=3):
+    """Pixels (40, 50, channels), whose high bytes are the same for every dtype."""
+    values = np.random.default_rng(5).integers(0, 256, (40, 50, channels), dtype=np.uint8)
+    return {
+        "uint8": lambda: values,
+        "uint16": lambda: values.astype(np.uint16) << 8 | 77,
+        "bool": lambda: values > 127,
+        **{f"float{bits}": lambda bits=bits: (values / 255).astype(f"float{bits}") for bits in (16, 32, 64)},
+    }[dtype]()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16", "float32", "float64", "bool"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("first", [False, True])
+def test_arrays_come_in_their_libraries_shapes(dtype, channels, first):
+    given = array(dtype, channels)
+    meant = (array("bool", channels) * 255).astype(np.uint8) if dtype == "bool" else array("uint8", channels)
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    expected = ours(Image.frombytes(mode, (50, 40), meant.tobytes()))
+    np.testing.assert_array_equal(ours(given.transpose(2, 0, 1) if first else given), expected)
+
+
+def test_a_narrow_array_is_read_with_its_channels_last():
+    values = np.random.default_rng(1).integers(0, 256, (3, 9, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(ours(values), ours(Image.fromarray(values)))
+
+
+def test_a_little_beyond_white_is_rounding():
+    values = np.array([[0.0, 1.0], [1 + 1e-7, -1e-7]], np.float32)
+    np.testing.assert_array_equal(ours(values), ours(np.array([[0, 255], [255, 0]], np.uint8)))
+    with pytest.raises(
+        BadImage, match=r"with values from 0 to 1\.2; expected floats in \[0, 1\]: divide by what white is"
+    ):
+        ours(np.array([[0.0, 1.2]]))
+
+
+def test_tensors_are_arrays_that_say_what_they_lack():
+    import torch
+
+    values = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_array_equal(ours(values), ours(values.numpy()))
+    np.testing.assert_array_equal(ours((values * 255).to(torch.uint8)), ours((values * 255).to(torch.uint8).numpy()))
+    batch = torch.stack([values, values / 2])
+    assert [ours(image).mean() for image in as_images(batch)] == [ours(values).mean(), ours(values / 2).mean()]
+    with pytest.raises(BadImage, match=r"^it is a Tensor that needs gradients; give detach\(\) of it"):
+        ours(values.clone().requires_grad_())
+    with pytest.raises(BadImage, match=r"^it is a Tensor that is on device 'meta'; give cpu\(\) of it"):
+        ours(values.to("meta"))
+    with pytest.raises(BadImage, match=r"^it is a Tensor that is no array \(.*; expected \(height"):
+        ours(values.to(torch.bfloat16))
+    with pytest.raises(BadImage, match=r"with values from -\d\S* to \d\S*; .* undo normalization by mean and std"):
+        ours((values - 0.5) / 0.25)
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview, io.BytesIO, lambda data: io.BufferedReader(io.BytesIO(data))])
+def test_contents_come_in_any_container(kind):
+    data = png(random_image("RGB", (50, 40)))
+    np.testing.assert_array_equal(ours(kind(data)), ours(data))
+
+
+def test_an_open_file_is_read_once_from_its_start_and_called_by_its_path(tmp_path):
+    path = tmp_path / "open.png"
+    random_image("RGB", (50, 40)).save(path)
+    with path.open("rb") as file:
+        file.seek(9)
+        (stream,) = as_images(file)
+        assert name_of(stream, 0) == str(path)
+        np.testing.assert_array_equal(ours(stream), ours(path))
+    np.testing.assert_array_equal(ours(stream), ours(path))
+    (closed,) = as_images([file])
+    with pytest.raises(BadImage, match=r"^it cannot be read: .*closed file"):
+        ours(closed)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(path, "in.png")
+    with zipfile.ZipFile(tmp_path / "all.zip") as archive, archive.open("in.png") as file:
+        np.testing.assert_array_equal(ours(file), ours(path))
+
+
+def test_a_stream_that_cannot_go_back_is_kept():
+    data = png(random_image("RGB", (50, 40)))
+    read, write = os.pipe()
+    threading.Thread(target=lambda: (os.write(write, data), os.close(write))).start()
+    with open(read, "rb") as file:
+        (stream,) = as_images(file)
+        for _ in range(2):
+            np.testing.assert_array_equal(ours(stream), ours(data))
+
+
+def test_an_upload_that_must_be_awaited_is_refused():
+    class Upload:
+        async def read(self, size=-1):
+            return b""
+
+    with pytest.raises(BadImage, match=r"^it gives coroutine; expected a file opened with 'rb', or its bytes"):
+        ours(Upload())
+
+
+def test_several_images_come_in_any_container():
+    paths = ["a.png", "b.png"]
+    for several in (tuple(paths), np.array(paths), np.array(paths, object), np.array(paths, "S"), iter(paths)):
+        assert list(as_images(several)) == paths
+    assert list(as_images(np.array("a.png"))) == ["a.png"]
+    assert [image.shape for image in as_images(np.zeros((5, 3, 8, 9), np.float32))] == [(3, 8, 9)] * 5
+    for wrong in ({"a.png": 1}, np.zeros((1, 2, 3, 4, 5)), np.array([paths])):
+        with pytest.raises(BadImage, match=r"^images is an? (dict|array of .*); expected"):
+            as_images(wrong)
+
+
+class Table:
+    """A column of paths, as pandas has them."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(["a.png", "b.png"], object)
+
+
+def test_a_column_of_paths_is_several_images():
+    assert list(as_images(Table())) == ["a.png", "b.png"]
+
+
+def test_what_names_an_image_may_be_any_path(tmp_path):
+    random_image("RGB", (50, 40)).save(tmp_path / "a.png")
+    (entry,) = os.scandir(tmp_path)
+    assert name_of(entry, 0) == str(tmp_path / "a.png")
+    np.testing.assert_array_equal(ours(entry), ours(tmp_path / "a.png"))
+    (entry,) = os.scandir(os.fsencode(tmp_path))
+    np.testing.assert_array_equal(ours(entry), ours(tmp_path / "a.png"))
