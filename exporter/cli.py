@@ -103,7 +103,9 @@ def merge(
     adapters: Annotated[Path, typer.Option(help="Folder of adapter files.")] = Path("adapters"),
     repository: RepositoryOption = REPOSITORY,
     name: NameOption = "clip",
-    out: Annotated[Path | None, typer.Option(help="Where to: a file for open_clip, else a folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to: a new folder; for open_clip also NAME.safetensors.")
+    ] = None,
     precision: Annotated[
         Precision, typer.Option(help="What it computes in: fp16 is for GPUs, int8 for CPUs.")
     ] = Precision.fp32,
@@ -147,6 +149,10 @@ def merge(
         _refuse(context, "--unmerged is in fp32, without a gate", *FOR_A_VERSION)
     elif precision is Precision.fp32:
         _refuse(context, "fp32 is what a lower --precision must agree with", "min_agreement")
+    if out is not None:
+        from exporter.out import check_out
+
+        check_out(to.value, out)
     from trainer.model_choice import choose_model, choose_weights
 
     model_name = choose_model(model, adapters)
@@ -156,6 +162,8 @@ def merge(
 
     with Console(stderr=True).status("loading weights") as status:
         backbone = load_backbone(model_name, choose_weights(pretrained, model_name, adapters))
+        for note in backbone.notes:
+            status.console.print(note, soft_wrap=True, markup=False, highlight=False)
         lineage = load_lineage(adapters, backbone.fingerprint)
         tasks = [adapter.task for adapter in lineage]
         if out is not None:
@@ -164,7 +172,7 @@ def merge(
             status.update("merging")
             loads, step = save(to.value, backbone, lineage, out)
             result = {"out": str(out), "model": loads, "tasks": tasks, "load": step}
-            _print(result, as_json, f"{out}: {printing.learned(tasks)}. Load it with {step}")
+            _print(result, as_json, f"{out}: {printing.learned(tasks)}. Load it with: {step}")
             return
         from exporter.repository import Repository
         from trainer.tasks import sample

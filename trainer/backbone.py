@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,9 +18,8 @@ from trainer.errors import UnsupportedModel, WeightsError
 from trainer.finite import first_not_finite, unit
 from trainer.model_names import find_model
 from trainer.preprocessing import preprocessing
-from trainer.records import Json, one_line, read_json_file
+from trainer.pretrained import build, skeleton
 from trainer.towers import cut_to_longest, encode_text, read_at_cls
-from trainer.weights_file import check_weights_file, is_torchscript
 from trainer.wording import prompt_of
 
 MINI = Path(__file__).parent / "mini"
@@ -31,8 +27,6 @@ open_clip.add_model_config(MINI / "mini.json")
 
 # The weights a model gets when none are named.
 DEFAULT_PRETRAINED = {"mini": str(MINI / "mini.safetensors")}
-# What OpenAI's own files hold besides weights.
-OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,7 @@ class Backbone:
             for more pixels than ``trainer.preprocessing`` allows.
         tokenizer: open_clip's tokenizer, list of str -> int64 tensor (batch, context_length).
         fingerprint: SHA-256 of the base weights, whatever file they came from.
+        notes: what people should know about how the weights were read, a line each.
     """
 
     model_name: str
@@ -61,6 +56,7 @@ class Backbone:
     std: tuple[float, ...]
     resize_mode: str
     interpolation: str
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -88,9 +84,11 @@ def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
             "--pretrained for the model's own"
         )
     model_name = find_model(model_name, open_clip.list_models())
-    label = pretrained or Path(DEFAULT_PRETRAINED.get(model_name, "openai")).stem
-    model = _create(model_name, pretrained or DEFAULT_PRETRAINED.get(model_name, "openai"))
-    check_supported(model, model_name)
+    bare = skeleton(model_name)
+    check_supported(bare, model_name)
+    shapes = {name: tensor.shape for name, tensor in bare.state_dict().items()}
+    built = build(model_name, pretrained or DEFAULT_PRETRAINED.get(model_name, "openai"), shapes)
+    model, label = built.model, built.name if pretrained else Path(built.name).stem
     if (name := first_not_finite(model.state_dict())) is not None:
         raise WeightsError(
             f"weights {label!r} for {model_name}: {name} holds NaN or infinity, expected finite numbers; give another "
@@ -112,6 +110,7 @@ def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
         std=tuple(transform.std),
         resize_mode=transform.resize_mode,
         interpolation=transform.interpolation,
+        notes=built.notes,
     )
 
 
@@ -120,105 +119,6 @@ def with_weights(backbone: Backbone, state_dict: dict[str, Tensor]) -> Backbone:
     model = copy.deepcopy(backbone.model)
     model.load_state_dict(state_dict)
     return replace(backbone, model=model)
-
-
-def _create(model_name: str, pretrained: str) -> nn.Module:
-    """open_clip's factory, its failures sorted into ours."""
-    if pretrained == "random":
-        with _quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return open_clip.create_model(model_name)
-    tags = open_clip.list_pretrained_tags_by_model(model_name)
-    is_file = pretrained not in tags and Path(pretrained).is_file()
-    if pretrained not in tags and not is_file:
-        known = f"tags of {model_name}: {', '.join(tags)}; or" if tags else "give"
-        raise WeightsError(
-            f"weights {pretrained!r} for {model_name}: neither a known tag nor a file here; {known} a checkpoint file, "
-            "or 'random'"
-        )
-    torchscript = is_file and is_torchscript(Path(pretrained))
-    if is_file:
-        _check_activation(model_name, Path(pretrained), torchscript)
-    try:
-        if is_file:
-            check_weights_file(Path(pretrained))
-        # OpenAI's weights were trained with QuickGELU: open_clip's tags say so, its plain configurations don't.
-        quick = open_clip.get_pretrained_cfg(model_name, pretrained).get("quick_gelu", False)
-        with _quiet():
-            if torchscript:
-                return _from_torchscript(model_name, pretrained)
-            return open_clip.create_model(
-                model_name, pretrained=pretrained, require_pretrained=True, force_quick_gelu=quick
-            )
-    except Exception as exc:  # open_clip raises RuntimeError, OSError, hub and pickle errors alike
-        step = (
-            "give a checkpoint file that fits with --pretrained FILE" if is_file else _by_hand(model_name, pretrained)
-        )
-        raise WeightsError(
-            f"weights {pretrained!r} for {model_name} could not be loaded: {type(exc).__name__}: "
-            f"{one_line(str(exc))}; {step}"
-        ) from exc
-
-
-def _by_hand(model_name: str, tag: str) -> str:
-    """How to come by a tag's weights without the network that open_clip needs."""
-    known = open_clip.get_pretrained_cfg(model_name, tag)
-    address = known.get("url") or f"open_clip_model.safetensors of https://huggingface.co/{known['hf_hub'].rstrip('/')}"
-    quick = f"{model_name}-quickgelu"
-    fits = quick if known.get("quick_gelu") and quick in open_clip.list_models() else model_name
-    return f"fetch {address} where there is a network, then give --model {fits} --pretrained FILE"
-
-
-def _from_torchscript(model_name: str, file: str) -> nn.Module:
-    """A model with the weights of one of OpenAI's own files, which open_clip reads only when it fetches them itself."""
-    model = open_clip.create_model(model_name)
-    weights = torch.jit.load(file, map_location="cpu").state_dict()
-    model.load_state_dict({name: weight for name, weight in weights.items() if name not in OPENAI_EXTRAS})
-    return model
-
-
-def configured_quick_gelu(model_name: str) -> bool:
-    """Whether open_clip builds a model of this name with OpenAI's approximation of GELU."""
-    return bool((open_clip.get_model_config(model_name) or {}).get("quick_gelu", False))
-
-
-def _check_activation(model_name: str, file: Path, torchscript: bool) -> None:
-    """Refuse a file that is known to be trained with another activation than the model has.
-
-    QuickGELU's weights run under GELU, and the other way round, without an error, only worse. A file tells by the
-    configuration that open_clip saves beside it, or by being a TorchScript archive: OpenAI's own, all QuickGELU.
-    """
-    beside = file.with_name("open_clip_config.json")
-    if torchscript:
-        trained_quick = True
-    elif beside.exists():
-        try:
-            trained_quick = bool(read_json_file(Json, beside)["model_cfg"].get("quick_gelu", False))
-        except (OSError, ValueError, KeyError, AttributeError) as exc:
-            raise WeightsError(
-                f"weights {file}: {beside.name} beside them can't be read ({one_line(str(exc))}); restore or remove it"
-            ) from exc
-    else:
-        return
-    quick = configured_quick_gelu(model_name)
-    if quick != trained_quick:
-        other = f"{model_name}-quickgelu" if trained_quick else model_name.removesuffix("-quickgelu")
-        step = f"give --model {other}" if other in open_clip.list_models() else "give another model"
-        trained, has = ("QuickGELU", "GELU") if trained_quick else ("GELU", "QuickGELU")
-        raise WeightsError(f"weights {file} were trained with {trained}, model {model_name} has {has}; {step}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence libraries that say what the caller is told by an error, or asked for (random weights)."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def check_supported(model: nn.Module, model_name: str) -> None:

@@ -311,6 +311,9 @@ def _load(command: commands.WithModel, fabric: Fabric) -> Backbone:
         weights = choose_weights(command.pretrained, command.model, getattr(command, "adapters", None))
         backbone = load_backbone(command.model, weights)
         backbone.model.to(fabric.device)
+    if fabric.is_global_zero:
+        for note in backbone.notes:
+            stderr.print(note, soft_wrap=True, markup=False, highlight=False)
     return backbone
 
 
