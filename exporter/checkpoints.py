@@ -4,131 +4,137 @@ from __future__ import annotations
 
 import copy
 import json
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import open_clip
 import torch
-from open_clip.transformer import QuickGELU
+from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from exporter.errors import CheckpointError, UnsupportedModel
+from exporter.errors import CheckpointError
+from exporter.out import check_free
+from exporter.transformers_files import LAYERS, has_quick_gelu, layer_of, renamed, write_settings
 from trainer.adapter import Adapter
-from trainer.backbone import Backbone, configured_quick_gelu, transformer_blocks
-from trainer.merge import STACKED, merge
+from trainer.backbone import Backbone
+from trainer.merge import merge
 
-# open_clip's names of single tensors -> transformers'; those that transformers keeps transposed.
-NAMES = {
-    "logit_scale": "logit_scale",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-}
-TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
-# The same for the layers of a block.
-LAYERS = {
-    **{f"attn.{name}": f"self_attn.{name}" for name in STACKED},
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-TOWERS = {"visual.transformer": "vision_model", "transformer": "text_model"}
+# The names by which open_clip finds weights and their configuration in a folder.
+OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+OPEN_CLIP_MODELS = Path(open_clip.__file__).parent / "model_configs"
+SPELLED_OUT = "ViT-B-32"  # the name that open_clip needs for a model whose every setting is given
+PEFT_BASE = "base"
+TORCH = {"format": "pt"}  # transformers asks for it
 
 
 def save(target: str, backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> tuple[str, str]:
     """Write for another library: ``open_clip``, ``transformers`` or ``peft``.
 
     Returns:
-        the model's name there, and the Python that loads it.
+        the model's name there, and the Python that loads it with all that belongs to it, in a process of its own.
+
+    Raises:
+        UnsupportedModel, CheckpointError: as of the functions below.
     """
     if target == "open_clip":
         name = save_open_clip(backbone, adapters, out)
-        return name, f"open_clip.create_model({name!r}, pretrained={str(out)!r})"
+        return name, _load_open_clip(backbone, name, out)
+    where = repr(str(out))
     if target == "transformers":
         save_transformers(backbone, adapters, out)
-        return backbone.model_name, f"transformers.CLIPModel.from_pretrained({str(out)!r})"
+        step = f"classify = transformers.pipeline('zero-shot-image-classification', model={where})"
+        return backbone.model_name, f"import transformers; {step}"
     save_peft(backbone, adapters, out)
-    step = f"peft.PeftModel.from_pretrained(clip, {str(out)!r}), clip being the base in transformers"
-    return backbone.model_name, step
+    base = repr(str(out / PEFT_BASE))
+    step = (
+        f"model = peft.PeftModel.from_pretrained(transformers.CLIPModel.from_pretrained({base}), {where}); "
+        f"processor = transformers.CLIPProcessor.from_pretrained({base})"
+    )
+    return backbone.model_name, f"import peft, transformers; {step}"
 
 
 def save_open_clip(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> str:
-    """Write merged weights as safetensors that ``open_clip.create_model(name, pretrained=out)`` loads.
+    """Write merged weights for open_clip.
+
+    A folder that ``open_clip.create_model_and_transforms("local-dir:OUT")`` loads, with its architecture and
+    preprocessing; or, where ``out`` ends in ``.safetensors``, the weights alone.
 
     Returns:
         the name to load them by: weights trained with QuickGELU need the configuration that has it.
 
     Raises:
-        CheckpointError: the file can't be written.
+        CheckpointError: it can't be written, or is there already.
     """
-    weights = merge(backbone.model.state_dict(), adapters)
+    weights = {name: tensor.contiguous() for name, tensor in merge(backbone.model.state_dict(), adapters).items()}
     with _staged(out) as staged:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, staged)
-    # Proves that open_clip takes every tensor of it.
-    open_clip.load_checkpoint(copy.deepcopy(backbone.model), str(out), strict=True)
+        file = staged
+        if out.suffix != ".safetensors":
+            staged.mkdir()
+            file = staged / OPEN_CLIP_WEIGHTS
+            config = {
+                "model_cfg": _model_config(backbone),
+                "preprocess_cfg": open_clip.get_model_preprocess_cfg(backbone.model),
+            }
+            (staged / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _save(weights, file, None)
+        # Proves that open_clip takes every tensor of it.
+        open_clip.load_checkpoint(copy.deepcopy(backbone.model), str(file), strict=True)
     return architecture(backbone)
 
 
 def architecture(backbone: Backbone) -> str:
     """The name by which open_clip builds this very model: QuickGELU may need another than the one that was given."""
-    named_for_it = configured_quick_gelu(backbone.model_name) or not has_quick_gelu(backbone)
+    configured = open_clip.get_model_config(backbone.model_name) or {}
+    named_for_it = configured.get("quick_gelu", False) or not has_quick_gelu(backbone)
     return backbone.model_name if named_for_it else f"{backbone.model_name}-quickgelu"
 
 
 def save_transformers(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> None:
-    """Write merged weights as a folder that ``transformers.CLIPModel.from_pretrained(out)`` loads.
+    """Write merged weights as a folder that transformers loads, by ``pipeline`` and by ``from_pretrained``.
 
-    Weights, configuration and image preprocessing; the tokenizer is CLIP's, which every published CLIP carries.
+    Weights, configuration, image preprocessing and tokenizer.
 
     Raises:
         UnsupportedModel: the model has something that transformers' CLIP has no place for.
         CheckpointError: the folder can't be written, or holds something already.
     """
-    tensors = dict(_renamed(merge(backbone.model.state_dict(), adapters), backbone.model_name))
+    tensors = dict(renamed(merge(backbone.model.state_dict(), adapters), backbone.model_name))
     with _staged(out) as folder:
-        folder.mkdir()
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        for name, content in (("config", _config(backbone)), ("preprocessor_config", _preprocessing(backbone))):
-            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write_transformers(backbone, tensors, folder)
 
 
 def save_peft(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> None:
-    """Write all adapters as one PEFT LoRA for the base weights in ``transformers.CLIPModel``.
+    """Write all adapters as one PEFT LoRA, and the base that it belongs to as a folder of transformers' in it.
 
     Side by side they are a LoRA of their ranks' sum, exactly; their scaling is in its lora_B. Load it with
-    ``peft.PeftModel.from_pretrained(base, out)``, where ``base`` is what ``save_transformers`` writes without adapters,
-    or the published CLIP whose weights the base has.
+    ``peft.PeftModel.from_pretrained(base, out)``, where ``base`` is the model in ``out/base``, or the published CLIP
+    whose weights the base has.
 
     Raises:
+        UnsupportedModel: as of ``save_transformers``.
         CheckpointError: there are no adapters, the folder can't be written, or it holds something already.
     """
     if not adapters:
         raise CheckpointError("peft: no adapters to write; give the folder of 'trainer fit' with --adapters")
+    base = dict(renamed(backbone.model.state_dict(), backbone.model_name))
     tensors, targets = {}, []
     for module in adapters[0].modules():
         lora_A, lora_B = zip(*(adapter.experts(module) for adapter in adapters), strict=True)  # noqa: N806
         scaled = [adapter.scaling * columns for adapter, columns in zip(adapters, lora_B, strict=True)]
-        block, layer = _layer(module)
+        block, layer = layer_of(module)
         targets.append(f"{block}.{LAYERS[layer]}")
         name = f"base_model.model.{targets[-1]}"
         tensors |= {f"{name}.lora_A.weight": torch.cat(lora_A), f"{name}.lora_B.weight": torch.cat(scaled, dim=1)}
     rank = len(tensors[f"{name}.lora_A.weight"])
     config = {
         "peft_type": "LORA",
+        "base_model_name_or_path": str(out.absolute() / PEFT_BASE),
         "r": rank,
         "lora_alpha": rank,
         "target_modules": targets,
@@ -136,115 +142,62 @@ def save_peft(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> Non
     }
     with _staged(out) as folder:
         folder.mkdir()
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        _save(tensors, folder / "adapter_model.safetensors", TORCH)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_transformers(backbone, base, folder / PEFT_BASE)
+
+
+def _write_transformers(backbone: Backbone, tensors: dict[str, Tensor], folder: Path) -> None:
+    folder.mkdir()
+    write_settings(backbone, folder)
+    _save(tensors, folder / "model.safetensors", TORCH)
+
+
+def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None) -> None:
+    """Write safetensors with the mode that any new file gets: safetensors' own may be read by their owner alone."""
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(tensors, file, metadata)
+    file.chmod(mode)
 
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """Where to write what takes the place of ``out`` when all of it is there: a file, or a folder where none is yet."""
+    """Where to write what becomes ``out`` when all of it is there: a file, or a folder; nothing is left otherwise."""
+    whole = out.absolute()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
-            yield Path(staging) / out.name
-            (Path(staging) / out.name).replace(out)
+        there = next(place for place in whole.parents if place.exists())
+        with tempfile.TemporaryDirectory(dir=there, prefix=f".{whole.name}.") as staging:
+            yield Path(staging) / whole.name
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            check_free(out)
+            (Path(staging) / whole.name).rename(whole)
     except (OSError, SafetensorError) as exc:  # the latter for what the former says elsewhere
         why = getattr(exc, "strerror", None) or exc
         raise CheckpointError(f"checkpoint {out}: can't be written ({why}); make room, or give another --out") from exc
 
 
-def has_quick_gelu(backbone: Backbone) -> bool:
-    """Whether the towers compute OpenAI's approximation of GELU."""
-    return isinstance(transformer_blocks(backbone.model)[0].mlp.gelu, QuickGELU)
+def _model_config(backbone: Backbone) -> dict:
+    """The architecture as open_clip's configurations say it."""
+    config = open_clip.get_model_config(backbone.model_name)
+    return config | ({"quick_gelu": True} if has_quick_gelu(backbone) else {})
 
 
-def _renamed(weights: dict[str, Tensor], model_name: str) -> Iterator[tuple[str, Tensor]]:
-    """open_clip's tensors as transformers' CLIP has them: q, k and v apart, projections transposed."""
-    for name, tensor in weights.items():
-        if name in NAMES:
-            yield NAMES[name], tensor.contiguous()
-        elif name in TRANSPOSED:
-            yield TRANSPOSED[name], tensor.T.contiguous()
-        elif ".resblocks." in name:
-            block, rest = _layer(name)
-            layer, _, kind = rest.rpartition(".")
-            if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-                for projection, part in zip(STACKED, tensor.chunk(len(STACKED)), strict=True):
-                    yield f"{block}.self_attn.{projection}.{kind.removeprefix('in_proj_')}", part.contiguous()
-            elif layer in LAYERS:
-                yield f"{block}.{LAYERS[layer]}.{kind}", tensor.contiguous()
-            else:
-                raise _no_place(name, model_name)
-        else:
-            raise _no_place(name, model_name)
-
-
-def _layer(name: str) -> tuple[str, str]:
-    """transformers' name of the block that something of open_clip's is in, and what that is called there."""
-    tower, _, rest = name.partition(".resblocks.")
-    number, _, rest = rest.partition(".")
-    return f"{TOWERS[tower]}.encoder.layers.{number}", rest
-
-
-def _no_place(name: str, model_name: str) -> UnsupportedModel:
-    return UnsupportedModel(f"model {model_name}: transformers' CLIP has no place for {name}; use --to open_clip")
-
-
-def _config(backbone: Backbone) -> dict:
-    """transformers' CLIPConfig."""
-    model = backbone.model
-    shared = {
-        "hidden_act": "quick_gelu" if has_quick_gelu(backbone) else "gelu",
-        "layer_norm_eps": model.ln_final.eps,
-        "projection_dim": backbone.embed_dim,
-    }
-    image, text = model.visual.transformer, model.transformer
-    return {
-        "model_type": "clip",
-        "architectures": ["CLIPModel"],
-        "projection_dim": backbone.embed_dim,
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "image_size": backbone.image_size,
-            "patch_size": model.visual.conv1.kernel_size[0],
-            **_sizes(image.resblocks),
-            **shared,
-        },
-        "text_config": {
-            "model_type": "clip_text_model",
-            "vocab_size": model.vocab_size,
-            "max_position_embeddings": backbone.context_length,
-            "bos_token_id": model.vocab_size - 2,
-            "eos_token_id": model.vocab_size - 1,
-            "pad_token_id": 0,
-            **_sizes(text.resblocks),
-            **shared,
-        },
-    }
-
-
-def _sizes(blocks: Sequence) -> dict:
-    return {
-        "hidden_size": blocks[0].mlp.c_fc.in_features,
-        "intermediate_size": blocks[0].mlp.c_fc.out_features,
-        "num_attention_heads": blocks[0].attn.num_heads,
-        "num_hidden_layers": len(blocks),
-    }
-
-
-def _preprocessing(backbone: Backbone) -> dict:
-    """transformers' CLIPImageProcessor."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": backbone.image_size},
-        "resample": {"bilinear": 2, "bicubic": 3}[backbone.interpolation],
-        "do_center_crop": True,
-        "crop_size": {"height": backbone.image_size, "width": backbone.image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(backbone.mean),
-        "image_std": list(backbone.std),
-    }
+def _load_open_clip(backbone: Backbone, name: str, out: Path) -> str:
+    """The Python that loads what ``save_open_clip`` wrote, its preprocessing and its tokenizer."""
+    if out.suffix != ".safetensors":
+        model = tokenizer = repr(f"local-dir:{out}")
+    else:
+        usual, has = asdict(PreprocessCfg()), open_clip.get_model_preprocess_cfg(backbone.model)
+        names = ("mean", "std", "interpolation", "resize_mode")
+        differs = {f"image_{key}": has[key] for key in names if key in has and has[key] != usual[key]}
+        known = (OPEN_CLIP_MODELS / f"{name}.json").is_file()
+        # Of a model that open_clip has no configuration of, every setting is given.
+        settings = differs if known else {**_model_config(backbone), **differs}
+        shown = [repr(name if known else SPELLED_OUT), f"pretrained={str(out)!r}"]
+        model = ", ".join([*shown, *(f"{key}={value!r}" for key, value in settings.items())])
+        tokenizer = repr(name) if known else f"{SPELLED_OUT!r}, context_length={backbone.context_length}"
+    return (
+        f"import open_clip; model, _, preprocess = open_clip.create_model_and_transforms({model}); "
+        f"tokenizer = open_clip.get_tokenizer({tokenizer})"
+    )

@@ -65,7 +65,10 @@ def test_transformers_computes_the_same_features(mini, make_adapter, tmp_path, s
                 module.gelu = QuickGELU()
     out = tmp_path / "new" / "merged"
     save_transformers(backbone, adapters, out)
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(os.listdir(out)) == [
+        "config.json", "merges.txt", "model.safetensors", "preprocessor_config.json", "special_tokens_map.json",
+        "tokenizer.json", "tokenizer_config.json", "vocab.json",
+    ]  # fmt: skip
     assert os.listdir(out.parent) == ["merged"]
     model, loading = CLIPModel.from_pretrained(out, output_loading_info=True)
     assert not loading["missing_keys"]

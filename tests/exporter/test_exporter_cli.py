@@ -153,17 +153,20 @@ def test_options_that_would_change_nothing_are_refused(arguments, reason, monkey
 
 
 @pytest.mark.parametrize(("to", "out", "loads"), [
-    ("open_clip", "merged.safetensors", "open_clip.create_model('mini', pretrained="),
-    ("transformers", "merged", "transformers.CLIPModel.from_pretrained("),
-    ("peft", "lora", "peft.PeftModel.from_pretrained(clip, "),
+    ("open_clip", "merged.safetensors", "open_clip.create_model_and_transforms('ViT-B-32', pretrained="),
+    ("open_clip", "merged", "open_clip.create_model_and_transforms('local-dir:"),
+    ("transformers", "merged", "transformers.pipeline('zero-shot-image-classification', model="),
+    ("peft", "lora", "peft.PeftModel.from_pretrained(transformers.CLIPModel.from_pretrained("),
 ])  # fmt: skip
 def test_merge_writes_for_other_libraries_and_says_how_to_load_it(
     to, out, loads, make_adapter, tmp_path, monkeypatch, capsys
 ):
     save_adapter(make_adapter("zebras"), tmp_path / "adapters" / "zebras.safetensors")
-    merge = ["merge", "--to", to, "--model", "mini", "--adapters", tmp_path / "adapters", "--out", tmp_path / out]
+    merge = ["merge", "--to", to, "--adapters", tmp_path / "adapters", "--out", tmp_path / out]  # mini's, they say
     assert run(*merge, "--json", monkeypatch=monkeypatch) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["tasks"] == ["zebras"]
-    assert result["load"].startswith(loads)
+    assert loads in result["load"]
     assert (tmp_path / out).exists()
+    assert run(*merge, monkeypatch=monkeypatch) == 1
+    assert "give another --out" in capsys.readouterr().err
