@@ -41,7 +41,7 @@ def count(name: str, value: Any, least: int, most: float = math.inf) -> int:
     if number == math.inf == most:
         return sys.maxsize
     if number is None or number != number or not least <= number <= most or number != int(number):
-        limits = f"{least} or more" if most == math.inf else f"{least} to {most:,.0f}"
+        limits = f"{least} or more" if most == math.inf else f"{least} to {most:,}"
         raise InvalidRequest(f"{name} is {shown(value)}; expected a whole number, {limits}")
     return min(int(number), sys.maxsize)
 

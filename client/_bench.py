@@ -27,6 +27,7 @@ from client.errors import ContractMismatch, InvalidRequest, ModelNotFound
 WARMUP_ROUNDS = 5
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+MOST_AT_A_TIME = 1000  # each has a thread
 MOST = 10_000_000  # requests in one setting: their times are kept in memory
 UNMERGED = "{model}-unmerged"  # what `exporter merge --unmerged` serves beside a model, a version for so many adapters
 
@@ -152,7 +153,9 @@ def bench(
     """
     requests = count("requests", requests, 1, MOST)
     batches = [count("batches", batch, 1) for batch in _several("batches", batches)]
-    concurrencies = [count("concurrencies", number, 1, MOST) for number in _several("concurrencies", concurrencies)]
+    concurrencies = [
+        count("concurrencies", number, 1, MOST_AT_A_TIME) for number in _several("concurrencies", concurrencies)
+    ]
     pair = [version_number(version) for version in _several("versions", versions)]
     if len(pair) != 2:
         raise InvalidRequest(f"versions is {shown(versions)}; expected two: base and merged")
