@@ -86,7 +86,7 @@ def shown(value: Any) -> str:
     try:
         line = " ".join(repr(value).split())
     except Exception:  # of a caller's type, or a number with too many digits
-        return f"a {type(value).__name__}"
+        return f"of type {type(value).__name__}"
     return line if len(line) <= 60 else f"{line[:40]}... ({type(value).__name__})"
 
 

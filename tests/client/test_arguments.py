@@ -170,8 +170,8 @@ def test_tls_of_another_kind_is_refused(connect):
     "settings",
     [
         {"requests": 0}, {"requests": 1e300}, {"requests": "many"}, {"batches": []}, {"batches": 3}, {"batches": [0]},
-        {"concurrencies": [math.inf]}, {"concurrencies": [10**6]}, {"concurrencies": "12"}, {"timeout_s": math.nan}, {"model": ""},
-        {"versions": (1,)}, {"versions": (1, 2, 3)}, {"versions": (0, 2)}, {"versions": 3},
+        {"concurrencies": [math.inf]}, {"concurrencies": [10**6]}, {"concurrencies": "12"}, {"timeout_s": math.nan},
+        {"model": ""}, {"versions": (1,)}, {"versions": (1, 2, 3)}, {"versions": (0, 2)}, {"versions": 3},
     ],
     ids=repr,
 )  # fmt: skip
