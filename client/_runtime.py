@@ -124,6 +124,8 @@ class BlockingRuntime:
         return _InThread(coroutine)
 
     async def finish(self, started: list[Awaitable[Any]]) -> None:
+        if sys.is_finalizing():  # when no other thread runs any more, and some were stopped with locks in their hands
+            return
         for work in started:
             work.give_up()  # type: ignore[attr-defined]  # what start gave
         for work in started:
@@ -176,8 +178,7 @@ class _InThread(Awaitable[_T]):
 
     def join(self) -> None:
         """Wait until it has ended."""
-        if not sys.is_finalizing():  # when threads no longer run
-            self._thread.join()
+        self._thread.join()
 
     def after_fork(self) -> None:
         """A child has none of its parent's threads."""

@@ -208,7 +208,8 @@ class Transport:
 
     def _open(self) -> None:
         self._wire: Wire = (GrpcWire if self.address.protocol == "grpc" else HttpWire)(self.address, self._proxy)
-        self._end = weakref.finalize(self, self._wire.close)  # at the latest when the interpreter ends
+        self._end = weakref.finalize(self, self._wire.close)
+        self._end.atexit = False  # it would end, with an error, what daemon threads of the caller's wait for
 
     def _reopen(self, wire: Wire) -> None:
         """Open new connections: those there are may be dead for good without anybody having said so, or mixed up."""
