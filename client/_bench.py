@@ -29,6 +29,8 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 MOST_AT_A_TIME = 1000  # each has a thread
 MOST = 10_000_000  # requests in one setting: their times are kept in memory
+WIDE = 0.1  # of a ratio: half an interval beyond that can't tell what merging costs
+FEW = 20  # requests, of which resampling makes no interval
 UNMERGED = "{model}-unmerged"  # what `exporter merge --unmerged` serves beside a model, a version for so many adapters
 
 _T = TypeVar("_T")
@@ -46,6 +48,11 @@ class Interval:
     ratio: float
     low: float
     high: float
+
+    @property
+    def too_wide(self) -> bool:
+        """Whether it says nothing of use: it reaches further than a tenth of the ratio to either side, on average."""
+        return (self.high - self.low) / 2 > WIDE * self.ratio
 
     def __str__(self) -> str:
         return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -103,6 +110,21 @@ class BenchResult:
         tasks = f"{merged[0].tasks} learned task{'s' if merged[0].tasks != 1 else ''}"
         return f"Overhead of {tasks}, merged: {span} (95% interval{'s' * (len(ratios) > 1)} {low:+.1%} to {high:+.1%})"
 
+    @property
+    def warning(self) -> str | None:
+        """Why the figures mean nothing, in a sentence; None where they do."""
+        step = "give more --requests, on a machine that does nothing else"
+        if self.requests < FEW:
+            return f"{self.requests} requests are too few for an interval; {step}"
+        wide = [timing for timing in self.timings if timing.to_base.too_wide]
+        if not wide:
+            return None
+        worst = max(wide, key=lambda timing: (timing.to_base.high - timing.to_base.low) / timing.to_base.ratio)
+        return (
+            f"{len(wide)} of {len(self.timings)} intervals are too wide to mean anything, such as {worst.to_base} of "
+            f"{worst.contender} at batch {worst.batch}, {worst.concurrency} at a time; {step}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; base and merged of the first setting stand at the top as well."""
         base, merged = (next(t for t in self.timings if t.contender == name) for name in ("base", "merged"))
@@ -113,6 +135,7 @@ class BenchResult:
             "ratio_throughput": merged.images_per_s / base.images_per_s,
             "requests": self.requests,
             "verdict": self.verdict,
+            "warning": self.warning,
             "timings": [asdict(timing) for timing in self.timings],
         }
 

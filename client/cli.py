@@ -22,7 +22,7 @@ from client._figure import draw
 from client._folder_command import check_images, classify_into, image_names, say_left_out
 from client._folders import Tally
 from client._label_lists import read_labels
-from client._printing import print_json, printing, say
+from client._printing import console, messages, print_json, printing, say
 from client._tables import answers_table, bench_table, tasks_table, versions_table
 
 app = typer.Typer(
@@ -141,8 +141,8 @@ def classify(
     if as_json:
         print_json([answer.to_dict() for answer in answers])
     else:
-        Console().print(answers_table(answers))
-        Console().print(f"model {model} version {answers[-1].version}", style="dim", markup=False)
+        console().print(answers_table(answers))
+        console().print(f"model {model} version {answers[-1].version}", style="dim", markup=False)
 
 
 @app.command()
@@ -194,8 +194,10 @@ def bench(
     if as_json:
         print_json(result.to_dict())
     else:
-        Console().print(bench_table(result))
-        Console().print(result.verdict, style="bold", highlight=False, soft_wrap=True)
+        console().print(bench_table(result))
+        console().print(result.verdict, style="bold", highlight=False, soft_wrap=True)
+        if result.warning:
+            console().print(f"Warning: {result.warning}", style="yellow", highlight=False, soft_wrap=True, markup=False)
     if figure is not None:
         draw(result, figure)
 
@@ -220,8 +222,8 @@ def tasks(
         print_json({"version": card.version, "tasks": [_task_row(task) for task in card.tasks]})
     else:
         base = f"{card.base_model_name}/{card.base_pretrained}"
-        Console().print(tasks_table(card) if card.tasks else "no tasks: the base model")
-        Console().print(f"model {model} version {card.version}, base {base}", style="dim", markup=False)
+        console().print(tasks_table(card) if card.tasks else "no tasks: the base model")
+        console().print(f"model {model} version {card.version}, base {base}", style="dim", markup=False)
 
 
 @app.command()
@@ -241,7 +243,7 @@ def versions(model: Model = "clip", url: Url = DEFAULT_URL, timeout: Timeout = 3
     if as_json:
         print_json([{"version": card.version, "tasks": [task.name for task in card.tasks]} for card in cards])
     else:
-        Console().print(versions_table(cards))
+        console().print(versions_table(cards))
 
 
 @app.command()
@@ -276,12 +278,13 @@ def demo(
 def main() -> None:
     """Run the command line: exit 0, 1 (said why in one line on stderr) or 2 (usage)."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is said once, by the error that ends in a line
-    try:
-        with printing():
-            app(prog_name="client")
-    except ClientError as exc:
-        print(f"client: {exc}", file=sys.stderr)
-        sys.exit(1)
+    with messages():
+        try:
+            with printing():
+                app(prog_name="client")
+        except ClientError as exc:
+            say(str(exc))
+            sys.exit(1)
 
 
 def _task_row(task: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -18,8 +17,10 @@ from rich.console import Console
 from exporter import printing
 from exporter.config import MODEL_NAME, Precision
 from exporter.errors import ExporterError, GateClosed, StoreMissing
+from trainer.adapters_folder import check_named
 from trainer.errors import TrainerError
 from trainer.files import check_surroundings
+from trainer.printing import console, messages, print_json
 from trainer.printing import printing as to_stdout
 
 if TYPE_CHECKING:
@@ -78,13 +79,14 @@ class Target(str, Enum):
 
 def main() -> None:
     """The console script: one line and status 1 for errors that have a reason; a bug keeps its traceback."""
-    try:
-        with to_stdout():
-            check_surroundings(sys.argv[1:])
-            app()
-    except (ExporterError, TrainerError) as exc:
-        print(f"exporter: {' '.join(str(exc).split())}", file=sys.stderr)
-        sys.exit(1)
+    with messages():
+        try:
+            with to_stdout():
+                check_surroundings(sys.argv[1:])
+                app()
+        except (ExporterError, TrainerError) as exc:
+            print(f"exporter: {' '.join(str(exc).split())}", file=sys.stderr)
+            sys.exit(1)
 
 
 @app.command()
@@ -149,13 +151,17 @@ def merge(
         _refuse(context, "--unmerged is in fp32, without a gate", *FOR_A_VERSION)
     elif precision is Precision.fp32:
         _refuse(context, "fp32 is what a lower --precision must agree with", "min_agreement")
+    if _given(context, "adapters"):
+        check_named(adapters)
     if out is not None:
         from exporter.out import check_out
 
         check_out(to.value, out)
+    from trainer.hub import check_default_weights
     from trainer.model_choice import choose_model, choose_weights
 
     model_name = choose_model(model, adapters)
+    check_default_weights(model_name, pretrained)
     validation = _load_tasks(validate or [], data)
     from trainer.adapter import load_lineage
     from trainer.backbone import load_backbone
@@ -201,7 +207,7 @@ def merge(
             raise
     agreements = released.cast.agreement if released.cast else ()
     if not as_json and (released.accuracy or agreements):
-        Console().print(printing.accuracy_table(released.accuracy, agreements))
+        console().print(printing.accuracy_table(released.accuracy, agreements))
     line = printing.released(released, tasks, servers_run=bool(announcements(repository)))
     _print(released.to_dict(), as_json, f"{repository}: {line}")
 
@@ -295,9 +301,9 @@ def versions(
         row["loaded_on"] = [a for a, numbers in having.items() if row["version"] in numbers and not row["foreign"]]
         row["newest_on"] = [a for a in row["loaded_on"] if having[a][-1] == row["version"]]
     if as_json:
-        print(json.dumps(rows, ensure_ascii=False))
+        print_json(rows)
         return
-    Console().print(printing.versions_table(rows))
+    console().print(printing.versions_table(rows))
     for one in found if servers.urls else ():
         for address in servers.urls:
             print(printing.running(one, address, loaded[one.name, address]))
@@ -346,7 +352,7 @@ def verify(
     ]
     lines += [] if servers.urls else [servers.nowhere]
     proven = [result.to_dict() | {"loaded_on": on[result.version]} for result in results]
-    print(json.dumps(proven) if as_json else "\n".join(lines))
+    _print(proven, as_json, "\n".join(lines))
 
 
 @app.command()
@@ -429,10 +435,15 @@ def prune(
 
 def _refuse(context: typer.Context, why: str, *names: str) -> None:
     """Have options that would change nothing be wrong usage."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    if given := [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]:
+    if given := _given(context, *names):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise typer.BadParameter(f"{why}; leave out {options}")
+
+
+def _given(context: typer.Context, *names: str) -> list[str]:
+    """Those of some options that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 def _load_tasks(names: Sequence[str], data: Path) -> list[Task]:
@@ -494,8 +505,11 @@ def _print_switched(result: Switched, found: Found, as_json: bool) -> None:
     _print(result.to_dict() | _search(found), as_json, printing.switched(result, found))
 
 
-def _print(result: dict, as_json: bool, line: str) -> None:
-    print(json.dumps(result, ensure_ascii=False) if as_json else line)
+def _print(result: dict | list, as_json: bool, line: str) -> None:
+    if as_json:
+        print_json(result)
+    else:
+        print(line)
 
 
 def _terminate(signum: int, frame: object) -> None:

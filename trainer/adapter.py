@@ -9,6 +9,7 @@ are content-addressed like commits: each names its parents, the hashes of every 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -21,8 +22,9 @@ import torch
 from pydantic import AfterValidator, FailFast, Field
 from torch import Tensor
 
+from trainer.adapters_folder import SUFFIX, adapter_files, check_file
 from trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, WrongBase
-from trainer.header import ENTRY
+from trainer.header import ENTRY, ForeignFile
 from trainer.records import STRICT, Count, Items, Percent, Setting, Sha256, Text, Texts, one_line, read_json
 from trainer.tensors import canonical, content_sha256, read_tensors, write_tensors
 from trainer.wording import check_words, task_name
@@ -127,18 +129,24 @@ def load_adapter(path: Path | str) -> Adapter:
     """Read an adapter and prove it whole.
 
     Raises:
-        AdapterError: no such file.
+        AdapterError: no such file, or one that can't be read.
         AdapterCorrupt: not a safetensors file of ours, one bit differs from what was written, or it says what no fit
             writes: other types, words that make no task, tensors that are not finite.
     """
     path = Path(path)
-    if not path.is_file():
-        raise AdapterError(f"adapter {path}: no such file; trainer fit writes adapters")
+    check_file(path)
     try:
         text, tensors = read_tensors(path)
         sealed = read_json(_Sealed, text)
         check_words(sealed.class_names, sealed.templates)
         _check_tensors(tensors)
+    except ForeignFile as exc:
+        raise AdapterCorrupt(
+            f"adapter {path}: a safetensors file, but not one of clipweld's ({exc}); move it elsewhere, or restore the "
+            "adapter"
+        ) from exc
+    except PermissionError as exc:
+        raise AdapterError(f"adapter {path}: can't be read ({exc.strerror}); make it readable") from exc
     except (safetensors.SafetensorError, OSError, ValueError) as exc:
         raise AdapterCorrupt(
             f"adapter {path}: truncated or not an adapter ({one_line(str(exc))}); restore it or fit the task again"
@@ -156,15 +164,18 @@ def load_lineage(source: Path | str | Sequence[Path | str], base_fingerprint: st
     """Adapters in the order they were learned, proven to be one chain on one base.
 
     Args:
-        source: a folder of ``*.safetensors`` (an absent or empty one is the empty lineage), or the files themselves.
+        source: a folder of adapters (an absent or empty one is the empty lineage), or the files themselves.
 
     Raises:
+        AdapterError: two files are copies of one adapter, or what is called like an adapter is none.
         WrongBase: trained on other weights than ``base_fingerprint``.
         BrokenChain: one is missing, was replaced, or two were learned side by side.
     """
-    if isinstance(source, (str, Path)):
-        source = sorted(Path(source).glob("*.safetensors"))
-    adapters = sorted((load_adapter(path) for path in source), key=lambda a: (len(a.parents), a.task))
+    files = adapter_files(Path(source)) if isinstance(source, (str, Path)) else map(Path, source)
+    loaded = sorted(
+        ((load_adapter(path), path) for path in files), key=lambda pair: (len(pair[0].parents), pair[0].task)
+    )
+    adapters = [adapter for adapter, _ in loaded]
     for adapter in adapters:
         if adapter.base_fingerprint != base_fingerprint:
             raise WrongBase(
@@ -177,6 +188,7 @@ def load_lineage(source: Path | str | Sequence[Path | str], base_fingerprint: st
                 f"adapter {adapter.task!r}: one of it and {adapters[0].task!r} has no experts on {odd[0]}, expected "
                 "the same layers in both; fit the later task again"
             )
+    _check_side_by_side(loaded)
     names = {adapter.sha256: str(adapter) for adapter in adapters}
     for place, adapter in enumerate(adapters):
         found = tuple(a.sha256 for a in adapters[:place])
@@ -188,6 +200,54 @@ def load_lineage(source: Path | str | Sequence[Path | str], base_fingerprint: st
                 "or fit the later tasks again"
             )
     return adapters
+
+
+def check_place(path: Path, task: str) -> None:
+    """Prove that an adapter of a task can be saved there without taking the place of another task's.
+
+    Raises:
+        AdapterError: names the task whose adapter is there.
+    """
+    if os.path.lexists(path) and (other := load_adapter(path).task) != task:
+        raise AdapterError(
+            f"adapter {path}: is that of task {other!r}, and that of {task!r} would take its place; rename the file "
+            f"(to {other}{SUFFIX}), or learn {task!r} under another name"
+        )
+
+
+def check_unchanged(folder: Path, lineage: Sequence[Adapter]) -> None:
+    """Prove that a folder holds the very adapters that a task was learned on top of.
+
+    Raises:
+        BrokenChain: names those that came or went.
+    """
+    there = {adapter.sha256: f"{path} came" for path in adapter_files(folder) for adapter in [load_adapter(path)]}
+    before = {adapter.sha256: f"{adapter} went" for adapter in lineage}
+    if changes := [change for sha, change in (there | before).items() if (sha in there) != (sha in before)]:
+        raise BrokenChain(f"adapters folder {folder} changed while the task was learned: {', '.join(changes)}")
+
+
+def _check_side_by_side(loaded: Sequence[tuple[Adapter, Path]]) -> None:
+    """Raises:
+    AdapterError: two files are copies of one adapter.
+    BrokenChain: two adapters were learned on top of the same ones.
+    """
+    places: dict[str, Path] = {}
+    branches: dict[tuple[str, ...], tuple[Adapter, Path]] = {}
+    for adapter, path in loaded:
+        if adapter.sha256 in places:
+            raise AdapterError(
+                f"adapters {places[adapter.sha256]} and {path} are copies of one, task {adapter.task!r}; remove one"
+            )
+        places[adapter.sha256] = path
+    for adapter, path in loaded:
+        first, its_path = branches.setdefault(adapter.parents, (adapter, path))
+        if first is not adapter:
+            on = f"the same {len(adapter.parents)} adapters" if adapter.parents else "the base alone"
+            raise BrokenChain(
+                f"adapters {its_path} ({first}) and {path} ({adapter}) are two branches, each learned on top of {on}; "
+                "a folder holds one chain: move one branch to a folder of its own, or fit it again on top of the other"
+            )
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:

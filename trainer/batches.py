@@ -6,6 +6,7 @@ takes its own share.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Batches:
     def __init__(
         self, task: Task, backbone: Backbone, config: TrainConfig, *, rank: int = 0, world_size: int = 1
     ) -> None:
-        self._task = task
+        self.task = task
         self._backbone = backbone
         self._seed = config.seed
         self._size = config.batch_size
@@ -71,6 +72,18 @@ class Batches:
         self._images = task.load("train").few_shot(config.shots, config.seed)
         self.few_shot = config.shots > 0
         self._kept: dict[int, Tensor] = {}
+
+    def drawn(self) -> str:
+        """How many images there are to draw from and the start of a SHA-256 over them, to tell others from them.
+
+        Of few-shot images the pixels count, which are kept anyway; of all images, where they lie.
+        """
+        digest = hashlib.sha256()
+        for index, label in enumerate(self._images.labels):
+            digest.update(f"{label} {'' if self.few_shot else self._images.name_of(index)}\n".encode())
+            if self.few_shot:
+                digest.update(self.pixels([index]).numpy().data)
+        return f"{len(self)} drawn, SHA-256 {digest.hexdigest()[:16]}"
 
     def __len__(self) -> int:
         """How many images there are to draw from."""
@@ -83,8 +96,8 @@ class Batches:
         share = chosen[self._rank * self._size : (self._rank + 1) * self._size]
         labels = torch.tensor([self._images.labels[index] for index in chosen])
         classes, text_of = labels.unique(return_inverse=True)
-        template = random.Random(f"template {self._seed} {number}").choice(self._task.templates)
-        prompts = [prompt_of(template, self._task.class_names[label]) for label in classes]
+        template = random.Random(f"template {self._seed} {number}").choice(self.task.templates)
+        prompts = [prompt_of(template, self.task.class_names[label]) for label in classes]
         tokens = self._backbone.tokenizer(prompts)
         return Batch(share, *(t.to(self._backbone.device) for t in (self.pixels(share), labels, tokens, text_of)))
 

@@ -45,6 +45,8 @@ NUM_CLASSES = 100
 TEMPLATE = "a photo of a {}, a kind of thing."
 # Relative difference of losses and of gradients in float32 that rounding explains.
 TOLERANCE = 1e-3
+FEW = 3  # pairs, of which the least and the most say little
+WIDE = 0.1  # of a ratio: half a range beyond that can't tell two machines or two methods apart
 
 Kind = Literal["pool", "naive"]
 
@@ -58,11 +60,13 @@ class BenchResult:
         loss_difference, gradient_difference: of the two steps in float32, relative.
         pool_seconds, naive_seconds: median over the pairs.
         speedup: median over the pairs of naive / pool; the steps of a pair follow each other at once.
+        speedup_range: the least and the most of a pair.
         naive_flops: floating-point operations of the naive step.
         floor_flops: of the frozen towers, forward and backward.
         flops_per_second: at which the machine multiplies matrices in this precision, median over the pairs.
         floor_seconds: ``floor_flops / flops_per_second``.
         times_floor: median over the pairs of pool seconds / floor seconds, each at its own rate.
+        times_floor_range: the least and the most of a pair.
         pool_bytes, naive_bytes: the most memory held: by tensors on a GPU, or by a process of its own on a CPU.
     """
 
@@ -77,13 +81,29 @@ class BenchResult:
     pool_seconds: float
     naive_seconds: float
     speedup: float
+    speedup_range: tuple[float, float]
     naive_flops: int
     floor_flops: int
     flops_per_second: float
     floor_seconds: float
     times_floor: float
+    times_floor_range: tuple[float, float]
     pool_bytes: int
     naive_bytes: int
+
+    @property
+    def warning(self) -> str | None:
+        """Why the figures mean nothing, in a sentence; None where they do."""
+        step = "give more --pairs, on a machine that does nothing else"
+        if self.pairs < FEW:
+            return f"{self.pairs} pairs are too few to tell how sure the figures are; {step}"
+        for name, ratio, (low, high) in (
+            ("speedup", self.speedup, self.speedup_range),
+            ("times_floor", self.times_floor, self.times_floor_range),
+        ):
+            if (high - low) / 2 > WIDE * ratio:
+                return f"{name} {ratio:.2f} lies between {low:.2f} and {high:.2f}, too wide to mean anything; {step}"
+        return None
 
 
 def bench(
@@ -115,8 +135,10 @@ def bench(
     with FlopCounterMode(display=False) as counter:
         steps.naive()
     pool, naive, product = zip(*([steps.seconds(step) for step in timed] for _ in range(pairs)), strict=True)
+    speedups = [slow / fast for slow, fast in zip(naive, pool, strict=True)]
     rates = [steps.product_flops / seconds for seconds in product]
     rate = statistics.median(rates)
+    times_floor = [fast * its / floor_flops for fast, its in zip(pool, rates, strict=True)]
     return BenchResult(
         model=model,
         device=_name(steps.device),
@@ -128,12 +150,14 @@ def bench(
         gradient_difference=gradient_difference,
         pool_seconds=statistics.median(pool),
         naive_seconds=statistics.median(naive),
-        speedup=statistics.median(slow / fast for slow, fast in zip(naive, pool, strict=True)),
+        speedup=statistics.median(speedups),
+        speedup_range=(min(speedups), max(speedups)),
         naive_flops=counter.get_total_flops(),
         floor_flops=floor_flops,
         flops_per_second=rate,
         floor_seconds=floor_flops / rate,
-        times_floor=statistics.median(fast * its / floor_flops for fast, its in zip(pool, rates, strict=True)),
+        times_floor=statistics.median(times_floor),
+        times_floor_range=(min(times_floor), max(times_floor)),
         pool_bytes=pool_bytes,
         naive_bytes=naive_bytes,
     )

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
@@ -30,6 +31,8 @@ from trainer.tensors import canonical, content_sha256, read_tensors, write_tenso
 SAVE_EVERY_S = 5.0
 SHARE = 20
 ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # what the optimiser keeps of every parameter
+
+SHOWN = 100  # characters of two lists that are shown whole
 
 _log = logging.getLogger(__name__)
 
@@ -174,13 +177,17 @@ class Checkpoint:
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What differs between two records of settings: ``lr 0.1, not 0.2``."""
+    """What differs between two records of settings: ``lr 0.1, not 0.2``; of long lists, the first thing that does."""
     missing = object()
     faults = []
     for name in sorted(found.keys() | wanted.keys()):
         one, other = found.get(name, missing), wanted.get(name, missing)
         if isinstance(one, dict) and isinstance(other, dict):
             faults += differences(one, other)
+        elif isinstance(one, list) and isinstance(other, list) and one != other and len(f"{one}{other}") > SHOWN:
+            place = next(i for i, (a, b) in enumerate(zip_longest(one, other, fillvalue=missing)) if a != b)
+            first = ({f"{name}[{place}]": side[place]} if place < len(side) else {} for side in (one, other))
+            faults += differences(*first)
         elif one != other:
             faults.append(f"{name} {'unset' if one is missing else one}, not {'unset' if other is missing else other}")
     return faults

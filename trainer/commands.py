@@ -11,6 +11,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
+from trainer.adapters_folder import check_named
 from trainer.config import LabelSpace, Method, TrainConfig, train_config
 from trainer.model_choice import DEFAULT_MODEL, choose_model
 
@@ -131,7 +132,7 @@ class Evaluate(WithModel):
     """Tasks or folders to test; NAME=FOLDER gives a folder another name. Names of lists, such as 'mini', stand for all
     of theirs."""
     adapters: Path = Path("adapters")
-    """Adapters to merge; an empty or absent folder tests the base model."""
+    """Adapters to merge; an empty folder tests the base model, and so does leaving this out where there is none."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def parse(args: Sequence[str] | None = None) -> Tasks | Fit | Chain | Evaluate |
     used.
 
     Raises:
+        AdapterError: there is no such folder as was named to read adapters from.
         UnknownModel: open_clip has no model of the name that was given.
         WrongBase: the adapters are of another model.
     """
@@ -174,6 +176,8 @@ def parse(args: Sequence[str] | None = None) -> Tasks | Fit | Chain | Evaluate |
     finder.add_argument("--adapters", nargs="?", const="adapters", default="adapters")
     found = finder.parse_known_args(args)[0]
     reads_adapters = args[:1] in (["fit"], ["evaluate"]) and not {"-h", "--help"} & set(args)
+    if reads_adapters and args[0] == "evaluate" and any(arg.partition("=")[0] == "--adapters" for arg in args):
+        check_named(Path(found.adapters))
     model = choose_model(found.model, Path(found.adapters) if reads_adapters else None)
     method = found.method if found.method in get_args(Method) else "pool"
     fit = Fit(task=tyro.MISSING, model=model, train=train_config(model))

@@ -19,6 +19,7 @@ TrainerError
 │   ├── WrongBase           trained on other base weights
 │   └── BrokenChain         trained on top of other adapters
 ├── ReportError             no runs to report on, or a record that can't be read
+├── FolderBusy              another command writes to the folder
 └── OutputError             a file that can't be written
 
 Every message says what, which object, expected, got, and the next step, in one line.
@@ -99,6 +100,10 @@ class BrokenChain(AdapterError):
 
 class ReportError(TrainerError):
     """No runs to report on, or a record that can't be read."""
+
+
+class FolderBusy(TrainerError):
+    """Another command writes to the folder."""
 
 
 class OutputError(TrainerError):

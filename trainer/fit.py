@@ -35,10 +35,17 @@ MIN_LR = 1e-6
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step has to tell: its loss, and the speed of all devices together."""
+    """What one optimiser step has to tell.
+
+    Attributes:
+        loss: what was minimised: CLIP's contrastive loss and all that holds back, weighted.
+        contrastive: CLIP's loss alone.
+        images_per_s: of all devices together.
+    """
 
     number: int
     loss: float
+    contrastive: float
     images_per_s: float
 
 
@@ -120,7 +127,7 @@ def fit(
                 past_columns=past_columns(lineage, base.device) if config.ago != "off" else {},
                 past_inputs=past_inputs(lineage, pools) if config.drift_weight else {},
             )  # fmt: skip
-            checkpoint = checkpoint_of(unfinished, [task], base, config, fabric, parents)
+            checkpoint = checkpoint_of(unfinished, [batches], base, config, fabric, parents)
             seconds = train([batches], objective, checkpoint, resume=resume, on_step=on_step)
             tensors = pools.merged_tensors()
             if config.drift_weight:
@@ -242,7 +249,8 @@ def train(
         batch = batches[place][turn + 1]
         terms = partial(objective.terms, batch, anchors[place], turn + 1)
         seed_dropout(config.seed, number)
-        loss = sum(terms().values())
+        parts = terms()
+        loss = sum(parts.values())
         optimizer.zero_grad()
         fabric.backward(loss)
         average_gradients(fabric, parameters)
@@ -255,7 +263,8 @@ def train(
         if not all_finite([*parameters, *(state["exp_avg_sq"] for state in adamw.state.values())]):
             first = first_not_finite(trained(trainee, adamw))
             raise not_finite(number, "after its update the first", first, config, fabric)
-        on_step(Step(number, mean_loss, len(batch.labels) / (time.perf_counter() - step_started)))
+        rate = len(batch.labels) / (time.perf_counter() - step_started)
+        on_step(Step(number, mean_loss, float(parts["contrastive"].detach()), rate))
         if checkpoint and fabric.is_global_zero:
             seconds = seconds_before + time.perf_counter() - started
             checkpoint.save_when_due(number, seconds, trainee, adamw)
@@ -294,7 +303,7 @@ def batches_of(task: Task, model: Backbone, config: TrainConfig, fabric: Fabric)
 
 def checkpoint_of(
     path: Path | None,
-    tasks: Sequence[Task],
+    batches: Sequence[Batches],
     base: Backbone,
     config: TrainConfig,
     fabric: Fabric,
@@ -303,8 +312,13 @@ def checkpoint_of(
     """Where training is saved, with all that its course depends on; None where it isn't to be saved."""
     if path is None:
         return None
+    tasks = [own.task for own in batches]
     identity = {
         "tasks": [task.name for task in tasks],
+        "class_names": [task.class_names for task in tasks],
+        "templates": [task.templates for task in tasks],
+        "sources": [task.source for task in tasks],
+        "images": [own.drawn() for own in batches],
         "model": base.model_name,
         "base_fingerprint": base.fingerprint,
         "parents": list(parents),

@@ -10,6 +10,10 @@ ENTRY = "clipweld"  # the one metadata entry of our safetensors files
 MAX_HEADER = 8 << 20  # bytes: metadata, and the names and shapes of all tensors
 
 
+class ForeignFile(ValueError):
+    """A safetensors file that something else wrote."""
+
+
 def read_entry(path: Path) -> str:
     """The metadata entry of ours, JSON.
 
@@ -35,8 +39,8 @@ def check_header(path: Path) -> None:
 
 def entry_of(metadata: dict[str, str] | None) -> str:
     """Raises:
-    ValueError: there is no entry of ours.
+    ForeignFile: there is no entry of ours.
     """
     if ENTRY not in (metadata or {}):
-        raise ValueError(f"no {ENTRY!r} in its metadata")
+        raise ForeignFile(f"no {ENTRY!r} in its metadata")
     return metadata[ENTRY]

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.adapter import Adapter, load_lineage, save_adapter
+from trainer.adapter import Adapter, check_place, load_lineage, save_adapter
 from trainer.backbone import Backbone, with_weights
 from trainer.config import Method, TrainConfig
 from trainer.errors import CheckpointError
@@ -102,6 +102,7 @@ class AdapterLearner:
     ) -> Learned:
         (task,) = tasks
         run = self._run
+        check_place(self._path(task), task.name)
         fitted = fit(
             task, run.base, self._lineage, run.config, test_on=run.tested, start=self._model, before=before,
             fabric=run.fabric, unfinished=run.unfinished, resume=resume, on_step=on_step,
@@ -148,7 +149,7 @@ class WeightsLearner:
         try:
             batches = [batches_of(task, self._model, run.config, run.fabric) for task in tasks]
             objective = Objective(self._model, weights, run.config, run.fabric)
-            checkpoint = checkpoint_of(run.unfinished, tasks, run.base, run.config, run.fabric, parents=())
+            checkpoint = checkpoint_of(run.unfinished, batches, run.base, run.config, run.fabric, parents=())
             seconds = train(batches, objective, checkpoint, resume=resume, on_step=on_step)
         finally:
             weights.freeze()
@@ -159,8 +160,8 @@ class WeightsLearner:
         return Learned(accuracies, seconds, weights.num_trainable, weights.num_trainable)
 
     def clear(self) -> None:
-        for path in set(self._folder.glob("*.safetensors")) - {self._path}:
-            path.unlink()
+        for path in {self._path_of([task]) for task in self._run.tested} - {self._path}:
+            path.unlink(missing_ok=True)
 
     def _path_of(self, learned: Sequence[Task]) -> Path:
         return self._folder / f"{learned[-1].name}.safetensors"

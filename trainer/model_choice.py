@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from trainer.adapters_folder import adapter_files
 from trainer.errors import WrongBase
 from trainer.header import read_entry
 from trainer.model_names import SHIPPED, find_model
@@ -44,6 +45,7 @@ def choose_model(given: str | None, adapters: Path | None = None) -> str:
         adapters: the folder to read. None, or one without adapters, has nothing to say.
 
     Raises:
+        AdapterError: what is called like an adapter is none (``adapter_files``).
         UnknownModel: no model of this name.
         WrongBase: the adapters are of two models, or of another one than was named.
     """
@@ -89,11 +91,7 @@ def _base(adapters: Path | None) -> _Base | None:
 
 
 def _files(folder: Path | None) -> list[Path]:
-    if folder is None or not folder.is_dir():
-        return []
-    return sorted(
-        path for path in folder.iterdir() if path.suffix.lower() == ".safetensors" and not path.name.startswith(".")
-    )
+    return [] if folder is None else adapter_files(folder)
 
 
 def _read(path: Path) -> _Base | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, ClassVar, TypeVar
@@ -82,8 +82,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class Progress(Identity):
-    """``progress.json``: a run that isn't finished."""
+    """``progress.json``: a run that isn't finished, with the words of all its tasks."""
 
+    class_names: dict[Text, Items[Text]]
+    templates: dict[Text, Items[Text]]
     zero_shot: Accuracies
     stages: Items[Learned]
 
@@ -154,14 +156,19 @@ def run_sequence(
     if not resume and any((out / name).exists() for name in LEFT_BEHIND):
         raise ConfigError(f"{out} holds a run already; --resume goes on with it, or give another --out")
     if (out / "sequence.json").exists():
-        finished = _read(out / "sequence.json", Finished, identity).results
+        finished = _read(out / "sequence.json", Finished, asdict(identity)).results
         if fabric.is_global_zero:
             (out / "progress.json").unlink(missing_ok=True)
         return finished
 
     check_writable(out)
     stages = [tasks] if method == "joint" else [[task] for task in tasks]
-    progress = _read(out / "progress.json", Progress, identity) if (out / "progress.json").exists() else None
+    words = {
+        "class_names": {task.name: list(task.class_names) for task in tested},
+        "templates": {task.name: list(task.templates) for task in tested},
+    }
+    saved = out / "progress.json"
+    progress = _read(saved, Progress, asdict(identity) | words) if saved.exists() else None
     zero_shot = progress.zero_shot if progress else evaluate(base, tested, fabric)
     learned = list(progress.stages) if progress else []
     run = Run(base, config, out, tested, fabric)
@@ -175,14 +182,14 @@ def run_sequence(
         if fabric.is_global_zero:
             with output_errors(out):
                 run.unfinished.unlink(missing_ok=True)  # before the task is on record: the next can't go on with it
-            _write(out / "progress.json", Progress(**vars(identity), zero_shot=zero_shot, stages=learned))
+            _write(saved, Progress(**vars(identity), **words, zero_shot=zero_shot, stages=learned))
             with output_errors(out):
                 learner.clear()
     results = {space: _result(space, identity, tested, zero_shot, learned) for space in LABEL_SPACES}
     if fabric.is_global_zero:
         _write(out / "sequence.json", Finished(**vars(identity), results=results))
         with output_errors(out):
-            (out / "progress.json").unlink()
+            saved.unlink()
     return results
 
 
@@ -210,11 +217,11 @@ def _result(
     )
 
 
-def _read(path: Path, kind: type[Found], identity: Identity) -> Found:
+def _read(path: Path, kind: type[Found], wanted: dict[str, Any]) -> Found:
     """A run's record, if it is of this very run and whole."""
     try:
         found = read_json_file(kind, path)
-        faults = differences({f.name: getattr(found, f.name) for f in fields(Identity)}, asdict(identity))
+        faults = differences({name: getattr(found, name) for name in wanted}, wanted)
         if not faults:
             _check_whole(found)
     except (OSError, ValueError) as exc:

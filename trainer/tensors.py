@@ -30,6 +30,7 @@ def read_tensors(path: Path) -> tuple[str, dict[str, Tensor]]:
     """What ``write_tensors`` wrote: the metadata entry of ours, and the tensors, mapped from the file.
 
     Raises:
+        ForeignFile: a safetensors file without an entry of ours.
         OSError, SafetensorError, ValueError: not such a file, or one with a header that no file of ours has.
     """
     check_header(path)

@@ -1,5 +1,6 @@
 import errno
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,7 +75,16 @@ def test_the_verdict_is_the_merged_overhead():
 
 def test_to_dict_is_json_with_the_first_setting_at_the_top():
     found = json.loads(json.dumps(RESULT.to_dict()))
-    assert list(found) == ["base", "merged", "ratio_p50", "ratio_throughput", "requests", "verdict", "timings"]
+    assert list(found) == [
+        "base",
+        "merged",
+        "ratio_p50",
+        "ratio_throughput",
+        "requests",
+        "verdict",
+        "warning",
+        "timings",
+    ]
     assert set(found["base"]) == set(found["merged"]) == {"p50_ms", "p95_ms", "images_per_s"}
     assert found["ratio_p50"] == 1.001
     assert found["ratio_throughput"] == pytest.approx(1 / 1.001)
@@ -123,3 +133,20 @@ def test_version_that_is_not_served_is_refused(fake):
 def test_nothing_to_measure_is_refused(wrong):
     with pytest.raises(InvalidRequest, match=r"expected (a whole number, 1 to|one or more)"):
         bench("localhost:8001", (1, 2), **wrong)
+
+
+def test_intervals_that_are_too_wide_are_warned_of():
+    draw = np.random.default_rng(3)
+    steady, busy = (interval(draw.normal(1.0, spread, 40)) for spread in (0.02, 1.5))
+    assert not steady.too_wide
+    assert busy.too_wide
+    assert BenchResult(RESULT.timings, requests=40).warning is None
+    wide = [replace(found, to_base=busy) if found.contender == "merged" else found for found in RESULT.timings]
+    said = BenchResult(tuple(wide), requests=40).warning
+    assert said.startswith(f"2 of 8 intervals are too wide to mean anything, such as {busy} of merged at batch 1")
+    assert "--requests" in said
+    assert json.loads(json.dumps(BenchResult(tuple(wide), requests=40).to_dict()))["warning"] == said
+
+
+def test_a_handful_of_requests_makes_no_interval():
+    assert BenchResult(RESULT.timings, requests=3).warning.startswith("3 requests are too few for an interval")

@@ -13,10 +13,14 @@ SEAMS = {
     f"trainer.{name}"
     for name in (
         "adapter",
+        "adapters_folder",
         "backbone",
         "errors",
+        "files",
+        "hub",
         "merge",
         "model_choice",
+        "os_errors",
         "printing",
         "records",
         "tasks",

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from functools import partial
 
@@ -8,6 +9,7 @@ from trainer import bench
 from trainer.bench import DensePool, Steps, _peak, frozen_flops, random_batch
 from trainer.cli import main
 from trainer.errors import BenchError
+from trainer.tables import show_bench
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +68,22 @@ def test_bench_prints_what_it_measured(capsys):
     assert found["speedup"] > 0
     assert 2 < found["naive_flops"] / found["floor_flops"] < 6
     assert found["times_floor"] > 0
+
+
+RESULT = bench.BenchResult(
+    model="mini", device="4 CPU threads", precision="32-true", batch_size=4, pairs=5, trainable_parameters=1,
+    loss_difference=0.0, gradient_difference=0.0, pool_seconds=1.0, naive_seconds=3.0, speedup=3.0,
+    speedup_range=(2.9, 3.1), naive_flops=3, floor_flops=1, flops_per_second=1.0, floor_seconds=1.0, times_floor=1.5,
+    times_floor_range=(1.4, 1.6), pool_bytes=1, naive_bytes=1,
+)  # fmt: skip
+
+
+def test_ranges_that_are_too_wide_are_warned_of(capsys):
+    assert RESULT.warning is None
+    busy = dataclasses.replace(RESULT, speedup_range=(1.1, 4.0))
+    assert busy.warning.startswith(
+        "speedup 3.00 lies between 1.10 and 4.00, too wide to mean anything; give more --pairs"
+    )
+    assert "1 pairs are too few" in dataclasses.replace(RESULT, pairs=1).warning
+    show_bench(busy)
+    assert f"Warning: {busy.warning}" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from trainer.checkpoint import Checkpoint, differences
 from trainer.config import train_config
 from trainer.errors import CheckpointError, ConfigError
-from trainer.fit import fit
+from trainer.fit import batches_of, fit
 from trainer.sequence import run_sequence
 from trainer.tasks import load_task
 
@@ -151,6 +152,57 @@ def test_other_settings_and_other_tasks_are_refused_by_name(mini, interrupted):
         fit(load_task("flags"), mini, [], other, test_on=[], unfinished=path, resume=True)
 
 
+def other_task(task, change):
+    """The same task with other classes, prompts, source or images."""
+    if change == "class_names":
+        return replace(task, class_names=("something else", *task.class_names[1:]))
+    if change == "templates":
+        return replace(task, templates=(*task.templates, "a drawing of a {}"))
+    if change == "source":
+        return replace(task, source="elsewhere")
+
+    def load(split):
+        """Each image with one pixel painted over."""
+        images = task.load(split)
+
+        def opened(index):
+            image = images.open(index).convert("RGB")
+            image.putpixel((30, 30), (255, 0, 255))
+            return image
+
+        return replace(images, open=opened)
+
+    return replace(task, load=load)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("class_names", "class_names.*, not .*something else"),
+        ("templates", "templates.*, not .*a drawing of a {}"),
+        ("source", r"sources \['shipped'\], not \['elsewhere'\]"),
+        ("images", r"images \['\d+ drawn, SHA-256 \w{16}'\], not \['\d+ drawn, SHA-256 \w{16}'\]"),
+    ],
+)
+def test_other_classes_prompts_and_images_are_refused_by_name(mini, interrupted, change, says):
+    path, config = interrupted
+    before = path.read_bytes()
+    task = other_task(load_task("emoji"), change)
+    with pytest.raises(CheckpointError, match=says):
+        fit(task, mini, [], config, test_on=[], unfinished=path, resume=True)
+    assert path.read_bytes() == before
+
+
+def test_images_are_told_apart_without_decoding_all_of_them(mini):
+    config = train_config("mini", shots=0)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    digits = load_task("digits")
+    unreadable = replace(digits, load=lambda split: replace(digits.load(split), open=None))
+    fewer = replace(digits, load=lambda split: digits.load(split).subset(range(100)))
+    whole, same, part = (batches_of(task, mini, config, fabric).drawn() for task in (digits, unreadable, fewer))
+    assert whole == same != part
+
+
 def test_other_precision_is_refused(mini, interrupted):
     path, config = interrupted
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
@@ -236,6 +288,29 @@ def test_a_run_that_is_finished_is_not_run_again(mini, tmp_path):
         run_sequence([load_task("emoji")], mini, config, tmp_path, method="finetune", resume=True)
     with pytest.raises(ConfigError, match="--resume"):
         run_sequence([load_task("emoji")], mini, config, tmp_path, method="joint")
+
+
+@pytest.mark.usefixtures("saved_each_step")
+@pytest.mark.parametrize("change", ["class_names", "templates"])
+def test_a_sequence_does_not_go_on_with_other_words(mini, tmp_path, change):
+    config = train_config("mini", iterations=3, shots=1, batch_size=4, anchor_weight=0.0)
+    tasks = [load_task(name) for name in ("emoji", "clipart")]
+
+    def stop_at_the_second(stage):
+        return (lambda step: None) if stage[0].name == "emoji" else stop_at_three
+
+    with pytest.raises(Stopped):
+        run_sequence(tasks, mini, config, tmp_path, on_stage=stop_at_the_second)
+    changed = [other_task(tasks[0], change), tasks[1]]
+    with pytest.raises(CheckpointError, match=r"progress\.json: is of a run with .*"):
+        run_sequence(changed, mini, config, tmp_path, resume=True)
+    run_sequence(tasks, mini, config, tmp_path, resume=True)
+
+
+def test_differences_of_long_lists_are_the_first_place():
+    long = [f"class number {number}" for number in range(50)]
+    assert differences({"names": long}, {"names": [*long[:7], "x", *long[8:]]}) == ["names[7] class number 7, not x"]
+    assert differences({"names": [long]}, {"names": [long[:49]]}) == ["names[0][49] class number 49, not unset"]
 
 
 def test_differences_name_settings_that_one_side_lacks():

@@ -203,6 +203,7 @@ def test_an_unreadable_image_stops_the_command_unless_it_may_be_skipped(capsys, 
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (20, 20), (90 * value, 0, 0)).save(path)
     path.write_bytes(b"no picture")
+    (tmp_path / "none").mkdir()
     arguments = ["evaluate", "--model", "mini", "--tasks", str(folder), "--json", "--adapters", str(tmp_path / "none")]
     said = fails(capsys, *arguments)
     assert str(path) in said
