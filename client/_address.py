@@ -130,7 +130,7 @@ def _checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
         text = str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
         if text is None or not (text.isascii() and text.isprintable()):
             raise InvalidRequest(
-                f"header {name!r} has a value that cannot be sent, a {type(value).__name__}; expected printable ASCII"
+                f"header {name!r} cannot be sent: its value, a {type(value).__name__}, is not printable ASCII"
             )
         checked[name] = text
     return checked
