@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from client._images import is_url, name_of
 from client._json import read_json
+from client._os_errors import next_step
 from client._results import Classification
 from client.errors import BadImage, ResultsError
 
@@ -97,8 +98,8 @@ class ResultsFile:
             self._file.close()
         except OSError as exc:
             raise ResultsError(
-                f"results {self.path}: cannot be written ({exc.strerror or exc}); make room and ask again: all answers "
-                f"are in {self._part}"
+                f"results {self.path}: cannot be written ({exc.strerror or exc}); {next_step(exc)}, and ask again: all "
+                f"answers are in {self._part}"
             ) from exc
 
     def _check_absent(self) -> None:
@@ -128,6 +129,11 @@ class ResultsFile:
         except BlockingIOError as exc:
             raise ResultsError(
                 f"results {self._part}: another client is writing it; wait until it has finished, or give another --out"
+            ) from exc
+        except OSError as exc:
+            raise ResultsError(
+                f"results {self._part}: its file system can't lock it ({exc.strerror}), and two clients at once would "
+                "ruin it; give an --out on one that can, such as a local disk"
             ) from exc
         self._check_absent()  # now for certain: the other may just have finished
         if not self._part.exists() or not os.path.samestat(os.fstat(file.fileno()), self._part.stat()):
@@ -167,7 +173,8 @@ class ResultsFile:
             self._file.flush()
         except OSError as exc:
             raise ResultsError(
-                f"results {self._part}: cannot be written ({exc.strerror}); make room and ask again: it goes on there"
+                f"results {self._part}: cannot be written ({exc.strerror}); {next_step(exc)}, and ask again: it goes "
+                "on there"
             ) from exc
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from client._os_errors import next_step
 from client.errors import ResultsError
 
 NARROWEST = 40  # columns
@@ -42,7 +43,7 @@ class _Output(io.TextIOWrapper):
         if isinstance(exc, BrokenPipeError):  # whoever read it has read enough
             raise SystemExit(1) from exc
         raise ResultsError(
-            f"standard output: cannot be written ({exc.strerror}); make room where it goes, or print elsewhere"
+            f"standard output: cannot be written ({exc.strerror}); {next_step(exc)}, or print elsewhere"
         ) from exc
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from exporter import onnx_file
 from exporter.accuracy import Accuracy, Agreement, in_onnx_runtime, measure_agreement
 from exporter.branches import branch_weights
 from exporter.card import card_model, describe
 from exporter.checkpoints import architecture
 from exporter.config import Precision
 from exporter.disk import changing, write
-from exporter.graph import hollow, to_bytes
+from exporter.graph import hollow
 from exporter.manifest import manifest, to_text
 from exporter.parity import Parity, check_parity, check_same_graph, measure_parity
 from exporter.pbtxt import config
@@ -124,7 +125,7 @@ class Builder:
             model = card_model(card) if kind == "card" else self._towers.exact(kind, weights, branches)
             text = config(self._repository.name, kind, model)
             self._repository.check_config(kind, text)
-            write(folder / kind / MODEL_FILE, to_bytes(model))
+            onnx_file.save(model, folder / kind / MODEL_FILE)
             write(folder / kind / CONFIG_FILE, text.encode())
             del model  # of hundreds of megabytes
         self._report(f"{label}: comparing ONNX Runtime with PyTorch")
@@ -167,8 +168,10 @@ class Builder:
             kept = build.folder / EXACT / kind / MODEL_FILE
             with changing(kept):
                 kept.parent.mkdir(parents=True)
-                exact.rename(kept)
-            write(exact, to_bytes(model))
+                for file in (exact, onnx_file.data_file(exact)):
+                    if file.exists():
+                        file.rename(kept.parent / file.name)
+            onnx_file.save(model, exact)
         served = in_onnx_runtime(build.backbone, *towers(build.folder))
         build.cast = Cast(
             measure_parity(build.backbone, *towers(build.folder), *self._samples),

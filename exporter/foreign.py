@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.disk import INCOMING, is_regular, is_staging, others
-from exporter.layout import CONFIG_FILE, HISTORY_FILE, KINDS, REMOVED, STORED, Layout, entries, numbered
+from exporter.layout import CONFIG_FILE, HISTORY_FILE, KINDS, REMOVED, Layout, entries, numbered
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def foreign_entries(repository: Layout) -> list[Foreign]:
         if reason := repository.fault(path, int(path.name)):
             found.append((int(path.name), path, reason))
         else:
-            found += [(int(path.name), other, "no file of a version") for other in others(path, STORED)]
+            inside = repository.others_in(path, int(path.name))
+            found += [(int(path.name), other, "no file of a version") for other in inside]
     found += _unknown(repository.store, {HISTORY_FILE, f".{HISTORY_FILE}"})
     found += [(None, path, "not marked as clipweld's") for path in repository.leftovers() if not is_staging(path)]
     return [Foreign(repository.name, *one) for one in found]

@@ -30,8 +30,6 @@ from exporter.errors import NotFinite, UnsupportedModel
 from exporter.towers import ImageTower, TextTower, plain
 from trainer.backbone import Backbone
 
-PROTOBUF_LIMIT = 2**31 - 1
-
 IMAGE_INPUT, IMAGE_OUTPUT = "image", "image_features"
 TEXT_INPUT, TEXT_OUTPUT = "tokens", "text_features"
 
@@ -77,20 +75,18 @@ def hollow(file: Path, names: Container[str]) -> ModelProto:
 
 
 def fill(graph: ModelProto, state_dict: Mapping[str, Tensor]) -> ModelProto:
-    """A traced tower with weights: of its precision, inside the file, in the order of the graph.
+    """A traced tower with weights: of its precision, in the order of the graph.
 
     Args:
         graph: what ``trace_image_tower`` or ``trace_text_tower`` gave; not changed.
         state_dict: an open_clip CLIP's weights, base or merged.
 
     Raises:
-        UnsupportedModel: the tower is too large for one ONNX file.
         NotFinite: a weight is NaN, infinite, or too large for its precision; names it.
     """
     filled = copy.deepcopy(graph)
     values = list(graph.graph.input[1:])
     del filled.graph.input[1:]
-    size = graph.ByteSize()
     for value in values:
         dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         weight = state_dict[value.name].detach().to("cpu", torch.float32).numpy()
@@ -101,12 +97,6 @@ def fill(graph: ModelProto, state_dict: Mapping[str, Tensor]) -> ModelProto:
                 f"tower {graph.graph.input[0].name!r}: weight {value.name} reaches {np.abs(weight).max():.3g}, "
                 f"expected finite {dtype.name}; merge with --precision fp32, or learn the task again with a lower --lr"
             )
-        size += array.nbytes
-        if size > PROTOBUF_LIMIT:
-            raise UnsupportedModel(
-                f"tower {graph.graph.input[0].name!r}: more than {PROTOBUF_LIMIT / 2**30:.0f} GiB as one ONNX file, "
-                "which protobuf doesn't allow; take a smaller model"
-            )
         # In place: appending a finished tensor would have protobuf hold it twice.
         filled.graph.initializer.add(
             name=value.name,
@@ -115,11 +105,6 @@ def fill(graph: ModelProto, state_dict: Mapping[str, Tensor]) -> ModelProto:
             raw_data=array.tobytes(),
         )
     return filled
-
-
-def to_bytes(model: ModelProto) -> bytes:
-    """The file's content; the same model gives the same bytes."""
-    return model.SerializeToString(deterministic=True)
 
 
 def _trace(tower: nn.Module, example: Tensor, shapes: dict, input_name: str, output_name: str) -> ModelProto:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from exporter.card import read_card
@@ -23,6 +23,7 @@ from exporter.errors import (
     StoreMissing,
     VersionMissing,
 )
+from exporter.onnx_file import DATA_FILE, data_file
 from exporter.records import History, Manifest
 from trainer.os_errors import cause, next_step
 from trainer.records import one_line, read_json_file, sha256_of
@@ -34,11 +35,6 @@ EXACT = "fp32"  # the folder in a version with those float32 towers that another
 TOWERS = ("image", "text")
 KINDS = (*TOWERS, "card")  # the order in which they are put in
 BASE_VERSION = 1
-STORED = (  # every file that a version in the store may have
-    MANIFEST_FILE,
-    *(f"{kind}/{file}" for kind in KINDS for file in (MODEL_FILE, CONFIG_FILE)),
-    *(f"{EXACT}/{kind}/{MODEL_FILE}" for kind in TOWERS),
-)
 
 
 class Layout:
@@ -78,7 +74,12 @@ class Layout:
 
     def sources(self, kind: str, version: int) -> dict[str, Path]:
         """The store's files that a version's folder among Triton's is made of, by their names there."""
-        return {MODEL_FILE: self.file(kind, version), MANIFEST_FILE: self.manifest_file(version)}
+        sources = {MODEL_FILE: self.file(kind, version), MANIFEST_FILE: self.manifest_file(version)}
+        if (data := data_file(sources[MODEL_FILE])).exists() and f"{kind}/{data.name}" in self.manifest(version)[
+            "files"
+        ]:
+            sources[data.name] = data
+        return sources
 
     def versions(self) -> list[int]:
         """All versions in the store, oldest first."""
@@ -112,6 +113,10 @@ class Layout:
         except (OSError, ValueError) as exc:
             return f"{MANIFEST_FILE}: {one_line(str(exc))}"
         return None
+
+    def others_in(self, folder: Path, version: int) -> list[Path]:
+        """What is in a version's folder in the store, or one on its way out, that its manifest doesn't name."""
+        return others(folder, stored_names(self._read_manifest(folder / MANIFEST_FILE, version)["files"]))
 
     def foreign_versions(self) -> dict[Path, str]:
         """What Triton takes for a version and clipweld did not put there, with what shows that."""
@@ -165,9 +170,9 @@ class Layout:
         ForeignFiles: a version in the store has something beside or in place of what its manifest names.
         """
         folder, parts = self.store / str(version), self.manifest(version)["files"]
-        found = others(folder, STORED)
+        found = others(folder, stored_names(parts))
         for part, expected in parts.items():
-            file = folder / part / MODEL_FILE
+            file = part_file(folder, part)
             if not found and is_regular(file):
                 as_written = file.stat().st_size == expected["bytes"] and sha256_of(file) == expected["sha256"]
                 found += [] if as_written else [file]
@@ -331,6 +336,17 @@ def store_of(path: Path) -> Path:
     """The folder beside a model repository that has every version of its models."""
     resolved = path.resolve()
     return resolved.with_name(f"{resolved.name}.store")
+
+
+def part_file(version: Path, part: str) -> Path:
+    """The file in a version's folder that a part of its manifest is about: see ``exporter.records``."""
+    return version / part if part.endswith(DATA_FILE) else version / part / MODEL_FILE
+
+
+def stored_names(parts: Iterable[str]) -> set[str]:
+    """The relative names of all files of a version in the store, by the parts of its manifest."""
+    files = {part_file(Path(), part).as_posix() for part in parts}
+    return {MANIFEST_FILE, *files, *(f"{kind}/{CONFIG_FILE}" for kind in KINDS)}
 
 
 def towers(version: Path) -> tuple[Path, Path]:

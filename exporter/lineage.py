@@ -7,7 +7,6 @@ from collections.abc import Container, Sequence
 from dataclasses import replace
 
 import torch
-from onnx import numpy_helper
 from torch import Tensor
 
 from exporter import onnx_file
@@ -47,9 +46,9 @@ def read_weights(repository: Repository, version: int, names: Container[str]) ->
         names: of weights; what else is in the graphs is left out.
     """
     tensors = {
-        tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
-        for kind in TOWERS
-        for tensor in onnx_file.load(repository.exact_file(kind, version)).graph.initializer
+        tensor.name: torch.from_numpy(onnx_file.values(tensor, file))
+        for file in (repository.exact_file(kind, version) for kind in TOWERS)
+        for tensor in onnx_file.load(file).graph.initializer
     }
     return {name: tensor for name, tensor in fold_branches(tensors).items() if name in names}
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from exporter import onnx_file
 from exporter.config import OPSET
 from exporter.errors import VersionDamaged
+from exporter.layout import EXACT, KINDS, MODEL_FILE, Layout, part_file
+from exporter.onnx_file import DATA_FILE
 from exporter.records import MANIFEST_FORMAT, File, Manifest
-from exporter.repository import KINDS, MODEL_FILE, Repository
 from trainer.records import sha256_of
 
 if TYPE_CHECKING:  # reading a manifest needs neither torch nor open_clip
@@ -34,6 +35,8 @@ def manifest(build: Build, architecture: str) -> Manifest:
     """
     card = build.card
     models = sorted(build.folder.rglob(MODEL_FILE))
+    files = {file.parent.relative_to(build.folder).as_posix(): file for file in models}
+    files |= {file.relative_to(build.folder).as_posix(): file for file in sorted(build.folder.rglob(DATA_FILE))}
     return {
         "format": MANIFEST_FORMAT,
         "model": card["model"],
@@ -48,10 +51,7 @@ def manifest(build: Build, architecture: str) -> Manifest:
         "opset": OPSET,
         "parity": asdict(build.parity),
         "cast": asdict(build.cast) if build.cast else None,
-        "files": {
-            file.parent.relative_to(build.folder).as_posix(): {"sha256": sha256_of(file), "bytes": file.stat().st_size}
-            for file in models
-        },
+        "files": {part: {"sha256": sha256_of(file), "bytes": file.stat().st_size} for part, file in files.items()},
         "tools": {"python": platform.python_version(), **{tool: found for tool in TOOLS if (found := _version(tool))}},
     }
 
@@ -61,7 +61,7 @@ def to_text(manifest: Mapping) -> str:
     return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
 
 
-def check_files(repository: Repository, number: int) -> None:
+def check_files(repository: Layout, number: int) -> None:
     """Hold a version's files, in the store and where they stand, against its manifest.
 
     Raises:
@@ -70,14 +70,14 @@ def check_files(repository: Repository, number: int) -> None:
     """
     expected = repository.manifest(number)["files"]
     for part in dict.fromkeys((*KINDS, *expected)):
-        stored = repository.store / str(number) / part / MODEL_FILE
-        standing = repository.model(part) / str(number) / MODEL_FILE
-        files = [stored]
-        if part in KINDS and standing.exists() and not (stored.exists() and standing.samefile(stored)):
-            files.append(standing)
-        for file in files:
+        stored = part_file(repository.store / str(number), part)
+        standing = [repository.model(kind) / str(number) / stored.name for kind in KINDS if kind == stored.parent.name]
+        standing = [file for file in standing if file.exists() and not part.startswith(EXACT)]
+        for file in (stored, *(file for file in standing if not (stored.exists() and file.samefile(stored)))):
             _check_file(file, expected.get(part))
-        onnx_file.load(stored)
+    for part in expected:
+        if not part.endswith(DATA_FILE):
+            _check_data(part_file(repository.store / str(number), part), expected, part)
 
 
 def _check_file(file: Path, expected: File | None) -> None:
@@ -101,6 +101,13 @@ def _check_file(file: Path, expected: File | None) -> None:
             f"{file}: its SHA-256 is {digest[:8]}, the manifest says {expected['sha256'][:8]}: it was altered "
             "or cut off; merge again, or restore it"
         )
+
+
+def _check_data(file: Path, expected: Mapping[str, File], part: str) -> None:
+    """A graph whose weights are beside it must have them in the manifest."""
+    beside = any(tensor.external_data for tensor in onnx_file.load(file).graph.initializer)
+    if beside and f"{part}/{DATA_FILE}" not in expected:
+        raise VersionDamaged(f"{file}: the manifest doesn't say what its {DATA_FILE} must be; merge again")
 
 
 def _version(tool: str) -> str | None:

@@ -15,12 +15,14 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto
 from torch import Tensor
 
+from exporter import onnx_file
 from exporter.branches import with_branches
 from exporter.config import IR_VERSION, OPSET, PRODUCER, Precision
 from exporter.graph import fill, hollow, trace_image_tower, trace_text_tower
 from trainer.adapter import Adapter
 from trainer.backbone import Backbone
 from trainer.errors import OutputError
+from trainer.os_errors import cause, next_step
 
 _BLOCK = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.")
 _AFTER_ATTENTION = ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")
@@ -76,9 +78,18 @@ def quantize(file: Path) -> ModelProto:
     # Imported here: it takes a second.
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 
+    large = onnx_file.data_file(file).exists()
     with _temporary_folder() as folder, _quiet():
-        folded, quantized = folder / "folded.onnx", folder / "quantized.onnx"
-        quant_pre_process(file, folded, skip_symbolic_shape=True)
+        # Names that are nowhere else: beside a large model onnx looks for its data in the working folder too.
+        folded, quantized = (folder / f"{folder.name}-{step}.onnx" for step in ("folded", "quantized"))
+        quant_pre_process(
+            file,
+            folded,
+            skip_symbolic_shape=True,
+            save_as_external_data=large,
+            all_tensors_to_one_file=large,
+            external_data_location=f"{folded.name}.data" if large else None,
+        )
         quantize_dynamic(
             folded,
             quantized,
@@ -86,14 +97,18 @@ def quantize(file: Path) -> ModelProto:
             per_channel=True,
             reduce_range=True,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=float_products(onnx.load(file)),
+            nodes_to_exclude=float_products(onnx_file.load(file)),
+            use_external_data_format=large,
             extra_options={"MatMulConstBOnly": True},
         )
         model = onnx.load(quantized)
+        if onnx_file.is_large(model):  # too large to be checked in memory
+            onnx.checker.check_model(str(quantized), full_check=True)
     del model.opset_import[:], model.graph.value_info[:]
     model.opset_import.append(onnx.helper.make_opsetid("", OPSET))  # all it needs; onnxruntime lists all it knows
     model.ir_version, model.producer_name, model.producer_version = IR_VERSION, PRODUCER, ""
-    onnx.checker.check_model(model, full_check=True)
+    if not onnx_file.is_large(model):
+        onnx.checker.check_model(model, full_check=True)
     return model
 
 
@@ -131,8 +146,8 @@ def _temporary_folder() -> Iterator[Path]:
             yield Path(folder)
     except (OSError, onnx.checker.ValidationError, DecodeError) as exc:
         # onnxruntime and onnx write on a full disk without a word, and what they wrote can't be read back.
-        reason = exc.strerror or exc if isinstance(exc, OSError) else "files are cut off"
-        raise OutputError(f"{place}: can't be written ({reason}); make room, or name another folder in TMPDIR") from exc
+        reason, step = (cause(exc), next_step(exc)) if isinstance(exc, OSError) else ("files are cut off", "make room")
+        raise OutputError(f"{place}: can't be written ({reason}); {step}, or name another folder in TMPDIR") from exc
 
 
 @contextmanager

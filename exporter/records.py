@@ -14,7 +14,8 @@ from trainer.wording import task_name
 MANIFEST_FORMAT, CARD_FORMAT = 1, 1
 
 ModelName = Annotated[str, Field(pattern=rf"^{MODEL_NAME}\z")]
-Part = Annotated[str, Field(pattern=r"^(fp32/)?(image|text|card)\z")]  # a folder of a version
+# A folder of a version, for its ``model.onnx``, or the file of the weights beside that.
+Part = Annotated[str, Field(pattern=r"^((fp32/)?(image|text|card)|(fp32/)?(image|text)/model\.onnx\.data)\z")]
 TaskName = Annotated[str, AfterValidator(task_name)]
 Version = Annotated[int, Field(ge=1, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**31)]

@@ -29,7 +29,6 @@ from exporter.disk import (
     link_or_copy,
     move_into,
     new_staging,
-    others,
     remove_staging,
     unlike,
     write,
@@ -44,7 +43,6 @@ from exporter.layout import (
     MANIFEST_FILE,
     MODEL_FILE,
     REMOVED,
-    STORED,
     TOWERS,
     Layout,
     entries,
@@ -238,8 +236,8 @@ class Repository(Layout):
         with changing(self.path):
             for stale in entries(self.store):
                 if found := re.fullmatch(rf"\.([1-9][0-9]*){REMOVED}", stale.name):
-                    ours = not any(stale.iterdir()) or not self.fault(stale, int(found[1]))
-                    if ours and not others(stale, STORED):
+                    number, is_empty = int(found[1]), not any(stale.iterdir())
+                    if is_empty or not (self.fault(stale, number) or self.others_in(stale, number)):
                         _remove_version(stale)
                 elif stale.name == f".{HISTORY_FILE}" and is_regular(stale):
                     stale.unlink()

@@ -35,8 +35,8 @@ from client._transport import Transport
 from client.errors import ServerError
 from exporter import errors
 from exporter.config import Precision
-from exporter.graph import to_bytes
 from exporter.lineage import on_weights
+from exporter.onnx_file import to_bytes
 from exporter.parity import measure_parity
 from exporter.precision import Towers
 from exporter.release import release

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from exporter.graph import fill, to_bytes, trace_image_tower, trace_text_tower
+from exporter.graph import fill, trace_image_tower, trace_text_tower
+from exporter.onnx_file import to_bytes
 from exporter.precision import quantize
 from exporter.towers import ImageTower
 from trainer.backbone import Backbone, load_backbone

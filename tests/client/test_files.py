@@ -1,6 +1,8 @@
 """Answers to folders in files: every format the same, gone on with after any interruption."""
 
 import csv
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -157,6 +159,26 @@ def test_a_full_disk_loses_no_answer(tmp_path):
             results.add_unreadable(error)
     with ResultsFile(tmp_path / "answers.csv", QUESTION) as again:
         assert again.done == {"a.png"}
+
+
+@pytest.mark.parametrize(("number", "step"), [(errno.ENOSPC, "make room"), (errno.EIO, "the disk failed")])
+def test_an_error_of_the_disk_is_named_for_what_it_is(tmp_path, monkeypatch, number, step):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    with ResultsFile(tmp_path / "answers.csv", QUESTION) as results:
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(ResultsError, match=f"{os.strerror(number)}.; {step}"):
+            results.finish()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(ResultsError, match=r"can't lock it .No locks available."):
+        ResultsFile(tmp_path / "answers.csv", QUESTION)
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
-from exporter import graph
+from exporter import graph, onnx_file
 from exporter.branches import branch_weights, fold_branches, with_branches
 from exporter.errors import UnsupportedModel
 from exporter.parity import MAX_ABS
@@ -62,7 +62,7 @@ def test_answers_are_the_merged_towers(mini, graphs, lineage, tower):
         "text": random.integers(0, 49408, (4, 9), dtype=np.int32),
     }[tower]
     unlearned, merged, unmerged = (
-        onnxruntime.InferenceSession(graph.to_bytes(model), providers=["CPUExecutionProvider"]).run(
+        onnxruntime.InferenceSession(onnx_file.to_bytes(model), providers=["CPUExecutionProvider"]).run(
             None, {model.graph.input[0].name: rows}
         )[0]
         for model in models

@@ -14,7 +14,7 @@ from open_clip.tokenizer import HFTokenizer
 
 from exporter.card import card_model, describe, read_card
 from exporter.errors import RepositoryError, UnsupportedModel
-from exporter.graph import to_bytes
+from exporter.onnx_file import to_bytes
 from trainer.records import MAX_VALUES
 
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from exporter import graph
-from exporter.errors import UnsupportedModel
+from exporter import graph, onnx_file
 
 
 def session(model):
-    return onnxruntime.InferenceSession(graph.to_bytes(model), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(onnx_file.to_bytes(model), providers=["CPUExecutionProvider"])
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +98,12 @@ def test_tracing_again_gives_the_same_bytes_whatever_the_weights(mini, graphs):
         again = graph.trace_text_tower(mini)
     finally:
         model.load_state_dict(before)
-    assert graph.to_bytes(again) == graph.to_bytes(graphs.text)
+    assert onnx_file.to_bytes(again) == onnx_file.to_bytes(graphs.text)
 
 
 def test_file_holds_nothing_of_this_machine(mini, graphs):
     for traced in (graphs.image, graphs.text):
-        content = graph.to_bytes(
+        content = onnx_file.to_bytes(
             graph.fill(traced, {k: torch.zeros_like(v) for k, v in mini.model.state_dict().items()})
         )
         for trace in (b".py", b"site-packages", b"/home", b"/root", b"/tmp", sys.prefix.encode(), b"stack", b"torch"):
@@ -115,9 +114,3 @@ def test_opset_and_ir_load_on_old_servers(graphs):
     for traced in (graphs.image, graphs.text):
         assert traced.ir_version == 9
         assert [(opset.domain, opset.version) for opset in traced.opset_import] == [("", 18)]
-
-
-def test_a_tower_beyond_protobuf_is_refused(mini, graphs, monkeypatch):
-    monkeypatch.setattr(graph, "PROTOBUF_LIMIT", 1000)
-    with pytest.raises(UnsupportedModel, match=r"tower 'tokens': more than .* which protobuf doesn't allow"):
-        graph.fill(graphs.text, mini.model.state_dict())

@@ -16,7 +16,8 @@ from exporter import build
 from exporter.config import Precision
 from exporter.errors import AnswersDiffer, GateClosed, GraphsDiffer, NotFinite, VersionDamaged
 from exporter.gate import Gate
-from exporter.graph import fill, to_bytes
+from exporter.graph import fill
+from exporter.onnx_file import to_bytes
 from exporter.parity import check_same_graph
 from exporter.precision import Towers, quantize
 from exporter.release import Checks, release

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from exporter import graph
+from exporter import graph, onnx_file
 from exporter.towers import PlainAttention, PlainGELU, plain
 
 
@@ -50,7 +50,7 @@ def test_onnx_runtime_fuses_every_activation(mini, graphs, tower, tmp_path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    filled = graph.to_bytes(graph.fill(getattr(graphs, tower), mini.model.state_dict()))
+    filled = onnx_file.to_bytes(graph.fill(getattr(graphs, tower), mini.model.state_dict()))
     onnxruntime.InferenceSession(filled, options, providers=["CPUExecutionProvider"])
     operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     blocks = mini.model.visual.transformer.layers if tower == "image" else mini.model.transformer.layers

@@ -1,0 +1,21 @@
+"""Client and trainer say the same of the same error of the operating system: each has its own words for them."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from client._os_errors import next_step as of_client
+from trainer.os_errors import next_step as of_trainer
+
+CAUSES = ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "EFBIG", "EIO", "EMFILE", "ENOENT", "EPROTO")
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_client_and_trainer_advise_alike(name):
+    number = getattr(errno, name)
+    exc = OSError(number, os.strerror(number))
+    assert of_client(exc) == of_trainer(exc)
+    assert ("make room" in of_client(exc)) == (name in ("ENOSPC", "EDQUOT"))
