@@ -189,6 +189,27 @@ def test_the_commands(repository, monkeypatch, capsys):
     assert (pruned["servers"], pruned["looked"][-1]) == ([], "nothing listens at 127.0.0.1:1")
 
 
+def test_promote_without_a_number_serves_the_newest_and_says_which(repository, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "DEFAULT_SERVER", "127.0.0.1:1")
+    monkeypatch.delenv("CLIPWELD_URL", raising=False)
+    monkeypatch.setattr(sys, "argv", ["exporter", "promote", "--repository", str(repository.path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert "clip version 4 is served (before: 2)" in capsys.readouterr().out
+    assert (repository.served, promote(repository, None, []).version) == (4, 4)
+
+
+def test_the_table_of_versions_says_in_plain_words_what_it_shows(repository, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["exporter", "versions", "--repository", str(repository.path)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = capsys.readouterr().out
+    for word in ("model", "version", "state", "learned tasks, accuracy %", "made on", "base weights"):
+        assert word in shown.splitlines()[1]
+    assert [shown.count(state) for state in ("served", "loaded", "stored")] == [1, 1, 2]
+
+
 @pytest.fixture(scope="module")
 def live(four, tmp_path_factory):
     """A real Triton on a copy of the four versions."""
