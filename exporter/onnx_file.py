@@ -80,6 +80,11 @@ def load(file: Path) -> ModelProto:
     return model
 
 
+def inside(tensor: TensorProto, file: Path) -> TensorProto:
+    """A tensor of a model that ``load`` read from ``file``, with its data in it."""
+    return numpy_helper.from_array(values(tensor, file), tensor.name) if _is_elsewhere(tensor) else tensor
+
+
 def values(tensor: TensorProto, file: Path) -> np.ndarray:
     """A weight of a model that ``load`` read from ``file``; an array of its own."""
     if not _is_elsewhere(tensor):
