@@ -72,7 +72,7 @@ def hollow(file: Path, names: Container[str]) -> ModelProto:
         model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         model.graph.initializer.remove(tensor)
     for constant in model.graph.initializer:  # such as the text tower's mask
-        constant.CopyFrom(onnx_file.inside(constant, file))
+        onnx_file.take_inside(constant, file)
     return ModelProto.FromString(model.SerializeToString())  # protobuf keeps the memory of what is removed
 
 

@@ -72,8 +72,11 @@ def check_files(repository: Layout, number: int) -> None:
     for part in dict.fromkeys((*KINDS, *expected)):
         stored = part_file(repository.store / str(number), part)
         standing = [repository.model(kind) / str(number) / stored.name for kind in KINDS if kind == stored.parent.name]
-        standing = [file for file in standing if file.exists() and not part.startswith(EXACT)]
-        for file in (stored, *(file for file in standing if not (stored.exists() and file.samefile(stored)))):
+        standing = [file for file in standing if file.parent.exists() and not part.startswith(EXACT)]
+        for file in (
+            stored,
+            *(file for file in standing if not (stored.exists() and file.exists() and file.samefile(stored))),
+        ):
             _check_file(file, expected.get(part))
     for part in expected:
         if not part.endswith(DATA_FILE):

@@ -80,9 +80,12 @@ def load(file: Path) -> ModelProto:
     return model
 
 
-def inside(tensor: TensorProto, file: Path) -> TensorProto:
-    """A tensor of a model that ``load`` read from ``file``, with its data in it."""
-    return numpy_helper.from_array(values(tensor, file), tensor.name) if _is_elsewhere(tensor) else tensor
+def take_inside(tensor: TensorProto, file: Path) -> None:
+    """Bring the data of a tensor of a model that ``load`` read from ``file`` into the tensor."""
+    if _is_elsewhere(tensor):
+        tensor.raw_data = values(tensor, file).tobytes()
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
 
 
 def values(tensor: TensorProto, file: Path) -> np.ndarray:
