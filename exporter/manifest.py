@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from exporter import onnx_file
 from exporter.config import OPSET
 from exporter.errors import VersionDamaged
-from exporter.layout import EXACT, KINDS, MODEL_FILE, Layout, part_file
+from exporter.layout import KINDS, MODEL_FILE, Layout, part_file
 from exporter.onnx_file import DATA_FILE
 from exporter.records import MANIFEST_FORMAT, File, Manifest
 from trainer.records import sha256_of
@@ -70,14 +70,11 @@ def check_files(repository: Layout, number: int) -> None:
     """
     expected = repository.manifest(number)["files"]
     for part in dict.fromkeys((*KINDS, *expected)):
-        stored = part_file(repository.store / str(number), part)
-        standing = [repository.model(kind) / str(number) / stored.name for kind in KINDS if kind == stored.parent.name]
-        standing = [file for file in standing if file.parent.exists() and not part.startswith(EXACT)]
-        for file in (
-            stored,
-            *(file for file in standing if not (stored.exists() and file.exists() and file.samefile(stored))),
-        ):
-            _check_file(file, expected.get(part))
+        stored, kind = part_file(repository.store / str(number), part), part.partition("/")[0]
+        _check_file(stored, expected.get(part))
+        standing = repository.model(kind) / str(number) / stored.name
+        if kind in KINDS and standing.parent.exists() and not (standing.exists() and standing.samefile(stored)):
+            _check_file(standing, expected.get(part))
     for part in expected:
         if not part.endswith(DATA_FILE):
             _check_data(part_file(repository.store / str(number), part), expected, part)
