@@ -24,6 +24,7 @@ from exporter.transformers_files import LAYERS, has_quick_gelu, layer_of, rename
 from trainer.adapter import Adapter
 from trainer.backbone import Backbone
 from trainer.merge import merge
+from trainer.os_errors import next_step
 
 # The names by which open_clip finds weights and their configuration in a folder.
 OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -174,7 +175,8 @@ def _staged(out: Path) -> Iterator[Path]:
             (Path(staging) / whole.name).rename(whole)
     except (OSError, SafetensorError) as exc:  # the latter for what the former says elsewhere
         why = getattr(exc, "strerror", None) or exc
-        raise CheckpointError(f"checkpoint {out}: can't be written ({why}); make room, or give another --out") from exc
+        step = next_step(exc) if isinstance(exc, OSError) else "make room"
+        raise CheckpointError(f"checkpoint {out}: can't be written ({why}); {step}, or give another --out") from exc
 
 
 def _model_config(backbone: Backbone) -> dict:
