@@ -18,8 +18,8 @@ from client.errors import BadImage
 # What systems, network drives and archives put beside people's files.
 HIDDEN = frozenset(
     {
-        "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "desktop.ini",
-        "ehthumbs.db", "icon\r", "lost+found", "system volume information", "thumbs.db",
+        "@eadir", "@recently-snapshot", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "__macosx",
+        "desktop.ini", "ehthumbs.db", "icon\r", "lost+found", "system volume information", "thumbs.db",
     }
 )  # fmt: skip
 # Why something is left out: of one, and of several.
@@ -80,8 +80,7 @@ def image_files(folder: Path, report: Callable[[LeftOut], object] | None = None)
     Raises:
         BadImage: there is none, or the folder itself can't be read.
     """
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-    tally, found = Tally(), False
+    tally, found, known = Tally(), False, endings()
 
     def leave_out(path: str, reason: str) -> None:
         left_out = LeftOut(path, reason)
@@ -103,7 +102,7 @@ def image_files(folder: Path, report: Callable[[LeftOut], object] | None = None)
                 entered.append(name)
         folders[:] = entered
         for name in sorted(files):
-            if reason := _file_reason(path, name, endings):
+            if reason := _file_reason(path, name, known):
                 leave_out(os.path.join(path, name), reason)
             else:
                 found = True
@@ -115,23 +114,30 @@ def image_files(folder: Path, report: Callable[[LeftOut], object] | None = None)
         warnings.warn(f"folder {folder}: left out {tally}", stacklevel=2)
 
 
+def endings() -> frozenset[str]:
+    """What the names of images end with: all that Pillow gives the formats that are read, in lower case."""
+    read = {*FORMATS, "MPO"}  # a JPEG of several images
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in read)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a system or a program left it, so that it is no image and holds none."""
+    return name.startswith(".") or name.casefold() in HIDDEN
+
+
 def _folder_reason(path: str, name: str) -> str:
-    if _is_hidden(name):
+    if is_hidden(name):
         return "hidden"
     return "linked folder" if os.path.islink(os.path.join(path, name)) else ""
 
 
-def _file_reason(path: str, name: str, endings: set[str]) -> str:
-    if _is_hidden(name):
+def _file_reason(path: str, name: str, known: frozenset[str]) -> str:
+    if is_hidden(name):
         return "hidden"
-    if os.path.splitext(name)[1].lower() not in endings:
+    if os.path.splitext(name)[1].lower() not in known:
         return "no image"
     whole = os.path.join(path, name)
     try:
         return "" if stat.S_ISREG(os.stat(whole).st_mode) else "special file"
     except OSError:  # one that is no link may be there for others: reading it says why it isn't for us
         return "dangling link" if os.path.islink(whole) else ""
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in HIDDEN

@@ -1,0 +1,28 @@
+"""Client and trainer take the same files of a folder for images."""
+
+import pytest
+
+from client import _folders as in_client
+from trainer.tasks import tree as in_trainer
+
+
+def test_the_same_endings_are_images():
+    assert in_client.endings() == in_trainer.suffixes()
+    assert {".jfif", ".mpo", ".avif", ".jp2", ".gif"} <= in_client.endings()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *in_client.HIDDEN,
+        *in_trainer.CLUTTER,
+        ".ipynb_checkpoints",
+        "._x.jpg",
+        ".DS_Store",
+        "Thumbs.DB",
+        "@eaDir",
+        "a.jpg",
+    ],
+)
+def test_the_same_names_are_hidden(name):
+    assert in_client.is_hidden(name) == in_trainer.is_hidden(name) == (name != "a.jpg")
