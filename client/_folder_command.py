@@ -28,7 +28,7 @@ def check_images(images: list[str], allow_urls: bool) -> None:
         if not image:
             raise BadImage("an empty text is no image; name image files, or folders of them")
         if is_url(image) and not allow_urls:
-            raise BadImage(f"{image} is a URL; --allow-urls allows that")
+            raise BadImage(f"{name_of(image, 0)} is a URL; --allow-urls allows that")
 
 
 def image_names(images: list[str], tally: Tally) -> Iterator[str]:

@@ -126,11 +126,11 @@ def preprocess(
 
 
 def name_of(image: Any, index: int) -> str:
-    """What an error message calls an image: its path, or its place in the call, counted from 0."""
+    """What an error message calls an image: its path, or its place in the call, counted from 0; never a password."""
     if isinstance(image, (str, os.PathLike)) and (path := os.fsdecode(image)):
         if _DATA.match(path):
             return f"data URL {hashlib.sha256(path.encode(errors='replace')).hexdigest()[:12]}"
-        return path
+        return _PASSWORD.sub(r"\1...@", path)
     if isinstance(image, Stream):
         return image.name or f"image {index} ({image.kind})"
     kind = "PIL image" if isinstance(image, Image.Image) else type(image).__name__
@@ -197,6 +197,7 @@ def _shortest_side_to(size: int, width: int, height: int) -> tuple[int, int]:
 
 
 _HTTP = re.compile(r"https?://", re.IGNORECASE)
+_PASSWORD = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*://)[^/?#]*@")
 _DATA = re.compile(r"data:[\w/+.;=-]*,", re.IGNORECASE)
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/")
 _EXPECTED = "expected a path, the bytes of an image file, an open binary file, a PIL image or an array of pixels"

@@ -240,6 +240,16 @@ def test_the_command_takes_addresses_by_a_flag_and_keeps_them_in_results(fake, s
     assert json.loads(out.read_text())["image"] == url
 
 
+def test_passwords_in_addresses_are_not_printed():
+    url = "https://me:secret@example.org/a.png?size=1@2"
+    assert name_of(url, 0) == "https://...@example.org/a.png?size=1@2"
+    assert name_of("ftp://me:secret@example.org", 0) == "ftp://...@example.org"
+    for reading, message in ((Reading(), "is a URL"), (Reading(allow_urls=True), "it holds a user name or a password")):
+        with pytest.raises(BadImage, match=message) as caught:
+            preprocess(url, name_of(url, 0), size=32, resize_mode="shortest", interpolation="bicubic", reading=reading)
+        assert "secret" not in str(caught.value)
+
+
 def test_data_urls_are_images():
     sized = {"size": 32, "resize_mode": "shortest", "interpolation": "bicubic"}
     expected = preprocess(png(), "it", **sized)
