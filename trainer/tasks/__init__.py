@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from trainer.errors import ConfigError, TaskDataMissing, TaskError, UnknownTask
+from trainer.errors import ConfigError, TaskDataMissing, TaskError, TaskInvalid, UnknownTask
 from trainer.records import one_line
 from trainer.tasks import folder, shipped
 from trainer.tasks.lists import LISTS, MTIL
@@ -65,17 +65,24 @@ def load_task(
 
     Raises:
         UnknownTask: neither a name nor a folder; gives near names.
+        TaskInvalid: the folder makes no task, or a name or templates were given for what has its own.
         TaskDataMissing: known, but its images are not here.
     """
-    if name in shipped.names():
-        return shipped.load(name)
-    if name in MTIL:
-        return _benchmark(name, data, download)
+    if name in (*shipped.names(), *MTIL):
+        if rename is not None or templates:
+            raise TaskInvalid(
+                f"task {name!r}: its name and templates are its own; --name and --template are for folders"
+            )
+        return shipped.load(name) if name in shipped.names() else _benchmark(name, data, download)
     if name and (os.path.isdir(name) or (os.sep in name and "=" not in name)):
         return folder.load(Path(name), rename, templates)
     new_name, equals, place = name.partition("=")
     if equals and new_name and place:
-        return folder.load(Path(place), new_name if rename is None else rename, templates)
+        if rename is not None:
+            raise TaskInvalid(
+                f"task folder {one_line(place)}: named both {one_line(new_name)!r} and {rename!r}; name it once"
+            )
+        return folder.load(Path(place), new_name, templates)
     known = (*shipped.names(), *MTIL)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     what = f"{name!r} is a file, no task" if os.path.isfile(name) else f"unknown task {one_line(name)!r}"

@@ -76,4 +76,6 @@ def lines_of(folder: Path, name: str) -> tuple[str, ...]:
     found = sorted(entry for entry in os.listdir(folder) if entry.lower() == name)
     if len(found) > 1:
         raise TaskInvalid(f"task folder {folder}: {found[0]} and {found[1]} are both its {name}; remove one")
+    if not found and (slip := [entry for entry in os.listdir(folder) if entry.lower() == f"{name}.txt"]):
+        raise TaskInvalid(f"task folder {folder}: {slip[0]} has its suffix twice; rename it to {name}, or remove it")
     return read_lines(folder / found[0]) if found else ()

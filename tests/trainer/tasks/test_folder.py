@@ -316,3 +316,20 @@ def test_an_adapter_s_source_is_never_a_name_with_a_folder(tmp_path):
     assert find_learned(adapter).class_names == ("hex bolt", "rivet")
     adapter.config["source"] = f"b={folder}"
     assert find_learned(adapter) is None
+
+
+def test_a_name_or_templates_that_would_be_dropped_are_refused(tmp_path):
+    folder = lay_splits(tmp_path / "bolts")
+    with pytest.raises(TaskInvalid, match=r"'digits': .*--name and --template are for folders"):
+        load_task("digits", rename="numbers")
+    with pytest.raises(TaskInvalid, match="'food': "):
+        load_task("food", templates=("a {}",))
+    with pytest.raises(TaskInvalid, match="named both 'nuts' and 'rivets'"):
+        load_task(f"nuts={folder}", rename="rivets")
+
+
+def test_a_list_whose_suffix_windows_has_doubled_is_named(tmp_path):
+    folder = lay_splits(tmp_path / "bolts")
+    (folder / "Classes.txt.txt").write_text("a\nb\n")
+    with pytest.raises(TaskInvalid, match=r"Classes\.txt\.txt has its suffix twice; rename it to classes\.txt"):
+        load_task(str(folder))

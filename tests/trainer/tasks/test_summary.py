@@ -11,6 +11,7 @@ from PIL import Image
 from trainer.cli import main
 from trainer.tasks import load_task, summarise, validation
 from trainer.tasks.equal_files import LOOKED_AT, MAX_READ, equal_files
+from trainer.tasks.summary import Counts, Summary
 
 QUICK = ["--model", "mini", "--iterations", "1", "--batch-size", "4"]
 
@@ -42,6 +43,23 @@ def test_the_line_says_what_is_there_what_is_used_and_what_is_left_out(tmp_path)
     said = json.loads(json.dumps(dataclasses.asdict(summary)))
     assert said["used"] == {"per_class": [3, 5]}
     assert said["renamed"] == {"hex_bolt": "hex bolt"}
+
+
+def test_the_page_on_folders_shows_the_line_as_it_is():
+    summary = Summary(
+        task="bolts",
+        source="photos/bolts",
+        class_names=("hex bolt", "rivet", *map(str, range(10))),
+        train=Counts((30, 1200, *[99] * 10)),
+        used=Counts((5,) * 12),
+        test=Counts((9, 5, *[8] * 10)),
+        left_out={".txt": 2, "hidden": 1},
+        renamed={"hex_bolt": "hex bolt"},
+        notes=(),
+        warnings=(),
+    )
+    page = (Path(__file__).parents[3] / "docs" / "folders.md").read_text(encoding="utf-8")
+    assert summary.line() in " ".join(page.split())
 
 
 @pytest.mark.parametrize(
