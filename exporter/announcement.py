@@ -37,6 +37,7 @@ class Announcement(TypedDict):
     pid: Count
     started: Text
     host: Text
+    repository: str
     network: Text  # of one machine or container: its loopback is another one's nothing
 
 
@@ -49,6 +50,7 @@ def announced(repository: Path, url: str, http_url: str) -> Iterator[str | None]
         "pid": os.getpid(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "host": socket.gethostname() or "unknown",
+        "repository": str(repository.resolve()),
         "network": this_network(),
     }
     announcements(repository)  # removes those that killed servers left
@@ -67,9 +69,17 @@ def announcements(repository: Path) -> list[Announcement]:
     folder = store_of(repository) / FOLDER
     with suppress(OSError):
         for file in folder.iterdir() if not folder.is_symlink() else ():
-            if file.name.endswith(".json") and (entry := _read(file)) is not None:
+            if file.name.endswith(".json") and (entry := _read(file)) is not None and _is_of(entry, repository):
                 found.append(entry)
     return sorted(found, key=lambda entry: entry["started"])
+
+
+def _is_of(entry: Announcement, repository: Path) -> bool:
+    """Whether a server is one of this repository: a copy of a store by hard links has the locked files of the first."""
+    try:
+        return entry["network"] != this_network() or os.path.samefile(entry["repository"], repository)
+    except (OSError, ValueError):
+        return False
 
 
 def this_network() -> str:

@@ -108,10 +108,8 @@ def serve(
         if hidden:
             report(f"other commands find this server by its address alone, as --url: it can't be left in {hidden}")
         key = new_admin_key(repository)
-        arguments, control = (
-            _arguments(found, repository, port, http_port, prefix, key),
-            Control(http_url, key, timeout_s),
-        )
+        arguments = _arguments(found, repository, port, http_port, prefix, key)
+        control = Control(http_url, key, timeout_s)
 
         def start() -> Triton:
             remove_shared_memory(prefix)

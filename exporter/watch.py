@@ -21,7 +21,8 @@ from exporter.control import Control
 from exporter.errors import ModelNotLoaded, TritonFailed
 from exporter.reload import Reloader
 
-LOOK_EVERY_S = 0.2
+LOOK_EVERY_S = 0.1
+LIST_EVERY_S = 2.0  # takes milliseconds, for Triton has hundreds of threads
 RELOADS = RESTARTS = 2  # of one version, and of Triton, within:
 WITHIN_S = 600.0
 PAUSE_S = 1.0  # before what failed to load is tried once more
@@ -71,16 +72,18 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Look, several times a second."""
-        looked_at: object = None
+        known: dict[int, Version | int] | None = None  # None: look at once
+        list_again = 0.0
         try:
             while not self.over.wait(LOOK_EVERY_S):
                 if (status := self._triton.process.poll()) is not None:
                     self._start_another(f"Triton ended by itself with {in_words(status)}")
-                    looked_at = None
-                elif (
-                    self._link is not None and (seen := processes_of(self._triton.process.pid, self._link)) != looked_at
-                ):
-                    looked_at = seen if self._mend(seen) else None
+                    known = None
+                elif self._link is not None and (known is None or time.monotonic() > list_again or _has_ended(known)):
+                    processes = processes_of(self._triton.process.pid, self._link)
+                    list_again = time.monotonic() + LIST_EVERY_S
+                    if processes != known:
+                        known = processes if self._mend(processes) else None
         except Exception as exc:  # a bug, too, ends the server; who waits for it raises this
             self.failure = exc
         finally:
@@ -89,8 +92,9 @@ class Watch(threading.Thread):
     def _mend(self, processes: dict[int, Version | int]) -> bool:
         """Load again what has lost a process; whether Triton was there to be asked."""
         try:
-            lost = self._lost(processes)
-            if lost and not self.over.wait(LOOK_EVERY_S):  # or was just being unloaded
+            lost, ended = self._lost(processes), [entry for entry in processes.values() if isinstance(entry, int)]
+            # Without one that has ended, the list may have lacked some: the kernel makes it while they come and go.
+            if lost and not ended and not self.over.wait(LOOK_EVERY_S):
                 processes = processes_of(self._triton.process.pid, self._link)
                 lost &= self._lost(processes)
             for version in sorted(lost):
@@ -186,6 +190,17 @@ def _read_process(pid: int, link: Path) -> Version | int | None:
         model, number, *_ = Path(arguments[1]).relative_to(link).parts
         return model, number
     return None
+
+
+def _has_ended(processes: dict[int, Version | int]) -> bool:
+    """Whether one that lived when it was listed does no more."""
+    return any(isinstance(entry, tuple) and _state(pid) in "ZX" for pid, entry in processes.items())
+
+
+def _state(pid: int) -> str:
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    return "X"
 
 
 def _names(repository: Path) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from exporter.announcement import FOLDER
 from exporter.release import release
 from exporter.repository import Repository
 from exporter.studies.release import EXPERTS, write_adapters
@@ -35,6 +36,7 @@ STAGING = (
         for name in ("history.json", ".history.json", ".*-removed", ".*-removed/*")
     ),
 )
+SERVERS = f"model_repository.store/{FOLDER}"
 IMAGES = 200
 
 
@@ -146,7 +148,7 @@ def stage(folder: Path) -> Iterator[list[Command]]:
                 "exporter serve",
                 ("-m", "exporter", "serve", *REPOSITORY, "--port", "0", "--", "true"),
                 partial(_copy, folder / "served"),
-                unfinished=("tmp/clipweld-*-backends-*",),
+                unfinished=("tmp/clipweld-*-backends-*", SERVERS, f"{SERVERS}/*"),
             ),
         ]
 
@@ -158,7 +160,8 @@ def environment(folder: Path) -> dict[str, str]:
 
 def _copy(template: Path, folder: Path) -> None:
     """The same files, by hard links: commands replace files, they don't write into them."""
-    shutil.copytree(template, folder, copy_function=os.link, dirs_exist_ok=True)
+    ignored = shutil.ignore_patterns(Path(SERVERS).name)  # of the one that runs
+    shutil.copytree(template, folder, ignore=ignored, copy_function=os.link, dirs_exist_ok=True)
 
 
 def _roll_back(url: str, folder: Path) -> None:

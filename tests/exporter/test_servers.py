@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import socket
 import sys
@@ -127,6 +128,15 @@ def test_what_a_killed_server_left_is_no_server(repository):
     file.write_bytes(left)
     assert announcements(repository.path) == []
     assert not file.exists()
+
+
+def test_the_server_of_a_repository_is_none_of_its_copy(repository, tmp_path):
+    with announced(repository.path, "grpc://127.0.0.1:2", "http://127.0.0.1:3"):
+        copy = tmp_path / "copy" / "models"
+        for folder, target in ((repository.path, copy), (store_of(repository.path), store_of(copy))):
+            shutil.copytree(folder, target, copy_function=os.link)
+        assert announcements(copy) == []
+        assert len(announcements(repository.path)) == 1
 
 
 def test_a_server_that_can_not_be_reached_from_here_is_never_passed_over(repository, run, monkeypatch):

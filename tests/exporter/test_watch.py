@@ -119,7 +119,7 @@ def test_a_version_that_is_taken_out_is_not_taken_for_a_dead_one(watched):
         rollback(watched.repository, [watched.server.url])
         wait_for(lambda: not watched.processes("clip_text", 2))
         promote(watched.repository, 2, [watched.server.url])
-        time.sleep(3 * watch.LOOK_EVERY_S)
+        time.sleep(5 * watch.LOOK_EVERY_S)
     assert watched.reports == []
 
 
