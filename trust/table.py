@@ -213,6 +213,43 @@ ROWS = (
         lambda f: f"0 in {f['secrets']['outputs read']} outputs of {f['secrets']['characters']:,} characters",
     ),
     Row(
+        "A server runs no file of the folder that it is started in",
+        "namesakes of all modules of the standard library and of what Triton's Python imports, in the working folder "
+        "and on PYTHONPATH",
+        "surroundings",
+        lambda f: f"{f['working folder']['run']} of {f['working folder']['modules']} were run",
+    ),
+    Row(
+        "This machine is reached without a proxy",
+        "all variables name a proxy that refuses everything; serve, promote and classify, gRPC and HTTP",
+        "surroundings",
+        lambda f: f"{f['proxies']['commands']} commands, {f['proxies']['requests to the proxy']} requests to the proxy",
+    ),
+    Row(
+        "What clipweld did not write, it does not delete",
+        "files and versions put into a repository and its store by hand, then every command that changes them",
+        "surroundings",
+        lambda f: f"{f['foreign']['placed']} files, {f['foreign']['commands']} commands, none gone or altered",
+    ),
+    Row(
+        "A process that the kernel kills is replaced",
+        "kill -9 of the process of a version that is served, until it answers again",
+        "surroundings",
+        lambda f: f"{f['killed']['kills']} kills, each answered again within {f['killed']['longest_s']:.1f} s",
+    ),
+    Row(
+        "A program ends when it wants to, with calls half-way",
+        "answers held by names, threads and loops; errors, sys.exit; gRPC and HTTP",
+        "surroundings",
+        lambda f: f"{f['endings']['programs']} programs of {f['endings']['kinds']} kinds, all ended as they meant to",
+    ),
+    Row(
+        "A classifier works on in a forked child, and in its parent",
+        "made and used, then two children by fork that ask at once, and the parent again; gRPC and HTTP",
+        "surroundings",
+        lambda f: f"{f['forks']['children']} children, all answered as their parents",
+    ),
+    Row(
         "Dependencies are pinned, listed, audited",
         "each installed package against `constraints.txt`; CycloneDX list; pip-audit",
         "dependencies",
