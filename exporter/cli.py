@@ -161,16 +161,18 @@ def merge(
     from trainer.model_choice import choose_model, choose_weights
 
     model_name = choose_model(model, adapters)
-    check_default_weights(model_name, pretrained)
+    weights = choose_weights(pretrained, model_name, adapters)
+    check_default_weights(model_name, weights)
     validation = _load_tasks(validate or [], data)
     from trainer.adapter import load_lineage
-    from trainer.backbone import load_backbone
+    from trainer.backbone import check_preprocessing, load_backbone
 
     with Console(stderr=True).status("loading weights") as status:
-        backbone = load_backbone(model_name, choose_weights(pretrained, model_name, adapters))
+        backbone = load_backbone(model_name, weights)
         for note in backbone.notes:
             status.console.print(note, soft_wrap=True, markup=False, highlight=False)
         lineage = load_lineage(adapters, backbone.fingerprint)
+        check_preprocessing(backbone, lineage)
         tasks = [adapter.task for adapter in lineage]
         if out is not None:
             from exporter.checkpoints import save

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import open_clip
 import torch
+from open_clip.pretrained import get_pretrained_cfg
 from open_clip.transform import PreprocessCfg
 from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from trainer.errors import UnsupportedModel, WeightsError
+from trainer.errors import UnsupportedModel, WeightsError, WrongBase
 from trainer.finite import first_not_finite, unit
 from trainer.model_names import find_model
 from trainer.preprocessing import preprocessing
@@ -22,9 +24,13 @@ from trainer.pretrained import build, skeleton
 from trainer.towers import cut_to_longest, encode_text, read_at_cls
 from trainer.wording import prompt_of
 
+if TYPE_CHECKING:
+    from trainer.adapter import Adapter
+
 MINI = Path(__file__).parent / "mini"
 open_clip.add_model_config(MINI / "mini.json")
 
+PREPROCESSING = "preprocessing"  # of an adapter's config
 # The weights a model gets when none are named.
 DEFAULT_PRETRAINED = {"mini": str(MINI / "mini.safetensors")}
 
@@ -57,6 +63,17 @@ class Backbone:
     resize_mode: str
     interpolation: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def preprocessing(self) -> str:
+        """How images are prepared, in words."""
+        return _in_words(self.mean, self.std, self.interpolation, self.resize_mode)
+
+    @property
+    def own_preprocessing(self) -> dict[str, str]:
+        """What an adapter keeps of it: nothing, where the weights' name says it."""
+        usual = usual_preprocessing(self.model_name, self.pretrained)
+        return {} if self.preprocessing == usual else {PREPROCESSING: self.preprocessing}
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +129,33 @@ def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
         interpolation=transform.interpolation,
         notes=built.notes,
     )
+
+
+def usual_preprocessing(model_name: str, pretrained: str) -> str:
+    """How images are prepared for weights of a name, in words: as their tag says, else as for OpenAI's."""
+    usual = asdict(PreprocessCfg()) | get_pretrained_cfg(model_name, pretrained)
+    return _in_words(*(usual[name] for name in ("mean", "std", "interpolation", "resize_mode")))
+
+
+def check_preprocessing(backbone: Backbone, lineage: Sequence[Adapter]) -> None:
+    """Refuse adapters that were trained on images prepared otherwise than the backbone has them.
+
+    Raises:
+        WrongBase: says both.
+    """
+    for adapter in lineage:
+        usual = usual_preprocessing(adapter.model_name, adapter.pretrained)
+        trained = adapter.config.get(PREPROCESSING, usual)
+        if trained != backbone.preprocessing:
+            raise WrongBase(
+                f"adapter {adapter.task!r} was trained on images prepared with {trained}; these weights have "
+                f"{backbone.preprocessing}: give the open_clip_config.json that lay beside the weights in training, or none"
+            )
+
+
+def _in_words(mean: Sequence[float], std: Sequence[float], interpolation: str, resize_mode: str) -> str:
+    numbers = (" ".join(f"{value:g}" for value in values) for values in (mean, std))
+    return "mean {}, std {}, {}, {}".format(*numbers, interpolation, resize_mode)
 
 
 def with_weights(backbone: Backbone, state_dict: dict[str, Tensor]) -> Backbone:

@@ -97,7 +97,7 @@ def fit(command: commands.Fit) -> None:
     task = load_task(
         command.task, command.data, download=command.download, rename=command.name, templates=command.template
     )
-    check_default_weights(command.model, command.pretrained)
+    check_default_weights(command.model, _weights(command))
     writes = launch.process_number() == 0 and not command.dry_run
     with held(command.adapters) if writes else contextlib.nullcontext():
         _fit(command, task)
@@ -105,6 +105,7 @@ def fit(command: commands.Fit) -> None:
 
 def _fit(command: commands.Fit, task: Task) -> None:
     from trainer.adapter import load_lineage
+    from trainer.backbone import check_preprocessing
     from trainer.dry_run import dry_run
     from trainer.learn import adapter_path, learn_into
     from trainer.tasks import find_learned
@@ -114,6 +115,7 @@ def _fit(command: commands.Fit, task: Task) -> None:
     base = _load(command, fabric)
     _announce_prompts([task], base, fabric)
     lineage = load_lineage(command.adapters, base.fingerprint)
+    check_preprocessing(base, lineage)
     if fabric.is_global_zero:
         below = ", ".join(adapter.task for adapter in lineage) or "nothing: the base alone"
         stderr.print(
@@ -218,9 +220,9 @@ def evaluate(command: commands.Evaluate) -> None:
     from trainer.tasks import load_tasks
 
     found = load_tasks(command.tasks, command.data, download=command.download)
-    check_default_weights(command.model, command.pretrained)
+    check_default_weights(command.model, _weights(command))
     from trainer.adapter import load_lineage
-    from trainer.backbone import with_weights
+    from trainer.backbone import check_preprocessing, with_weights
     from trainer.evaluate import evaluate as evaluate_tasks
     from trainer.merge import merge
 
@@ -230,6 +232,7 @@ def evaluate(command: commands.Evaluate) -> None:
     _announce_prompts(found, base, fabric)
     found = _readable(found, base, command)
     lineage = load_lineage(command.adapters, base.fingerprint)
+    check_preprocessing(base, lineage)
     accuracies = evaluate_tasks(with_weights(base, merge(base.model.state_dict(), lineage)), found, fabric)["task"]
     if not fabric.is_global_zero:
         return
@@ -286,14 +289,19 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+def _weights(command: commands.WithModel) -> str | None:
+    """The weights that were named, or those of the command's adapters."""
+    from trainer.model_choice import choose_weights
+
+    return choose_weights(command.pretrained, command.model, getattr(command, "adapters", None))
+
+
 def _load(command: commands.WithModel, fabric: Fabric) -> Backbone:
     """The command's base model, on the fabric's device."""
     from trainer.backbone import load_backbone
-    from trainer.model_choice import choose_weights
 
     with stderr.status(f"loading {command.model}"):
-        weights = choose_weights(command.pretrained, command.model, getattr(command, "adapters", None))
-        backbone = load_backbone(command.model, weights)
+        backbone = load_backbone(command.model, _weights(command))
         backbone.model.to(fabric.device)
     if fabric.is_global_zero:
         for note in backbone.notes:

@@ -156,7 +156,7 @@ def untrained(
         scaling=config.alpha / config.rank,
         seed=config.seed,
         accuracy={"before": before["task"], "after": {}},
-        config={**asdict(config), "source": task.source},
+        config={**asdict(config), "source": task.source, **base.own_preprocessing},
         activation_counts=pools.activation_counts(),
         tensors={},
     )

@@ -100,13 +100,16 @@ def check_config(config: WeightsConfig, model_name: str, file: Path, from_openai
         step = f"give --model {other}" if other in open_clip.list_models() else "give another model"
         trained, has = ("QuickGELU", "GELU") if trained_quick else ("GELU", "QuickGELU")
         raise WeightsError(f"weights {file} were trained with {trained}, model {model_name} has {has}; {step}")
+    if config.model_cfg is None:
+        return
     ours = open_clip.get_model_config(model_name)
     defaults = {"vision_cfg": asdict(open_clip.CLIPVisionCfg()), "text_cfg": asdict(open_clip.CLIPTextCfg())}
     for tower, default in defaults.items():
+        said = config.model_cfg.get(tower, {})
         for name in UNSEEN:
-            theirs = (config.model_cfg or {}).get(tower, {}).get(name, default.get(name))
             has = ours[tower].get(name, default.get(name))
-            if config.model_cfg is not None and theirs != has:
+            theirs = said.get(name, default.get(name) if "width" in said else has)  # parts may be all that is said
+            if theirs != has:
                 raise WeightsError(
                     f"weights {file} were trained with {tower}.{name} {one_line(repr(theirs))}, model {model_name} has "
                     f"{has!r}; give another model"

@@ -17,9 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.backbone import load_backbone
+from trainer.adapter import save_adapter
+from trainer.backbone import check_preprocessing, load_backbone
 from trainer.cli import main
-from trainer.errors import UnsupportedModel, WeightsError
+from trainer.config import train_config
+from trainer.errors import UnsupportedModel, WeightsError, WrongBase
+from trainer.fit import fit
 
 SHIPPED = Path("trainer/mini/mini.safetensors")
 
@@ -290,6 +293,30 @@ def test_without_a_configuration_openai_s_preprocessing_is_taken_and_that_is_sai
 )
 def test_a_configuration_that_contradicts_the_model_is_refused(config, says, beside):
     assert says in refused(beside(config))
+
+
+def test_an_adapter_remembers_a_preprocessing_of_its_own(beside, digits, fitted, mini, tmp_path):
+    assert "preprocessing" not in fitted.adapter.config
+    half = load_backbone("mini", beside({"preprocess_cfg": HALF}))
+    config = train_config("mini", iterations=1, shots=1, batch_size=4, anchor_weight=0.0, drift_weight=0.0)
+    adapter = fit(digits, half, [], config, test_on=[]).adapter
+    assert adapter.config["preprocessing"] == "mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear, squash"
+    check_preprocessing(half, [adapter])
+    check_preprocessing(mini, [fitted.adapter])
+    with pytest.raises(WrongBase, match=r"prepared with mean 0\.5 .*; these weights have mean 0\.48.*, shortest"):
+        check_preprocessing(mini, [adapter])
+    with pytest.raises(WrongBase, match=r"prepared with mean 0\.48.*; these weights have mean 0\.5 "):
+        check_preprocessing(half, [fitted.adapter])
+    save_adapter(adapter, tmp_path / "adapters" / "digits.safetensors")
+    shutil.copy(SHIPPED, tmp_path / "adapters" / "bare.weights")
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--tasks", "digits", "--adapters", str(tmp_path / "adapters"),
+              "--pretrained", str(tmp_path / "adapters" / "bare.weights")])  # fmt: skip
+
+
+def test_a_configuration_may_say_a_part(beside, mini):
+    for config in ({"model_cfg": {"quick_gelu": False}}, {"model_cfg": {"vision_cfg": {"head_width": 64}}}):
+        assert load_backbone("mini", beside(config)).fingerprint == mini.fingerprint
 
 
 def test_the_advice_for_a_tag_carries_its_preprocessing(monkeypatch, beside):

@@ -18,7 +18,7 @@ from client._card import read_card
 from client.errors import ClientError
 from exporter.card import card_model
 from exporter.manifest import check_files, to_text
-from exporter.printing import summary
+from exporter.printing import summaries
 from exporter.repository import KINDS, Repository
 from trainer.records import sha256_of
 from trust.mutations import json_text, spoilt_bytes, spoilt_json
@@ -79,7 +79,7 @@ class Manifests(Store):
     def read(self) -> None:
         found = self.repository.manifest(1)
         self._check_same(self.repository.manifest_file(1).read_bytes(), found)
-        json.dumps(summary(self.repository, 1), allow_nan=False)
+        json.dumps(summaries(self.repository), allow_nan=False)
         check_files(self.repository, 1)
 
 
