@@ -149,7 +149,7 @@ def check_preprocessing(backbone: Backbone, lineage: Sequence[Adapter]) -> None:
         if trained != backbone.preprocessing:
             raise WrongBase(
                 f"adapter {adapter.task!r} was trained on images prepared with {trained}; these weights have "
-                f"{backbone.preprocessing}: give the open_clip_config.json that lay beside the weights in training, or none"
+                f"{backbone.preprocessing}: give the weights with the open_clip_config.json of training"
             )
 
 
