@@ -48,6 +48,7 @@ def save(model: ModelProto, file: Path) -> None:
         data = data_file(file)
         with changing(data):
             data.parent.mkdir(parents=True, exist_ok=True)
+            data.touch()  # with the mode of all files here: onnx would make it readable for its owner alone
             for tensor in model.graph.initializer:
                 if len(tensor.raw_data) >= SMALL:
                     external_data_helper.set_external_data(tensor, data.name)

@@ -73,6 +73,7 @@ def test_weights_are_beside_the_graph_in_the_manifest_and_among_what_stands(made
     repository = made[0]
     for kind in TOWERS:
         assert repository.file(kind, 2).stat().st_size < LIMIT < data(repository, kind, 2).stat().st_size
+        assert data(repository, kind, 2).stat().st_mode == repository.file(kind, 2).stat().st_mode
         assert data(repository, kind, 2).samefile(repository.model(kind) / "2" / onnx_file.DATA_FILE)
         assert sorted(os.listdir(repository.model(kind) / "2")) == ["manifest.json", "model.onnx", "model.onnx.data"]
     assert sorted(os.listdir(repository.model("card") / "2")) == ["manifest.json", "model.onnx"]
