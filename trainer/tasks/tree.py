@@ -64,10 +64,7 @@ def folders_in(folder: Path) -> list[str]:
     Raises:
         TaskInvalid: it can't be read.
     """
-    try:
-        return sorted(entry.name for entry in os.scandir(folder) if not is_hidden(entry.name) and entry.is_dir())
-    except OSError as exc:
-        raise _unreadable(folder, exc) from exc
+    return sorted(name for name, is_folder in _entries(folder) if is_folder and not is_hidden(name))
 
 
 def class_folders(folder: Path) -> dict[str, str]:
@@ -89,7 +86,7 @@ def class_folders(folder: Path) -> dict[str, str]:
             )
         found[composed] = name
     if not found:
-        loose = sum(_is_image(entry.name) for entry in os.scandir(folder))
+        loose = sum(_is_image(name) for name, _ in _entries(folder))
         has = f"{loose:,} images and no class folders" if loose else "no class folders"
         raise TaskInvalid(f"task folder {folder}: {has} in it; give each class a folder of its own")
     return dict(sorted(found.items()))
@@ -137,11 +134,11 @@ def _check_places(folder: Path, names: list[str]) -> None:
 def beside(folder: Path, known: Sequence[str] = ()) -> Counter[str]:
     """How many entries lie beside the folders in a folder, by kind, but for files of these names (in lower case)."""
     left_out: Counter[str] = Counter()
-    for entry in os.scandir(folder):
-        if is_hidden(entry.name):
+    for name, is_folder in _entries(folder):
+        if is_hidden(name):
             left_out["hidden"] += 1
-        elif not entry.is_dir() and entry.name.lower() not in known:
-            left_out["images outside class folders" if _is_image(entry.name) else _kind(entry.name)] += 1
+        elif not is_folder and name.lower() not in known:
+            left_out["images outside class folders" if _is_image(name) else _kind(name)] += 1
     return left_out
 
 
@@ -168,6 +165,26 @@ def image_files(folder: Path, left_out: Counter[str]) -> list[str]:
             else:
                 left_out[_kind(name)] += 1
     return found
+
+
+def _entries(folder: Path) -> list[tuple[str, bool]]:
+    """Names in a folder, each with whether it is a folder or a link to one.
+
+    Raises:
+        TaskInvalid: it can't be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return [(entry.name, _is_folder(entry)) for entry in entries]
+    except OSError as exc:
+        raise _unreadable(folder, exc) from exc
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _is_image(name: str) -> bool:

@@ -171,6 +171,15 @@ def test_links_that_make_one_folder_two_classes_are_refused(tmp_path):
         load_task(str(folder))
 
 
+def test_links_to_nowhere_and_to_themselves_are_no_classes(tmp_path):
+    folder = lay(tmp_path / "bolts", "hex bolt", "rivet")
+    (folder / "self").symlink_to("self")
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    task = load_task(str(folder))
+    assert task.class_names == ("hex bolt", "rivet")
+    assert task.origin.left_out == {"without a known suffix": 2}
+
+
 def test_class_folders_may_be_links(tmp_path):
     lay(tmp_path / "elsewhere", "rivet")
     folder = lay(tmp_path / "bolts", "hex bolt")
