@@ -48,7 +48,8 @@ class WithModel:
     accelerator: Accelerator = "auto"
     """What to run on."""
     devices: int = 1
-    """How many of it; each sees its own --batch-size images a step."""
+    """How many of it; each sees its own --batch-size images a step. The trainer starts a process for each itself: srun,
+    mpirun and torchrun are not needed, and their variables are ignored."""
     precision: Precision = "auto"
     """Of the towers in training: bf16-mixed on a GPU that has it, else 32-true. Weights and adapters are float32."""
     json: bool = False

@@ -68,7 +68,7 @@ def fabric(accelerator: str, devices: int, precision: str) -> Fabric:
         os.environ[STARTED_BY] = str(os.getpid())
     try:
         return Fabric(accelerator=accelerator, devices=devices, precision=precision, plugins=LightningEnvironment())
-    except (ValueError, RuntimeError, MisconfigurationException) as exc:  # Fabric's for what isn't here
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as exc:  # Fabric's for what isn't here
         raise ConfigError(
             f"--accelerator {accelerator} --devices {devices}: not here ({one_line(str(exc))}); give others, such as "
             "--accelerator cpu --devices 1"
