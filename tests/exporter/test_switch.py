@@ -190,7 +190,7 @@ def test_the_commands(repository, monkeypatch, capsys):
 
 
 def test_promote_without_a_number_serves_the_newest_and_says_which(repository, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "DEFAULT_SERVER", "127.0.0.1:1")
+    monkeypatch.setattr(servers, "DEFAULT_SERVER", "127.0.0.1:1")
     monkeypatch.delenv("CLIPWELD_URL", raising=False)
     monkeypatch.setattr(sys, "argv", ["exporter", "promote", "--repository", str(repository.path)])
     with pytest.raises(SystemExit) as ended:
