@@ -262,6 +262,7 @@ def test_without_a_configuration_openai_s_preprocessing_is_taken_and_that_is_sai
     assert found.mean == mini.mean
     assert "prepared as for OpenAI's weights" in found.notes[0]
     assert mini.notes == ()
+    (tmp_path / "none").mkdir()
     main(
         [
             "evaluate",
@@ -272,7 +273,7 @@ def test_without_a_configuration_openai_s_preprocessing_is_taken_and_that_is_sai
             "--tasks",
             "digits",
             "--adapters",
-            str(tmp_path / "a"),
+            str(tmp_path / "none"),
         ]
     )
     assert "prepared as for OpenAI's weights" in capsys.readouterr().err
