@@ -76,7 +76,8 @@ def is_loopback(host: str) -> bool:
 def _is_bypassed(host: str, address: Address, named: dict[str, str]) -> bool:
     from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
-    listed = ",".join(named.get(name, "") for name in ("no", "no_grpc")[: 1 + (address.protocol == "grpc")])
+    lists = ("no", "no_grpc")[: 1 + (address.protocol == "grpc")]
+    listed = ",".join(named[name] for name in lists if named.get(name))
     if proxy_bypass_environment(f"{host}:{address.port}" if ":" not in host else host, {"no": listed}):
         return True
     found = _ip(host)

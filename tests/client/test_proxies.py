@@ -169,7 +169,7 @@ A, B, C = (f"http://{name}:3128" for name in "abc")
         ("http://host.of.mine:1", {"http_proxy": A, "no_proxy": "of.mine"}, None),
         ("http://host:1", {"http_proxy": A, "no_proxy": "host:1"}, None),
         ("http://host:1", {"http_proxy": A, "no_proxy": "host:2"}, A),
-        ("http://host:1", {"http_proxy": A, "no_proxy": "*"}, None),
+        *((f"{scheme}://host:1", {"http_proxy": A, "no_proxy": "*"}, None) for scheme in ("grpc", "http")),
         ("http://10.1.2.3:1", {"http_proxy": A, "no_proxy": "10.0.0.0/8"}, None),
         ("http://11.1.2.3:1", {"http_proxy": A, "no_proxy": "10.0.0.0/8"}, A),
         ("http://[fd00::1]:1", {"http_proxy": A, "no_proxy": "fd00::/8"}, None),
