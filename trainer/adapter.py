@@ -22,7 +22,7 @@ import torch
 from pydantic import AfterValidator, FailFast, Field
 from torch import Tensor
 
-from trainer.adapters_folder import SUFFIX, adapter_files, check_file
+from trainer.adapters_folder import adapter_files, check_file, check_name
 from trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, WrongBase
 from trainer.header import ENTRY, ForeignFile
 from trainer.records import STRICT, Count, Items, Percent, Setting, Sha256, Text, Texts, one_line, read_json
@@ -208,11 +208,8 @@ def check_place(path: Path, task: str) -> None:
     Raises:
         AdapterError: names the task whose adapter is there.
     """
-    if os.path.lexists(path) and (other := load_adapter(path).task) != task:
-        raise AdapterError(
-            f"adapter {path}: is that of task {other!r}, and that of {task!r} would take its place; rename the file "
-            f"(to {other}{SUFFIX}), or learn {task!r} under another name"
-        )
+    if os.path.lexists(path):
+        check_name(path, load_adapter(path).task, task)
 
 
 def check_unchanged(folder: Path, lineage: Sequence[Adapter]) -> None:

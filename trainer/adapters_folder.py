@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.errors import AdapterError, FolderBusy
+from trainer.errors import AdapterError, FolderBusy, TaskAlreadyLearned
 from trainer.files import output_errors
+from trainer.header import read_claims
+from trainer.records import printable
 
 SUFFIX = ".safetensors"
 
@@ -43,6 +45,48 @@ def adapter_files(folder: Path) -> list[Path]:
     for path in files:
         check_file(path)
     return files
+
+
+def check_free(folder: Path, task: str) -> None:
+    """Refuse to learn a task into a folder that has no place for its adapter. Reads headers alone, without torch.
+
+    Raises:
+        TaskAlreadyLearned: the folder has an adapter of the task.
+        AdapterError: another task's adapter has the name that this one's would get.
+    """
+    learned = {path: _task_of(path) for path in adapter_files(folder)}
+    # With unfinished training beside it, ``learn_into`` proves the adapter whole, removes that, and says the same.
+    if task in learned.values() and not (folder / f".{task}.unfinished").exists():
+        raise TaskAlreadyLearned(
+            f"task {task!r} was learned already; give another --adapters folder, or remove its adapter and those "
+            "learned after it"
+        )
+    path = folder / f"{task}{SUFFIX}"
+    if other := learned.get(path):
+        check_name(path, other, task)
+
+
+def check_name(path: Path, other: str, task: str) -> None:
+    """Prove that a file may be replaced by the adapter of a task.
+
+    Args:
+        other: the task whose adapter it is.
+
+    Raises:
+        AdapterError: that is another task.
+    """
+    if other != task:
+        raise AdapterError(
+            f"adapter {path}: is that of task {other!r}, and that of {task!r} would take its place; rename the file "
+            f"(to {other}{SUFFIX}), or learn {task!r} under another name"
+        )
+
+
+def _task_of(path: Path) -> str | None:
+    try:
+        return printable((read_claims(path) or {})["task"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def check_file(path: Path) -> None:

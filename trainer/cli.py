@@ -90,13 +90,14 @@ def tasks(command: commands.Tasks) -> None:
 
 def fit(command: commands.Fit) -> None:
     """Learn one task."""
-    from trainer.adapters_folder import held
+    from trainer.adapters_folder import check_free, held
     from trainer.hub import check_default_weights
     from trainer.tasks import load_task
 
     task = load_task(
         command.task, command.data, download=command.download, rename=command.name, templates=command.template
     )
+    check_free(command.adapters, task.name)
     check_default_weights(command.model, _weights(command))
     writes = launch.process_number() == 0 and not command.dry_run
     with held(command.adapters) if writes else contextlib.nullcontext():
@@ -117,9 +118,9 @@ def _fit(command: commands.Fit, task: Task) -> None:
     lineage = load_lineage(command.adapters, base.fingerprint)
     check_preprocessing(base, lineage)
     if fabric.is_global_zero:
-        below = ", ".join(adapter.task for adapter in lineage) or "nothing: the base alone"
+        below = ", ".join(adapter.task for adapter in lineage) or "the base alone"
         stderr.print(
-            f"learning {task.name} on top of {below}; adapters in {command.adapters}", soft_wrap=True, markup=False
+            f"learning {task.name} on top of {below} (adapters: {command.adapters})", soft_wrap=True, markup=False
         )
     (task,) = _readable([task], base, command)
     earlier = _readable([found for adapter in lineage if (found := find_learned(adapter, command.data))], base, command)
@@ -356,7 +357,7 @@ def _progress(fabric: Fabric) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("contrastive loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} images/s"),
+        TextColumn("{task.fields[said]}"),
         TimeRemainingColumn(),
         console=stderr,
         disable=not fabric.is_global_zero,
@@ -365,11 +366,12 @@ def _progress(fabric: Fabric) -> Progress:
 
 def _follow(progress: Progress, name: str, iterations: int) -> Callable[[Step], None]:
     """A bar for what is learned next, passed every step; where it will take long, that is said after the first few."""
-    bar = progress.add_task(f"learning {escape(name)}", total=iterations, loss=float("nan"), rate=0.0)
+    bar = progress.add_task(f"learning {escape(name)}", total=iterations, said="testing what is known")
     ends: list[float] = []
 
     def follow(step: Step) -> None:
-        progress.update(bar, completed=step.number, loss=step.contrastive, rate=step.images_per_s)
+        said = f"contrastive loss {step.contrastive:.3f}  {step.images_per_s:.0f} images/s"
+        progress.update(bar, completed=step.number, said=said)
         if len(ends) <= TIMED_STEPS:
             ends.append(time.monotonic())
             if len(ends) == TIMED_STEPS + 1:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from trainer.records import Json, read_json
 
 ENTRY = "clipweld"  # the one metadata entry of our safetensors files
 MAX_HEADER = 8 << 20  # bytes: metadata, and the names and shapes of all tensors
@@ -23,6 +26,15 @@ def read_entry(path: Path) -> str:
     check_header(path)
     with safe_open(path, "np") as file:
         return entry_of(file.metadata())
+
+
+def read_claims(path: Path) -> dict[str, Any] | None:
+    """What an adapter says of itself, unproven; None where it can't be read: ``load_lineage`` names what is wrong."""
+    try:
+        claims = read_json(Json, read_entry(path))
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return claims if isinstance(claims, dict) else None
 
 
 def check_header(path: Path) -> None:

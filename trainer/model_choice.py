@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from trainer.adapters_folder import adapter_files
 from trainer.errors import WrongBase
-from trainer.header import read_entry
+from trainer.header import read_claims
 from trainer.model_names import SHIPPED, find_model
-from trainer.records import Json, printable, read_json
+from trainer.records import printable
 
 DEFAULT_MODEL = "ViT-B-16"
 QUICK = "-quickgelu"  # ends the second name of an architecture, for the same weights
@@ -95,8 +93,8 @@ def _files(folder: Path | None) -> list[Path]:
 
 
 def _read(path: Path) -> _Base | None:
+    claims = read_claims(path) or {}
     try:
-        said = read_json(Json, read_entry(path))
-        return _Base(*(printable(said[name]) for name in ("task", "model_name", "pretrained", "base_fingerprint")))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _Base(*(printable(claims[name]) for name in ("task", "model_name", "pretrained", "base_fingerprint")))
+    except (KeyError, TypeError, ValueError):
         return None

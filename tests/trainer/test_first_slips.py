@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -48,6 +49,14 @@ def test_a_folder_whose_name_is_no_tasks_name_is_asked_for_another(tmp_path):
     said = fails_without_torch("fit", "--model", "mini", "--task", folder, "--adapters", tmp_path / "adapters")
     assert "bolts (new)" in said
     assert "--name" in said
+
+
+def test_a_folder_without_a_place_for_the_adapter_is_refused_before_torch_is_imported(adapters, tmp_path):
+    fit = ("fit", "--model", "mini", "--adapters", tmp_path, "--task")
+    shutil.copy(adapters / "digits.safetensors", tmp_path)
+    assert "task 'digits' was learned already" in fails_without_torch(*fit, "digits")
+    (tmp_path / "digits.safetensors").rename(tmp_path / "emoji.safetensors")
+    assert "emoji.safetensors: is that of task 'digits'" in fails_without_torch(*fit, "emoji")
 
 
 @pytest.mark.parametrize(

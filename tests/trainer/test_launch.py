@@ -36,7 +36,7 @@ def test_launchers_variables_change_nothing(tmp_path, devices):
     plain, left_over = trainer(*arguments, tmp_path / "a"), trainer(*arguments, tmp_path / "b", **LEFT_OVER)
     assert (plain.returncode, left_over.returncode) == (0, 0), left_over.stderr
     assert json.loads(plain.stdout)["sha256"] == json.loads(left_over.stdout)["sha256"]
-    assert left_over.stderr.count("learning emoji on top of nothing") == 1
+    assert left_over.stderr.count("learning emoji on top of the base alone") == 1
 
 
 @pytest.mark.parametrize("variables", [{"LOCAL_RANK": "1"}, {"RANK": ""}, {"LOCAL_RANK": "x"}, LEFT_OVER])
