@@ -180,12 +180,12 @@ def test_data_that_the_manifest_does_not_name_is_damage_or_foreign(repository, r
 
 
 @pytest.mark.slow
-def test_weights_beside_the_graph_are_served(repository, released, samples):
+def test_weights_beside_the_graph_are_served(repository, served, samples):
     images, prompts = samples
     with serve(repository.path) as server, ZeroShotClassifier(server.url) as classifier:
         got = classifier.image_features(images), classifier.text_features(prompts)
         assert promote(repository, 3, [server.url]).version == 3
-    with serve(released[0].path) as server, ZeroShotClassifier(server.url) as classifier:
+    with ZeroShotClassifier(served.server.url, version=2) as classifier:
         want = classifier.image_features(images), classifier.text_features(prompts)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_array_equal(ours, theirs)
