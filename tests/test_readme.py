@@ -158,7 +158,7 @@ def test_releases(folder):
     said = {line: run(offline(line), folder) for line in commands("Releases, and the way back")}
     assert "version 3 is served (before: 2)" in said["exporter promote 3"]
     assert "version 2 is served (before: 3)" in said["exporter rollback"]
-    assert said["exporter prune --keep 3"] == "clip: removed none; kept 1, 2, 3\n"
+    assert said["exporter prune --keep 3"].startswith("clip: removed none; kept 1, 2, 3; no server of it was found")
 
 
 @pytest.mark.slow
