@@ -35,9 +35,11 @@ class Reloader:
         Raises:
             ModelNotLoaded, OSError: Triton refused, or is gone.
         """
-        with self._showing(model, without=version):
-            self._control.load(model)
-        if version in self._control.ready_versions(model):  # no file system with times that fine
+        if any(entry.is_dir() and entry.name != version for entry in (self._repository / model).iterdir()):
+            with self._showing(model, without=version):
+                self._control.load(model)
+        # Triton loads no model without versions, and some file systems have no times that fine.
+        if version in self._control.ready_versions(model):
             self._control.unload(model)
 
     def load(self, model: str) -> None:

@@ -62,7 +62,7 @@ class Watch(threading.Thread):
         restart: Callable[[], None] | None,
         report: Callable[[str], None],
     ) -> None:
-        super().__init__(name="clipweld-watch", daemon=True)
+        super().__init__(name="triton-watch", daemon=True)
         self.failure: Exception | None = None
         self.over = threading.Event()
         self._triton, self._repository, self._link, self._control = triton, repository, link, control

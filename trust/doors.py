@@ -286,7 +286,7 @@ def told(record: Record, repository: Path) -> dict:
                 with suppress(ClientError):
                     try:
                         with ZeroShotClassifier(url, "another", retries=0, headers=headers) as clip:
-                            said.append(repr((clip, vars(clip), clip._core._address)))
+                            said.append(repr((clip, vars(clip), clip._core._settings)))
                             clip.versions()
                     except ClientError as exc:
                         said += [str(exc), repr(exc), *map(str, (exc.__cause__, exc.__context__))]

@@ -114,6 +114,19 @@ def test_a_killed_process_is_started_again_and_the_other_version_loses_no_reques
     assert sorted(watched.repository.path.rglob("*")) == listing
 
 
+def test_the_only_version_is_loaded_again(watched):
+    promote(watched.repository, 1, [watched.server.url])
+    assert watched.repository.standing() == [1]
+    before = watched.features(1)
+    try:
+        watched.kill("clip_text", 1)
+        wait_for(lambda: len(watched.reports) == 2)
+        np.testing.assert_array_equal(watched.features(1), before)
+        assert watched.reports[1].startswith("clip_text version 1: loaded again after ")
+    finally:
+        promote(watched.repository, 2, [watched.server.url])
+
+
 def test_a_version_that_is_taken_out_is_not_taken_for_a_dead_one(watched):
     for _ in range(2):
         rollback(watched.repository, [watched.server.url])

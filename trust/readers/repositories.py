@@ -61,6 +61,8 @@ class Store(Reader):
             "tools": {"python": "3.11"},
         }  # fmt: skip
         self.repository.manifest_file(1).write_text(to_text(self.manifest), encoding="utf-8")
+        for kind in KINDS:
+            os.link(self.repository.manifest_file(1), self.repository.model(kind) / "1" / "manifest.json")
 
     def _file(self, kind: str) -> Path:
         return self.repository.file(kind, 1)
