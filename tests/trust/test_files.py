@@ -107,7 +107,7 @@ def test_a_reader_that_keeps_its_promises_is_not(cases):
         (Adapters, "trainer.adapter.read_json", lambda kind, text: kind(**json.loads(text))),
         (Adapters, "trainer.adapter._check_tensors", lambda tensors: None),
         (Manifests, "exporter.layout.read_json_file", lambda kind, path: json.loads(path.read_bytes())),
-        (Models, "exporter.layout.re.fullmatch", lambda pattern, name: name.isdecimal()),
+        (Models, "exporter.layout.Layout.fault", lambda layout, folder, version: None),
         (Folders, "trainer.tasks.folder.os.walk", lambda folder, onerror, walk=os.walk: walk(folder, followlinks=True)),
     ],
 )

@@ -17,6 +17,8 @@ from onnx import TensorProto, helper
 from client._card import read_card
 from client.errors import ClientError
 from exporter.card import card_model
+from exporter.errors import RepositoryError
+from exporter.foreign import foreign_entries
 from exporter.manifest import check_files, to_text
 from exporter.printing import summaries
 from exporter.repository import KINDS, Repository
@@ -155,9 +157,14 @@ class Models(Store):
         return 1 << 16
 
     def read(self) -> None:
-        if self.repository.versions() != [1] or self.repository.standing() != [1]:
-            raise OtherMeaning(f"versions {self.repository.versions()}, standing {self.repository.standing()}")
-        check_files(self.repository, 1)
+        versions, standing = self.repository.versions(), self.repository.standing()
+        foreign = [str(entry.path) for entry in foreign_entries(self.repository)]
+        if versions == standing == [1]:
+            check_files(self.repository, 1)
+        elif {*versions, *standing} <= {1} and foreign:
+            raise RepositoryError(f"no version, but foreign: {foreign}")
+        else:
+            raise OtherMeaning(f"versions {versions}, standing {standing}, foreign {foreign}")
 
 
 def small_model() -> onnx.ModelProto:
