@@ -103,7 +103,7 @@ def _of_json(text: str, name: str) -> list[tuple[str, Any]]:
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a label stands twice in it")
+        raise ValueError("a label is listed twice")
     return found
 
 

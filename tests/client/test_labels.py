@@ -230,7 +230,7 @@ def test_label_files_that_cannot_be_read_say_why(run, tmp_path, content, message
         ("{", "is no JSON that can be read"),
         ("3", "expected a list"),
         ('["a", 3]', "expected a list"),
-        ('{"a": "b", "a": "c"}', "a label stands twice in it"),
+        ('{"a": "b", "a": "c"}', "a label is listed twice"),
         ("[" * 10**5, "is no JSON that can be read"),
     ],
 )
