@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -56,14 +56,24 @@ def check_free(folder: Path, task: str) -> None:
     """
     learned = {path: _task_of(path) for path in adapter_files(folder)}
     # With unfinished training beside it, ``learn_into`` proves the adapter whole, removes that, and says the same.
-    if task in learned.values() and not (folder / f".{task}.unfinished").exists():
+    if not (folder / f".{task}.unfinished").exists():
+        check_new(task, learned.values())
+    path = folder / f"{task}{SUFFIX}"
+    if other := learned.get(path):
+        check_name(path, other, task)
+
+
+def check_new(task: str, learned: Iterable[str | None]) -> None:
+    """Prove that a task is none of those that were learned before.
+
+    Raises:
+        TaskAlreadyLearned: it is.
+    """
+    if task in learned:
         raise TaskAlreadyLearned(
             f"task {task!r} was learned already; give another --adapters folder, or remove its adapter and those "
             "learned after it"
         )
-    path = folder / f"{task}{SUFFIX}"
-    if other := learned.get(path):
-        check_name(path, other, task)
 
 
 def check_name(path: Path, other: str, task: str) -> None:

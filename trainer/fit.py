@@ -16,12 +16,13 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from trainer.adapter import Adapter, check_readable
+from trainer.adapters_folder import check_new
 from trainer.anchors import WordAnchors
 from trainer.backbone import Backbone, with_weights
 from trainer.batches import Batch, Batches, check_batch_size
 from trainer.checkpoint import Checkpoint, Trainee
 from trainer.config import TrainConfig
-from trainer.errors import NotFinite, TaskAlreadyLearned
+from trainer.errors import NotFinite
 from trainer.evaluate import Accuracies, evaluate
 from trainer.finite import all_finite, first_fault, first_not_finite
 from trainer.merge import merge
@@ -103,11 +104,7 @@ def fit(
         CheckpointError: ``unfinished`` holds training of another task or with other settings.
         NotFinite: training diverged, or what came of it can't be used; ``unfinished`` is from before.
     """
-    if task.name in (adapter.task for adapter in lineage):
-        raise TaskAlreadyLearned(
-            f"task {task.name!r} was learned already; give another --adapters folder, "
-            "or remove its adapter and those learned after it"
-        )
+    check_new(task.name, (adapter.task for adapter in lineage))
     check_prompts(task, base.tokenizer)
     fabric = fabric or one_device(base)
     check_batch_size(config, fabric.world_size)
