@@ -7,9 +7,9 @@ without an event loop; those of asyncio suspend, as usual.
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import math
-import sys
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
@@ -34,7 +34,7 @@ class Runtime(Protocol):
         """Have a coroutine go on by itself."""
 
     async def finish(self, started: list[Awaitable[Any]]) -> None:
-        """Give up what was started, as far as that is possible, and wait until it has ended."""
+        """Give up what was started, as far as that is possible."""
 
     async def result(self, future: Future[_T]) -> _T:
         """Wait for what a thread brings, and give it up where the waiting is broken off.
@@ -124,12 +124,8 @@ class BlockingRuntime:
         return _InThread(coroutine)
 
     async def finish(self, started: list[Awaitable[Any]]) -> None:
-        if sys.is_finalizing():  # when no other thread runs any more, and some were stopped with locks in their hands
-            return
         for work in started:
-            work.give_up()  # type: ignore[attr-defined]  # what start gave
-        for work in started:
-            work.join()  # type: ignore[attr-defined]
+            aside(work.give_up)  # type: ignore[attr-defined]  # what start gave
 
     async def result(self, future: Future[_T]) -> _T:
         _wait(future)
@@ -162,9 +158,9 @@ class _InThread(Awaitable[_T]):
         self.given_up = False
         self._done: Future[_T] = Future()
         # A daemon: whatever a caller leaves half-way, the interpreter must not wait for it when it ends.
-        self._thread = threading.Thread(target=self._run, args=(coroutine,), name="clipweld", daemon=True)
+        thread = threading.Thread(target=self._run, args=(coroutine,), name="clipweld", daemon=True)
         try:
-            self._thread.start()
+            thread.start()
         except BaseException:
             coroutine.close()
             raise
@@ -175,10 +171,6 @@ class _InThread(Awaitable[_T]):
         self.given_up = True
         if (future := self.waits_for) is not None:
             future.cancel()
-
-    def join(self) -> None:
-        """Wait until it has ended."""
-        self._thread.join()
 
     def after_fork(self) -> None:
         """A child has none of its parent's threads."""
@@ -247,6 +239,21 @@ def in_background(function: Callable[[], _T]) -> Future[_T]:
     future: Future[_T] = Future()
     threading.Thread(target=settle, args=(future, function), name="clipweld-aside", daemon=True).start()
     return future
+
+
+def aside(function: Callable[[], object]) -> None:
+    """Call a function in the background, and don't even wait for its thread to begin.
+
+    For what may be called while garbage is collected: that happens in any thread, the one that brings gRPC's answers
+    included, while it holds any lock, `threading`'s own included. Whatever waits there may wait for itself.
+    """
+
+    def begin() -> None:
+        with suppress(RuntimeError):  # the interpreter ends
+            in_background(function)
+
+    with suppress(RuntimeError):
+        _thread.start_new_thread(begin, ())
 
 
 def run(coroutine: Coroutine[Any, Any, _T]) -> _T:

@@ -18,7 +18,7 @@ import numpy as np
 
 from client._address import Address
 from client._proxy import proxy_of
-from client._runtime import BEFORE_FORK, Runtime, in_background
+from client._runtime import BEFORE_FORK, Runtime, aside, in_background
 from client._wire import GrpcWire, HttpWire, Wire
 from client.errors import (
     ClientError,
@@ -85,8 +85,10 @@ class Transport:
 
     def close(self) -> None:
         """Close the connections, and end what is on them."""
-        self._closed = True
-        self._end()
+        with self._replacing:
+            self._closed = True
+            self._end.detach()
+        self._wire.close()
 
     async def server(self, timeout_s: float) -> tuple[str, str, tuple[str, ...]]:
         """Name, version and extensions of the server."""
@@ -208,7 +210,7 @@ class Transport:
 
     def _open(self) -> None:
         self._wire: Wire = (GrpcWire if self.address.protocol == "grpc" else HttpWire)(self.address, self._proxy)
-        self._end = weakref.finalize(self, self._wire.close)
+        self._end = weakref.finalize(self, aside, self._wire.close)
         self._end.atexit = False  # it would end, with an error, what daemon threads of the caller's wait for
 
     def _reopen(self, wire: Wire) -> None:

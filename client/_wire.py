@@ -23,7 +23,7 @@ import numpy as np
 from client._address import Address
 from client._fork import at_fork, never_free
 from client._proxy import Proxy
-from client._runtime import in_background, settle
+from client._runtime import aside, in_background, settle
 from client.errors import InvalidRequest
 
 # gRPC's own limit of 4 MB a message is Triton's to set, and its pause before it connects again grows to two minutes. A
@@ -40,7 +40,7 @@ _FORKS_SAFELY = "grpc" not in sys.modules or bool(os.environ.get("GRPC_ENABLE_FO
 _FORKS_AT_ALL = os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "1").lower() not in ("0", "false", "no")
 _broken_by_fork = False  # gRPC, in this process
 # Held while gRPC is called, never while an answer is waited for: a fork in the middle would leave its locks held in the
-# child. Reentrant: what collects garbage may close a channel anywhere.
+# child. Reentrant: whatever a caller's finalizers ask for, they may ask it in the middle of this.
 _calling_grpc = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -107,8 +107,7 @@ class Wire:
             self._pending.discard(future)
             idle = self._retired and not self._pending
         if idle:  # not in the thread of gRPC that brings answers, which must not wait
-            with suppress(RuntimeError):  # the interpreter ends
-                in_background(self.close)
+            aside(self.close)
 
 
 class GrpcWire(Wire):

@@ -11,6 +11,8 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 
@@ -138,6 +140,21 @@ def fake() -> Iterator[FakeServer]:
     server = FakeServer()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def thread_stays() -> Callable[[str], bool]:
+    """Whether a thread of a name is still there after a while: what is given up ends by itself."""
+
+    def thread_stays(name: str) -> bool:
+        end = time.monotonic() + 10
+        while any(thread.name == name for thread in threading.enumerate()):
+            if time.monotonic() > end:
+                return True
+            time.sleep(0.01)
+        return False
+
+    return thread_stays
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def test_several_requests_are_on_their_way_and_no_more(fake, clip):
     assert 2 <= most[0] <= IN_FLIGHT
 
 
-def test_images_are_taken_as_answers_are(fake):
+def test_images_are_taken_as_answers_are(fake, thread_stays):
     """An endless supply: only a few are held, and leaving the loop ends it."""
     taken = [0]
 
@@ -72,7 +72,7 @@ def test_images_are_taken_as_answers_are(fake):
         answers.close()
         after = taken[0]
     assert taken[0] == after
-    assert not [thread for thread in threading.enumerate() if thread.name == "clipweld"]
+    assert not thread_stays("clipweld")
 
 
 async def first_of_endless(url, taken):

@@ -2,6 +2,8 @@ import gc
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 
@@ -114,12 +116,51 @@ def test_many_batches_over_http_need_no_more_threads_and_files_than_one(server):
     assert not [thread for thread in threading.enumerate() if thread.name == "clipweld-http"]
 
 
-def test_a_classifier_that_is_let_go_leaves_no_thread(server):
+def test_a_classifier_that_is_let_go_leaves_no_thread(server, thread_stays):
     clip = ZeroShotClassifier(server.http_url)
     clip.versions()
     del clip
     gc.collect()
-    assert not [thread for thread in threading.enumerate() if thread.name == "clipweld-http"]
+    assert not thread_stays("clipweld-http")
+
+
+GARBAGE = """
+import faulthandler, gc, sys
+import numpy as np
+from client import ZeroShotClassifier
+
+faulthandler.dump_traceback_later(20, exit=True)
+gc.disable()  # until it is collected below, in the thread that brings gRPC's answers
+url, silent, halfway = sys.argv[1], sys.argv[2], sys.argv[3] == "halfway"
+
+asking = ZeroShotClassifier(silent, timeout_s=50)
+asking._core._begin_anew()
+asker = asking._core._asker(None)
+asked = [asker.transport._wire.ask("get_server_metadata", 50) for _ in range(3)]
+
+dropped = ZeroShotClassifier(url)
+answers = dropped.classify([np.zeros((32, 32, 3), np.uint8)] * 500, ["a", "b"])
+next(answers)
+cycle = [dropped, answers] if halfway else [dropped]
+if not halfway:
+    list(answers)
+cycle.append(cycle)
+del dropped, answers, cycle
+
+collected = []
+for future in asked:
+    future.add_done_callback(lambda future: collected.append(gc.collect()))
+asking.close()
+print("closed")
+"""
+
+
+@pytest.mark.parametrize("what", ["done", "halfway"])
+def test_garbage_is_collected_in_the_thread_that_brings_answers(fake, silent_port, what):
+    """Another classifier is garbage, while this one's closing waits for that thread, with gRPC's lock in its hands."""
+    command = [sys.executable, "-c", GARBAGE, fake.url, f"127.0.0.1:{silent_port}", what]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (ended.stderr, ended.stdout, ended.returncode) == ("", "closed\n", 0), ended.stderr
 
 
 @pytest.fixture
