@@ -5,6 +5,6 @@ COPY pyproject.toml README.md LICENSE constraints.txt /src/
 COPY client /src/client
 COPY exporter /src/exporter
 COPY trainer /src/trainer
-RUN pip install --no-cache-dir --constraint /src/constraints.txt /src onnx pydantic && rm -r /src
+RUN pip install --no-cache-dir --constraint /src/constraints.txt /src onnx pydantic safetensors && rm -r /src
 COPY deploy/on-all-servers /usr/local/bin/
 USER 1000:1000
