@@ -1,5 +1,6 @@
 # make demo      learn three tasks, merge, serve, ask the client, compare speeds
 # make test      the whole test suite
+# make check     ruff, mypy, and the tests that are fast
 # make lint      ruff and mypy
 # make audit     what is installed, and whether it is known to be vulnerable
 # make results  all methods and ablations on the small tasks: the runs behind RESULTS.md (hours on two cores)
@@ -8,46 +9,61 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PACKAGES := client trainer exporter
 
-.PHONY: demo test audit lint results scale mini install
+.PHONY: demo test check check-client audit lint results scale mini install
 
 install: $(VENV)/.installed
 
 # The stamp is newer than the project's own files once everything is installed: set up once, again when they change.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: $(PACKAGES:=/pyproject.toml) pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { \
 	  echo "$(PYTHON) is `$(PYTHON) --version 2>&1`: the pinned packages are for 3.11 (and 3.12, where a C compiler is);" \
 	    "give another: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check 'pip>=25.1' # the first that knows dependency groups
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PACKAGES:%=-e %) -e '.[all]' --group dev
 	@touch $@
 
 demo: install
 	$(BIN)/python demo.py
 
 results: install
-	$(BIN)/python -m trainer.studies.mini --out runs/results
-	$(BIN)/python -m trainer.studies.towers runs/results/short/methods/pool/order-0-seed-0 \
+	$(BIN)/python -m evidence.studies.mini --out runs/results
+	$(BIN)/python -m evidence.studies.towers runs/results/short/methods/pool/order-0-seed-0 \
 	  runs/results/short/ablations/no-anchors/order-0-seed-0 --out runs/results/towers.json
 	$(BIN)/trainer report runs/results/long/methods
 	$(BIN)/trainer report runs/results/long
 	$(BIN)/trainer report runs/results/short
 
 scale: install
-	$(BIN)/python -m trainer.studies.scale --out runs/scale
+	$(BIN)/python -m evidence.studies.scale --out runs/scale
 
 # The small CLIP anew, into runs/mini/out: ten minutes of building tasks and pairs, then MINUTES of training.
 MINUTES ?= 60
 mini: install
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mini]'
-	$(BIN)/python -m trainer.mini.recipe build --work runs/mini --out runs/mini/out --minutes $(MINUTES)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --group mini
+	$(BIN)/python -m evidence.mini_recipe build --work runs/mini --out runs/mini/out --minutes $(MINUTES)
 
+# A file of tests goes to one process, which has a server of its own; each computes on one core.
 test: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # What is installed: pinned, listed (runs/trust/sbom.json), held against known vulnerabilities where they can be had.
 audit: install
-	$(BIN)/python -m trust.dependencies
+	$(BIN)/python -m evidence.trust.dependencies
+
+# What a change is checked with first: under three minutes on two cores.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow and not network"
+
+# The client as people install it, without the rest: any Python from 3.10 on.
+check-client:
+	$(PYTHON) -m venv .venv-client
+	.venv-client/bin/pip install --quiet --disable-pip-version-check ./client
+	.venv-client/bin/client --version
+	.venv-client/bin/client classify --help > /dev/null
+	.venv-client/bin/python -c 'import clipweld.client, sys; sys.exit("torch" in sys.modules)'
 
 lint: install
 	$(BIN)/ruff check .

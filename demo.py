@@ -47,8 +47,8 @@ def run(command: str) -> None:
 
 def ask() -> None:
     """Runs beside the server: send every test image through the client, then compare base and merged."""
-    from client import ZeroShotClassifier
-    from trainer.tasks import load_task
+    from clipweld.client import ZeroShotClassifier
+    from clipweld.trainer.tasks import load_task
 
     served = {}
     with ZeroShotClassifier(os.environ["CLIPWELD_URL"]) as classifier:
@@ -101,7 +101,7 @@ def show(summary: dict) -> None:
     console.print()
     console.print(table)
     console.print(
-        f"Overhead of having learned: the merged model takes {summary['overhead_ratio']:.3f} times as long as the base "
+        f"Overhead: the merged model takes {summary['overhead_ratio']:.3f} times the time of the base "
         f"(median over {BENCH_REQUESTS} pairs of requests).\n"
         f"{summary['trainable_parameters']:,} numbers trained a task; {summary['seconds']:.0f} s in all. "
         f"Everything is in {RUN}.\n\n"

@@ -1,10 +1,9 @@
 # docker build --file deploy/exporter.Dockerfile --tag registry.example.com/clipweld-exporter .
 # Promotes, rolls back, lists and prunes; merging needs torch, and is done where training is.
 FROM python:3.11-slim
-COPY pyproject.toml README.md LICENSE constraints.txt /src/
-COPY client /src/client
+COPY LICENSE constraints.txt /src/
 COPY exporter /src/exporter
 COPY trainer /src/trainer
-RUN pip install --no-cache-dir --constraint /src/constraints.txt /src onnx pydantic safetensors && rm -r /src
+RUN pip install --no-cache-dir --constraint /src/constraints.txt /src/trainer /src/exporter && rm -r /src
 COPY deploy/on-all-servers /usr/local/bin/
 USER 1000:1000

@@ -25,10 +25,21 @@ CHANGES = ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync", "op
 CHILD_TIMEOUT_S = 60
 
 
+# Whatever needs these trains, merges or starts a server: more than a second.
+SLOW_FIXTURES = {"fitted", "repository", "server", "chromium", "learned"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark those tests as slow that need what is slow to make."""
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def mini():
     """The small CLIP with its shipped weights; tests don't change it."""
-    from trainer.backbone import load_backbone
+    from clipweld.trainer.base.backbone import load_backbone
 
     return load_backbone("mini")
 
@@ -36,7 +47,7 @@ def mini():
 @pytest.fixture(scope="session")
 def digits():
     """The shipped task of handwritten digits."""
-    from trainer.tasks import load_task
+    from clipweld.trainer.tasks import load_task
 
     return load_task("digits")
 
@@ -44,8 +55,8 @@ def digits():
 @pytest.fixture(scope="session")
 def fitted(mini, digits):
     """Digits, learned in a few steps."""
-    from trainer.config import train_config
-    from trainer.fit import fit
+    from clipweld.trainer.config import train_config
+    from clipweld.trainer.learning.fit import fit
 
     config = train_config("mini", iterations=25, shots=8)
     return fit(digits, mini, [], config, test_on=[digits])
@@ -54,7 +65,7 @@ def fitted(mini, digits):
 @pytest.fixture(scope="session")
 def adapters(fitted, tmp_path_factory):
     """A folder that holds the adapter of digits."""
-    from trainer.adapter import save_adapter
+    from clipweld.trainer.adapters.adapter import save_adapter
 
     folder = tmp_path_factory.mktemp("adapters")
     save_adapter(fitted.adapter, folder / "digits.safetensors")
@@ -64,9 +75,9 @@ def adapters(fitted, tmp_path_factory):
 @pytest.fixture(scope="session")
 def repository(mini, fitted, tmp_path_factory):
     """A model repository: version 1 the small CLIP, version 2 with digits merged."""
-    from exporter.release import release
-    from exporter.repository import Repository
-    from trainer.tasks import sample
+    from clipweld.exporter.release.publish import release
+    from clipweld.exporter.store.repository import Repository
+    from clipweld.trainer.tasks import sample
 
     folder = tmp_path_factory.mktemp("repository") / "models"
     release(mini, [fitted.adapter], Repository(folder, "clip"), *sample(8))
@@ -76,7 +87,7 @@ def repository(mini, fitted, tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(repository):
     """A real Triton on that repository; ``url`` speaks gRPC, ``http_url`` HTTP."""
-    from exporter.triton import serve
+    from clipweld.exporter.serving.triton import serve
 
     with serve(repository) as running:
         yield running

@@ -303,7 +303,7 @@ def test_compose_opens_the_clients_port_alone():
 
 
 def test_compose_gives_threads_the_stack_that_exporter_serve_gives_them():
-    from exporter.isolation import STACK
+    from clipweld.exporter.serving.isolation import STACK
 
     assert compose()["services"]["triton"]["ulimits"]["stack"] == {"soft": STACK, "hard": STACK}
 
@@ -341,8 +341,8 @@ def test_promotion_needs_neither_torch_nor_onnxruntime(tmp_path):
     heavy = ("torch", "torchvision", "open_clip", "onnxruntime", "onnxscript", "pytriton", "lightning", "scipy")
     heavy += ("lightning_fabric", "jinja2", "tyro", "matplotlib")
     image = (DEPLOY / "exporter.Dockerfile").read_text(encoding="utf-8")
-    assert re.search(r"pip install .* /src onnx pydantic safetensors ", image), "what the client's own dependencies lack"
-    code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); from exporter.cli import main; main()"
+    assert re.search(r"pip install .* /src/trainer /src/exporter ", image), "without extras"
+    code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); from clipweld.exporter.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "promote", "2", "--repository", str(tmp_path / "model_repository")],
         cwd=ROOT,
@@ -441,7 +441,7 @@ class Running:
 
 @contextmanager
 def running(platform, repository):
-    from exporter.installation import installation
+    from clipweld.exporter.serving.installation import installation
 
     with installation(f"clipweld-{os.getpid()}-") as triton:
         found = Running(platform, repository, triton, free_ports(3))
@@ -475,7 +475,7 @@ def copied(repository, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["compose", "cpu", "gpu"])
 def test_server_answers_probes_and_clients_and_obeys_the_key_alone(platform, copied, digits):
-    from client import ZeroShotClassifier
+    from clipweld.client import ZeroShotClassifier
 
     with running(platform, copied) as triton:
         for port, path in probes(platform):
@@ -519,10 +519,10 @@ def test_failed_load_leaves_the_server_ready_and_failed_start_ends_it(copied, tm
 @pytest.mark.slow
 def test_server_that_a_switch_left_out_catches_up_when_it_is_repeated(copied):
     """What README says of a pod that starts while a version is promoted."""
-    from client import ZeroShotClassifier
-    from exporter.repository import Repository
-    from exporter.switch import promote, rollback
-    from exporter.triton import serve
+    from clipweld.client import ZeroShotClassifier
+    from clipweld.exporter.serving.switch import promote, rollback
+    from clipweld.exporter.serving.triton import serve
+    from clipweld.exporter.store.repository import Repository
 
     repository = Repository(copied, "clip")
     rollback(repository, [])

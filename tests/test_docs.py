@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-import client
-import client._classifier
+from clipweld import client
 
 ROOT = Path(__file__).parents[1]
 

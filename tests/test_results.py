@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TEXT = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "TRUST.md"))
 # A comment names the command; the table follows.
-TABLES = re.findall(r"<!-- (python -m (?:trainer\.studies|benchmarks|trust)\.\w+ .+?) -->\n\n((?:\|.+\|\n)+)", TEXT)
+TABLES = re.findall(r"<!-- (python -m evidence\.\w+\.\w+ .+?) -->\n\n((?:\|.+\|\n)+)", TEXT)
 
 
 def test_there_are_tables():
@@ -29,7 +29,7 @@ def test_table_is_what_the_command_prints(command, table):
 
 
 def test_no_promise_was_seen_broken():
-    records = sorted((ROOT / "trust" / "records").glob("*.json"))
+    records = sorted((ROOT / "evidence" / "records" / "trust").glob("*.json"))
     assert records
     for record in records:
         assert json.loads(record.read_text(encoding="utf-8"))["broken"] == [], record.name

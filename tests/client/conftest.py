@@ -22,8 +22,8 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import serialize_byte_tensor
 
-from client import AsyncZeroShotClassifier, ZeroShotClassifier
-from client._tokenizer import default_tokenizer
+from clipweld.client import AsyncZeroShotClassifier, ZeroShotClassifier
+from clipweld.client._tokenizer import default_tokenizer
 
 EMBED_DIM = 8
 IMAGE_SIZE = 16
@@ -229,7 +229,7 @@ def open_page() -> Iterator[Callable[[str], str]]:
     running = []
 
     def open_page(url: str) -> str:
-        command = "from client.cli import main; main()"
+        command = "from clipweld.client.cli import main; main()"
         arguments = ["demo", "--url", url, "--port", "0", "--no-browser"]
         program = subprocess.Popen(
             [sys.executable, "-c", command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -10,10 +10,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from client._core import ranked
-from client.errors import ContractMismatch, ServerError
-from exporter.repository import KINDS, Repository
-from exporter.triton import serve
+from clipweld.client._core import ranked
+from clipweld.client.errors import ContractMismatch, ServerError
+from clipweld.exporter.serving.triton import serve
+from clipweld.exporter.store.repository import KINDS, Repository
 
 LABELS = ["a cat", "a dog", "a cow"]
 

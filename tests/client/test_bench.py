@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from client import Interval, bench
-from client._bench import WARMUP_ROUNDS, BenchResult, Timing, interval
-from client._figure import draw
-from client.errors import ContractMismatch, InvalidRequest, ResultsError, VersionGone
+from clipweld.client import Interval, bench
+from clipweld.client._bench import WARMUP_ROUNDS, BenchResult, Timing, interval
+from clipweld.client._figure import draw
+from clipweld.client.errors import ContractMismatch, InvalidRequest, ResultsError, VersionGone
 
 
 def timing(contender, ratio, *, tasks=0, batch=1, concurrency=1):

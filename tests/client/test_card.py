@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from client._card import read_card
-from client.errors import ContractMismatch
+from clipweld.client._card import read_card
+from clipweld.client.errors import ContractMismatch
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from client.errors import InvalidRequest, ModelNotFound, UnknownTask, VersionGone
+from clipweld.client.errors import InvalidRequest, ModelNotFound, UnknownTask, VersionGone
 
 LABELS = ["cat", "dog", "a very small house by the sea"]
 
@@ -22,7 +22,7 @@ def clip(url, connect):
 @pytest.fixture(scope="module")
 def base():
     """The small CLIP in PyTorch, without a server."""
-    from trainer.backbone import load_backbone
+    from clipweld.trainer.base.backbone import load_backbone
 
     return load_backbone("mini")
 

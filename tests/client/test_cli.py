@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from client import ZeroShotClassifier
-from client.cli import app, main
+from clipweld.client import ZeroShotClassifier
+from clipweld.client.cli import app, main
 
 COMMANDS = ("classify", "bench", "tasks", "versions", "demo")
 

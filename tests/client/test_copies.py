@@ -9,8 +9,8 @@ import pickle
 
 import pytest
 
-from client import TLS, AsyncZeroShotClassifier, ZeroShotClassifier
-from client._address import Address
+from clipweld.client import TLS, AsyncZeroShotClassifier, ZeroShotClassifier
+from clipweld.client._address import Address
 
 LABELS = ["cat", "dog"]
 COPIES = {
@@ -22,7 +22,7 @@ COPIES = {
 
 
 def errors_of(package):
-    module = importlib.import_module(f"{package}.errors")
+    module = importlib.import_module(f"clipweld.{package}.errors")
     return [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, BaseException)]
 
 

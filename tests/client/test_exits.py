@@ -11,7 +11,7 @@ import pytest
 BEGIN = """
 import asyncio, atexit, itertools, os, signal, sys, threading, time
 import numpy as np
-from client import AsyncZeroShotClassifier, ZeroShotClassifier
+from clipweld.client import AsyncZeroShotClassifier, ZeroShotClassifier
 url, endless = sys.argv[1], itertools.repeat(np.zeros((20, 24, 3), np.uint8))
 settings = {"timeout_s": 1000, "deadline_s": None}
 def ask(clip): return clip.classify(endless, ["cat", "dog"])

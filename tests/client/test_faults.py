@@ -7,8 +7,8 @@ import grpc
 import numpy as np
 import pytest
 
-from client import ZeroShotClassifier
-from client.errors import (
+from clipweld.client import ZeroShotClassifier
+from clipweld.client.errors import (
     BadImage,
     ContractMismatch,
     InvalidRequest,
@@ -201,7 +201,7 @@ def test_closed_classifier_connects_anew(fake, clip, picture):
 
 def test_a_version_that_comes_back_as_another_is_opened_anew(fake, picture, connect, monkeypatch):
     """Restarted on a backup, a server may mean something else by the same number."""
-    monkeypatch.setattr("client._core.LOOK_AGAIN_S", 0.2)
+    monkeypatch.setattr("clipweld.client._core.LOOK_AGAIN_S", 0.2)
     for version in ("latest", 2):
         with connect(fake.url, version=version, timeout_s=10) as clip:
             clip.classify(picture, LABELS)

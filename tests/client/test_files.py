@@ -16,10 +16,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from client import ZeroShotClassifier
-from client._files import COLUMNS, ResultsFile
-from client.cli import main
-from client.errors import BadImage, ResultsError
+from clipweld.client import ZeroShotClassifier
+from clipweld.client._results_file import COLUMNS, ResultsFile
+from clipweld.client.cli import main
+from clipweld.client.errors import BadImage, ResultsError
 
 QUESTION = {"labels": ["cat", "dog"], "task": None, "templates": None, "top_k": 2, "model": "clip", "version": None}
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path, name, content, message
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ResultsError, match="pip install pyarrow"):
+    with pytest.raises(ResultsError, match=r"pip install 'clipweld\[parquet\]'"):
         ResultsFile(tmp_path / "answers.parquet", QUESTION)
     assert not list(tmp_path.iterdir())
 

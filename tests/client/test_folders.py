@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client import LeftOut, ZeroShotClassifier
-from client._folders import image_files
-from client.cli import main
-from client.errors import BadImage
+from clipweld.client import LeftOut, ZeroShotClassifier
+from clipweld.client._folders import image_files
+from clipweld.client.cli import main
+from clipweld.client.errors import BadImage
 
 NOBODY = 65534
 LABELS = ("--labels", "cat, dog")

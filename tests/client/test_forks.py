@@ -13,8 +13,8 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
-from client import AsyncZeroShotClassifier, ZeroShotClassifier
-from client.errors import InvalidRequest, RequestTimeout
+from clipweld.client import AsyncZeroShotClassifier, ZeroShotClassifier
+from clipweld.client.errors import InvalidRequest, RequestTimeout
 
 LABELS = ["cat", "dog"]
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)

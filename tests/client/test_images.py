@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import Compose
 
-from client._images import INTERPOLATIONS, RESIZE_MODES, Reading, as_images, name_of, preprocess
-from client.errors import BadImage
+from clipweld.client._images import INTERPOLATIONS, RESIZE_MODES, Reading, as_images, name_of, preprocess
+from clipweld.client.errors import BadImage
 
 SIZE = 32
 MODES = (

@@ -7,11 +7,11 @@ from enum import Enum
 import numpy as np
 import pytest
 
-from client import ZeroShotClassifier
-from client._label_lists import read_labels
-from client._labels import Wording, checked_labels, prompt_of
-from client.cli import main
-from client.errors import InvalidRequest
+from clipweld.client import ZeroShotClassifier
+from clipweld.client._label_lists import read_labels
+from clipweld.client._labels import Wording, checked_labels, prompt_of
+from clipweld.client.cli import main
+from clipweld.client.errors import InvalidRequest
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from client import AsyncZeroShotClassifier, ZeroShotClassifier
+from clipweld.client import AsyncZeroShotClassifier, ZeroShotClassifier
 
 LABELS = ["cat", "dog"]
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)

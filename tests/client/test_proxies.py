@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from client import ZeroShotClassifier
-from client._address import parse_url
-from client._proxy import proxy_of
-from client.errors import ClientError, InvalidRequest, NotAllowed, RequestTimeout, ServerUnavailable
+from clipweld.client import ZeroShotClassifier
+from clipweld.client._address import parse_url
+from clipweld.client._proxy import proxy_of
+from clipweld.client.errors import ClientError, InvalidRequest, NotAllowed, RequestTimeout, ServerUnavailable
 
 VARIABLES = ("http", "https", "grpc", "all", "no", "no_grpc")
 SECRET = "pass%40word"

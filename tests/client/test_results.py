@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from client import Classification, Prediction
+from clipweld.client import Classification, Prediction
 
 ANSWER = Classification("a.png", (Prediction("cat", 0.975, 0.31), Prediction("dog", 0.025, 0.27)), version=2)
 

@@ -11,8 +11,8 @@ import trustme
 from aiohttp import ClientSession, web
 from tritonclient.grpc import service_pb2_grpc
 
-from client import TLS
-from client.errors import InvalidRequest, NotAllowed, ServerUnavailable
+from clipweld.client import TLS
+from clipweld.client.errors import InvalidRequest, NotAllowed, ServerUnavailable
 
 TOKEN = {"Authorization": "Bearer open-sesame"}
 
@@ -189,6 +189,6 @@ def test_certificates_are_looked_at_before_anything_is_sent(files, connect, tmp_
 def test_headers_are_checked_and_never_shown(connect):
     with pytest.raises(InvalidRequest, match="header 'authorization' cannot be sent"):
         connect("localhost:8001", headers={"Authorization": "two\nlines"})
-    from client._address import parse_url
+    from clipweld.client._address import parse_url
 
     assert "sesame" not in repr(parse_url("localhost:8001", headers=TOKEN))

@@ -8,9 +8,16 @@ import grpc
 import numpy as np
 import pytest
 
-from client import AsyncZeroShotClassifier, ZeroShotClassifier
-from client._streams import AHEAD, IN_FLIGHT
-from client.errors import BadImage, InvalidRequest, RequestTimeout, ServerUnavailable, TooManyLabels, VersionGone
+from clipweld.client import AsyncZeroShotClassifier, ZeroShotClassifier
+from clipweld.client._streams import AHEAD, IN_FLIGHT
+from clipweld.client.errors import (
+    BadImage,
+    InvalidRequest,
+    RequestTimeout,
+    ServerUnavailable,
+    TooManyLabels,
+    VersionGone,
+)
 
 LABELS = ["cat", "dog"]
 
@@ -153,7 +160,7 @@ def test_a_named_version_that_goes_in_the_middle_is_an_error(fake, connect):
 
 
 def test_the_newest_version_is_followed_between_calls_and_not_within_one(fake, connect, monkeypatch):
-    monkeypatch.setattr("client._core.LOOK_AGAIN_S", 0)
+    monkeypatch.setattr("clipweld.client._core.LOOK_AGAIN_S", 0)
 
     def promote_3(model, version, context):
         if model == "clip_image":

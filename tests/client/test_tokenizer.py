@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, basic_clean
 
-from client._tokenizer import default_tokenizer
+from clipweld.client._tokenizer import default_tokenizer
 
 CONTEXT = 24
 _OPEN_CLIP = SimpleTokenizer()

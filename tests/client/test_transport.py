@@ -11,10 +11,10 @@ import grpc
 import numpy as np
 import pytest
 
-from client import ZeroShotClassifier, errors
-from client._address import Address, parse_url
-from client._transport import _ERROR_OF_STATUS
-from client.errors import InvalidRequest, RequestTimeout, ServerUnavailable
+from clipweld.client import ZeroShotClassifier, errors
+from clipweld.client._address import Address, parse_url
+from clipweld.client._transport import _ERROR_OF_STATUS
+from clipweld.client.errors import InvalidRequest, RequestTimeout, ServerUnavailable
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_classifier_that_is_let_go_leaves_no_thread(server, thread_stays):
 GARBAGE = """
 import faulthandler, gc, sys
 import numpy as np
-from client import ZeroShotClassifier
+from clipweld.client import ZeroShotClassifier
 
 faulthandler.dump_traceback_later(20, exit=True)
 gc.disable()  # until it is collected below, in the thread that brings gRPC's answers

@@ -17,11 +17,11 @@ import pytest
 import trustme
 from PIL import Image
 
-from client import ZeroShotClassifier, _urls
-from client._images import Reading, name_of, preprocess
-from client._urls import fetch
-from client.cli import main
-from client.errors import BadImage
+from clipweld.client import ZeroShotClassifier, _urls
+from clipweld.client._images import Reading, name_of, preprocess
+from clipweld.client._urls import fetch
+from clipweld.client.cli import main
+from clipweld.client.errors import BadImage
 
 INSIDE = (
     "127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.0.0.1", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]",

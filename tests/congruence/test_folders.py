@@ -2,8 +2,8 @@
 
 import pytest
 
-from client import _folders as in_client
-from trainer.tasks import tree as in_trainer
+from clipweld.client import _folders as in_client
+from clipweld.trainer.tasks import tree as in_trainer
 
 
 def test_the_same_endings_are_images():
@@ -14,8 +14,8 @@ def test_the_same_endings_are_images():
 @pytest.mark.parametrize(
     "name",
     [
-        *in_client.HIDDEN,
-        *in_trainer.CLUTTER,
+        *sorted(in_client.HIDDEN),
+        *sorted(in_trainer.CLUTTER),
         ".ipynb_checkpoints",
         "._x.jpg",
         ".DS_Store",

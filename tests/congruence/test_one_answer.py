@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from client import ZeroShotClassifier
-from exporter.parity import to_uint8
-from trainer.backbone import encode_classes
+from clipweld.client import ZeroShotClassifier
+from clipweld.exporter.checks.parity import to_uint8
+from clipweld.trainer.base.backbone import encode_classes
 
 COUNT = 24
 ATOL = 2e-5

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from client._os_errors import next_step as of_client
-from trainer.os_errors import next_step as of_trainer
+from clipweld.client._os_errors import next_step as of_client
+from clipweld.trainer.os_errors import next_step as of_trainer
 
 CAUSES = ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "EFBIG", "EIO", "EMFILE", "ENOENT", "EPROTO")
 

@@ -8,12 +8,12 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 
-from client._images import preprocess
-from client.errors import BadImage
-from trainer.errors import UnreadableImage
-from trainer.preprocessing import open_image, preprocessing
-from trainer.tasks import Images, sample
-from trust.pictures import of_unknown_range, seeds
+from clipweld.client._images import preprocess
+from clipweld.client.errors import BadImage
+from clipweld.trainer.errors import UnreadableImage
+from clipweld.trainer.preprocessing import open_image, preprocessing
+from clipweld.trainer.tasks import Images, sample
+from evidence.trust.pictures import of_unknown_range, seeds
 
 CONFIG = PreprocessCfg(size=48)
 TRANSFORM = preprocessing(CONFIG)

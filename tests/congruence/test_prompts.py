@@ -7,10 +7,10 @@ import open_clip
 from hypothesis import given
 from hypothesis import strategies as st
 
-import trainer
-from client._labels import DEFAULT_TEMPLATES, Wording
-from client._labels import prompt_of as in_client
-from trainer.wording import prompt_of as in_trainer
+from clipweld import trainer
+from clipweld.client._labels import DEFAULT_TEMPLATES, Wording
+from clipweld.client._labels import prompt_of as in_client
+from clipweld.trainer.text import prompt_of as in_trainer
 
 WORDS = st.lists(
     st.sampled_from(

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from client import _printing as of_client
-from client.errors import ResultsError
-from trainer import printing as of_trainer
-from trainer.errors import OutputError
+from clipweld.client import _output as of_client
+from clipweld.client.errors import ResultsError
+from clipweld.trainer import output as of_trainer
+from clipweld.trainer.errors import OutputError
 
 # What is called, and its status where every stream is as usual.
 CALLS = {

@@ -13,12 +13,13 @@ import torch
 import tritonclient.grpc
 from onnx import TensorProto, helper
 
-from exporter import graph, release
-from exporter.admin import HEADER, admin_key
-from exporter.repository import Repository
-from exporter.triton import serve
-from trainer.adapter import Adapter
-from trainer.tasks import sample
+from clipweld.exporter.graph import trace
+from clipweld.exporter.release import publish
+from clipweld.exporter.serving.admin import HEADER, admin_key
+from clipweld.exporter.serving.triton import serve
+from clipweld.exporter.store.repository import Repository
+from clipweld.trainer.adapters.adapter import Adapter
+from clipweld.trainer.tasks import sample
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +73,7 @@ class Graphs:
 @pytest.fixture(scope="session")
 def graphs(mini):
     """Both towers, traced once: tracing takes seconds."""
-    return Graphs(graph.trace_image_tower(mini), graph.trace_text_tower(mini))
+    return Graphs(trace.trace_image_tower(mini), trace.trace_text_tower(mini))
 
 
 @pytest.fixture(scope="session")
@@ -81,11 +82,11 @@ def take_traced(graphs):
 
     def take(patch: pytest.MonkeyPatch) -> None:
         for kind in ("image", "text"):
-            ready, trace = getattr(graphs, kind), getattr(graph, f"trace_{kind}_tower")
+            ready, do_trace = getattr(graphs, kind), getattr(trace, f"trace_{kind}_tower")
             patch.setattr(
-                f"exporter.precision.trace_{kind}_tower",
-                lambda backbone, dtype=torch.float32, ready=ready, trace=trace: (
-                    ready if dtype is torch.float32 else trace(backbone, dtype)
+                f"clipweld.exporter.graph.precision.trace_{kind}_tower",
+                lambda backbone, dtype=torch.float32, ready=ready, do_trace=do_trace: (
+                    ready if dtype is torch.float32 else do_trace(backbone, dtype)
                 ),
             )
 
@@ -107,7 +108,7 @@ def released(mini, make_adapter, samples, take_traced, tmp_path_factory):
     second = make_adapter("pets", (first,), seed=1)
     with pytest.MonkeyPatch.context() as patch:
         take_traced(patch)
-        return repository, release.release(mini, [first, second], repository, *samples)
+        return repository, publish.release(mini, [first, second], repository, *samples)
 
 
 @pytest.fixture

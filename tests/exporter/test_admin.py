@@ -11,11 +11,11 @@ import urllib.request
 
 import pytest
 
-from exporter.admin import HEADER, KEY_FILE, admin_key, new_admin_key
-from exporter.errors import RepositoryError, ServerUnreachable
-from exporter.repository import Repository, store_of
-from exporter.switch import promote, rollback
-from exporter.triton import serve
+from clipweld.exporter.errors import RepositoryError, ServerUnreachable
+from clipweld.exporter.serving.admin import HEADER, KEY_FILE, admin_key, new_admin_key
+from clipweld.exporter.serving.switch import promote, rollback
+from clipweld.exporter.serving.triton import serve
+from clipweld.exporter.store.repository import Repository, store_of
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import onnxruntime
 import pytest
 import torch
 
-from exporter import graph, onnx_file
-from exporter.branches import branch_weights, fold_branches, with_branches
-from exporter.errors import UnsupportedModel
-from exporter.parity import MAX_ABS
-from exporter.studies.release import write_adapters
-from trainer.adapter import load_lineage
-from trainer.merge import merge
+from clipweld.exporter.checks.parity import MAX_ABS
+from clipweld.exporter.errors import UnsupportedModel
+from clipweld.exporter.graph import onnx_file, trace
+from clipweld.exporter.graph.branches import branch_weights, fold_branches, with_branches
+from clipweld.trainer.adapters.adapter import load_lineage
+from clipweld.trainer.adapters.merge import merge
+from evidence.studies.release import write_adapters
 
 EXPERTS = 2
 LAYERS = 6  # of a block, all adapted
@@ -53,9 +53,9 @@ def test_answers_are_the_merged_towers(mini, graphs, lineage, tower):
     base, random = getattr(graphs, tower), np.random.default_rng(0)
     weights = mini.model.state_dict()
     models = (
-        graph.fill(base, weights),
-        graph.fill(base, merge(weights, lineage)),
-        graph.fill(with_branches(base, lineage), weights | branch_weights(lineage)),
+        trace.fill(base, weights),
+        trace.fill(base, merge(weights, lineage)),
+        trace.fill(with_branches(base, lineage), weights | branch_weights(lineage)),
     )
     rows = {
         "image": random.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8),
@@ -95,7 +95,7 @@ def test_folded_branches_are_the_merged_weights(mini, lineage):
 
 
 def test_a_product_that_is_not_the_layers_own_is_refused(graphs, lineage):
-    whole = graph.ModelProto.FromString(graphs.image.SerializeToString())
+    whole = trace.ModelProto.FromString(graphs.image.SerializeToString())
     split = next(node for node in whole.graph.node if node.op_type == "Split")
     split.op_type = "Identity"
     with pytest.raises(UnsupportedModel, match=r"resblocks\.0\.attn\.\w_proj: no product of its own .*--unmerged"):

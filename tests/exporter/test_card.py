@@ -12,10 +12,10 @@ import open_clip
 import pytest
 from open_clip.tokenizer import HFTokenizer
 
-from exporter.card import card_model, describe, read_card
-from exporter.errors import RepositoryError, UnsupportedModel
-from exporter.onnx_file import to_bytes
-from trainer.records import MAX_VALUES
+from clipweld.exporter.errors import RepositoryError, UnsupportedModel
+from clipweld.exporter.graph.onnx_file import to_bytes
+from clipweld.exporter.store.card import card_model, describe, read_card
+from clipweld.trainer.schemas import MAX_VALUES
 
 
 def test_card_of_a_merge(mini, make_adapter):

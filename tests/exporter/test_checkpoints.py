@@ -11,10 +11,10 @@ from peft import PeftModel
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from exporter.checkpoints import save_open_clip, save_peft, save_transformers
-from exporter.errors import CheckpointError, UnsupportedModel
-from trainer.backbone import load_backbone, with_weights
-from trainer.merge import merge
+from clipweld.exporter.errors import CheckpointError, UnsupportedModel
+from clipweld.exporter.release.checkpoints import save_open_clip, save_peft, save_transformers
+from clipweld.trainer.adapters.merge import merge
+from clipweld.trainer.base.backbone import load_backbone, with_weights
 
 
 def as_tensors(backbone, samples):

@@ -12,16 +12,16 @@ import sys
 
 import pytest
 
-from exporter import disk
-from exporter.admin import admin_key, new_admin_key
-from exporter.cli import main
-from exporter.errors import RepositoryError
-from exporter.manifest import check_files
-from exporter.release import release
-from exporter.repository import KINDS, Repository
-from exporter.switch import promote, rollback
-from trainer.errors import OutputError
-from trainer.files import replacing
+from clipweld.exporter import disk
+from clipweld.exporter.cli import main
+from clipweld.exporter.errors import RepositoryError
+from clipweld.exporter.release.publish import release
+from clipweld.exporter.serving.admin import admin_key, new_admin_key
+from clipweld.exporter.serving.switch import promote, rollback
+from clipweld.exporter.store.manifest import check_files
+from clipweld.exporter.store.repository import KINDS, Repository
+from clipweld.trainer.errors import OutputError
+from clipweld.trainer.files import replacing
 
 NO_LINKS = [errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES, errno.ENOSYS, errno.EINVAL]
 
@@ -147,9 +147,9 @@ def test_cleaning_up_after_a_switch_never_makes_it_fail(repository, monkeypatch,
 ACTIONS = """
 import sys
 from pathlib import Path
-from exporter.repository import Repository
-from exporter.switch import promote, prune, rollback
-from exporter.manifest import check_files
+from clipweld.exporter.store.repository import Repository
+from clipweld.exporter.serving.switch import promote, prune, rollback
+from clipweld.exporter.store.manifest import check_files
 repository = Repository(Path(sys.argv[1]), "clip")
 print(promote(repository, 1, []).standing, promote(repository, 2, []).standing, rollback(repository, []).standing)
 print(promote(repository, 2, []).standing, prune(repository, 1).kept)
@@ -224,7 +224,7 @@ def test_a_read_only_file_system_is_named_and_still_read(repository, tmp_path):
         """
         mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; export CLIPWELD_URL=
         for command in "promote 1" "rollback" "prune --keep 1" "versions"; do
-            "$2" -m exporter $command --repository "$1/model_repository" 2>&1 || echo "status $?"
+            "$2" -m clipweld.exporter $command --repository "$1/model_repository" 2>&1 || echo "status $?"
         done
         """,
         tmp_path, sys.executable,
@@ -244,12 +244,15 @@ def test_files_of_another_owner_are_named(repository, tmp_path):
         if parent != parent.parent and not parent.stat().st_mode & 0o001:
             pytest.skip(f"{parent} can't be entered by others")
     probe = subprocess.run(
-        [sys.executable, "-c", "import os, exporter.switch"], user=65534, group=65534, capture_output=True
+        [sys.executable, "-c", "import os, clipweld.exporter.serving.switch"],
+        user=65534,
+        group=65534,
+        capture_output=True,
     )
     if probe.returncode:
         pytest.skip("this Python can't be run by others")
     done = subprocess.run(
-        [sys.executable, "-m", "exporter", "promote", "1", "--repository", str(repository.path)],
+        [sys.executable, "-m", "clipweld.exporter", "promote", "1", "--repository", str(repository.path)],
         user=65534, group=65534, capture_output=True, text=True, env=os.environ | {"CLIPWELD_URL": ""},
     )  # fmt: skip
     assert done.returncode == 1

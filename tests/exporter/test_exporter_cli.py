@@ -9,8 +9,8 @@ import sys
 import pytest
 from PIL import Image
 
-from exporter import cli
-from trainer.adapter import save_adapter
+from clipweld.exporter import cli
+from clipweld.trainer.adapters.adapter import save_adapter
 
 
 def run(*arguments, monkeypatch):
@@ -28,7 +28,7 @@ def test_help_has_a_runnable_example(command, monkeypatch, capsys):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; sys.argv = ['exporter', '--help']\nfrom exporter.cli import main\n"
+        "import sys; sys.argv = ['exporter', '--help']\nfrom clipweld.exporter.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'onnx', 'onnxruntime', 'open_clip', 'PIL') if m in sys.modules])"
     )
@@ -37,9 +37,9 @@ def test_help_imports_nothing_heavy():
 
 
 def test_serving_needs_no_torch():
-    code = "import sys, exporter.repository, exporter.triton; print('torch' in sys.modules, 'open_clip' in sys.modules)"
+    code = "import sys, clipweld.exporter.serving.triton; print({'torch', 'open_clip'} & {*sys.modules})"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.split() == ["False", "False"]
+    assert output == "set()\n"
 
 
 @pytest.mark.usefixtures("traced")

@@ -9,15 +9,15 @@ import sys
 
 import pytest
 
-from exporter import cli
-from exporter.errors import ExporterError, ForeignFiles, RepositoryError, StoreMissing
-from exporter.foreign import foreign_entries
-from exporter.release import release
-from exporter.repository import KINDS, Repository, known_repositories
-from exporter.switch import promote, prune, rollback
-from exporter.triton import serve
-from exporter.unmerged import release_unmerged
-from exporter.verify import verify
+from clipweld.exporter import cli
+from clipweld.exporter.checks.verify import verify
+from clipweld.exporter.errors import ExporterError, ForeignFiles, RepositoryError, StoreMissing
+from clipweld.exporter.release.publish import release
+from clipweld.exporter.release.unmerged import release_unmerged
+from clipweld.exporter.serving.switch import promote, prune, rollback
+from clipweld.exporter.serving.triton import serve
+from clipweld.exporter.store.foreign import foreign_entries
+from clipweld.exporter.store.repository import KINDS, Repository, known_repositories
 
 PRECIOUS = b"my only copy"
 
@@ -35,7 +35,7 @@ def repository(repository):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """A function that runs a command and gives its status, its output and its errors."""
-    monkeypatch.setattr("exporter.servers.DEFAULT_SERVER", "127.0.0.1:1")
+    monkeypatch.setattr("clipweld.exporter.serving.servers.DEFAULT_SERVER", "127.0.0.1:1")
     monkeypatch.delenv("CLIPWELD_URL", raising=False)
 
     def run(repository, *arguments):

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from exporter import cli
-from exporter.accuracy import (
+from clipweld.exporter import cli
+from clipweld.exporter.checks.accuracy import (
     Accuracy,
     Agreement,
     in_onnx_runtime,
@@ -18,13 +18,13 @@ from exporter.accuracy import (
     measure_agreement,
     recorded_accuracies,
 )
-from exporter.errors import GateClosed
-from exporter.gate import Gate
-from exporter.release import Checks, release
-from exporter.repository import Repository, towers
-from trainer.adapter import save_adapter
-from trainer.evaluate import evaluate
-from trainer.tasks import load_task
+from clipweld.exporter.checks.gate import Gate
+from clipweld.exporter.errors import GateClosed
+from clipweld.exporter.release.publish import Checks, release
+from clipweld.exporter.store.repository import Repository, towers
+from clipweld.trainer.adapters.adapter import save_adapter
+from clipweld.trainer.learning.evaluate import evaluate
+from clipweld.trainer.tasks import load_task
 
 
 def quiet(step):
@@ -99,7 +99,7 @@ def test_recorded_figures_are_those_of_the_last_adapter_against_what_is_served(m
     assert recorded_accuracies([first, second], served)[0] == Accuracy("digits", 88.0, 87.5, "training")
     gone = Accuracy("digits", 88.0, None, "training")
     assert recorded_accuracies([], served) == [gone]
-    assert "nobody measured digits" in judged(Gate(max_drop=1), gone)
+    assert "digits has not been measured" in judged(Gate(max_drop=1), gone)
 
 
 def test_accuracy_in_onnx_runtime_is_the_trainers(mini, released):

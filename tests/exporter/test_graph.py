@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from exporter import graph, onnx_file
+from clipweld.exporter.graph import onnx_file, trace
 
 
 def session(model):
@@ -20,12 +20,12 @@ def session(model):
 
 @pytest.fixture(scope="module")
 def text(mini, graphs):
-    return session(graph.fill(graphs.text, mini.model.state_dict()))
+    return session(trace.fill(graphs.text, mini.model.state_dict()))
 
 
 @pytest.fixture(scope="module")
 def image(mini, graphs):
-    return session(graph.fill(graphs.image, mini.model.state_dict()))
+    return session(trace.fill(graphs.image, mini.model.state_dict()))
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def test_token_ids_out_of_vocabulary_are_clamped(text):
 def test_weights_keep_open_clips_names_and_values(mini, graphs):
     weights = mini.model.state_dict()
     for traced in (graphs.image, graphs.text):
-        filled = {t.name: t for t in graph.fill(traced, weights).graph.initializer}
+        filled = {t.name: t for t in trace.fill(traced, weights).graph.initializer}
         names = [value.name for value in traced.graph.input[1:]]
         assert names
         for name in names:
@@ -84,7 +84,7 @@ def test_graph_does_not_depend_on_the_values_of_weights(mini, graphs, value):
     """Equal and zero weights are where optimisers fold and deduplicate."""
     constant = {name: torch.full_like(tensor, value) for name, tensor in mini.model.state_dict().items()}
     for traced in (graphs.image, graphs.text):
-        ours, others = graph.fill(traced, constant).graph, graph.fill(traced, mini.model.state_dict()).graph
+        ours, others = trace.fill(traced, constant).graph, trace.fill(traced, mini.model.state_dict()).graph
         assert list(ours.node) == list(others.node)
         assert [(t.name, t.dims) for t in ours.initializer] == [(t.name, t.dims) for t in others.initializer]
 
@@ -95,7 +95,7 @@ def test_tracing_again_gives_the_same_bytes_whatever_the_weights(mini, graphs):
     try:
         for parameter in model.parameters():
             parameter.zero_()
-        again = graph.trace_text_tower(mini)
+        again = trace.trace_text_tower(mini)
     finally:
         model.load_state_dict(before)
     assert onnx_file.to_bytes(again) == onnx_file.to_bytes(graphs.text)
@@ -104,10 +104,10 @@ def test_tracing_again_gives_the_same_bytes_whatever_the_weights(mini, graphs):
 def test_file_holds_nothing_of_this_machine(mini, graphs):
     for traced in (graphs.image, graphs.text):
         content = onnx_file.to_bytes(
-            graph.fill(traced, {k: torch.zeros_like(v) for k, v in mini.model.state_dict().items()})
+            trace.fill(traced, {k: torch.zeros_like(v) for k, v in mini.model.state_dict().items()})
         )
-        for trace in (b".py", b"site-packages", b"/home", b"/root", b"/tmp", sys.prefix.encode(), b"stack", b"torch"):
-            assert trace not in content
+        for left in (b".py", b"site-packages", b"/home", b"/root", b"/tmp", sys.prefix.encode(), b"stack", b"torch"):
+            assert left not in content
 
 
 def test_opset_and_ir_load_on_old_servers(graphs):

@@ -8,8 +8,8 @@ import sysconfig
 
 import pytest
 
-from exporter.errors import TritonMissing
-from exporter.installation import link_python_library
+from clipweld.exporter.errors import TritonMissing
+from clipweld.exporter.serving.installation import link_python_library
 
 NAME = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
 

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from exporter import isolation
-from exporter.errors import TritonFailed, TritonMissing
-from exporter.installation import installation
-from exporter.triton import run_beside, serve
+from clipweld.exporter.errors import TritonFailed, TritonMissing
+from clipweld.exporter.serving import isolation
+from clipweld.exporter.serving.installation import installation
+from clipweld.exporter.serving.triton import run_beside, serve
 
 SHADOWS = ("json", "random", "numpy", "onnxruntime", "triton_python_backend_utils", "model", "sitecustomize")
 

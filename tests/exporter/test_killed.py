@@ -11,14 +11,16 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter import build, card, precision
-from exporter.manifest import check_files
-from exporter.parity import Parity
-from exporter.release import release
-from exporter.repository import KINDS, Repository
-from exporter.switch import promote, prune, rollback
-from exporter.triton import serve
-from exporter.unmerged import release_unmerged
+from clipweld.exporter.graph import precision
+from clipweld.exporter.release import build
+from clipweld.exporter.release.publish import release
+from clipweld.exporter.release.unmerged import release_unmerged
+from clipweld.exporter.results import Parity
+from clipweld.exporter.serving.switch import promote, prune, rollback
+from clipweld.exporter.serving.triton import serve
+from clipweld.exporter.store import card
+from clipweld.exporter.store.manifest import check_files
+from clipweld.exporter.store.repository import KINDS, Repository
 
 
 def state(repository):

@@ -14,20 +14,20 @@ import onnx
 import onnxruntime
 import pytest
 
-from client import ZeroShotClassifier
-from exporter import onnx_file
-from exporter.config import Precision
-from exporter.errors import ForeignFiles, VersionDamaged
-from exporter.gate import Gate
-from exporter.lineage import read_weights
-from exporter.manifest import check_files
-from exporter.release import Checks, release
-from exporter.repository import TOWERS, Repository
-from exporter.switch import promote, prune, rollback
-from exporter.triton import serve
-from exporter.unmerged import release_unmerged
-from exporter.verify import verify
-from trainer.tasks import load_task
+from clipweld.client import ZeroShotClassifier
+from clipweld.exporter.checks.gate import Gate
+from clipweld.exporter.checks.verify import verify
+from clipweld.exporter.config import Precision
+from clipweld.exporter.errors import ForeignFiles, VersionDamaged
+from clipweld.exporter.graph import onnx_file
+from clipweld.exporter.release.publish import Checks, release
+from clipweld.exporter.release.unmerged import release_unmerged
+from clipweld.exporter.serving.switch import promote, prune, rollback
+from clipweld.exporter.serving.triton import serve
+from clipweld.exporter.store.lineage import read_weights
+from clipweld.exporter.store.manifest import check_files
+from clipweld.exporter.store.repository import TOWERS, Repository
+from clipweld.trainer.tasks import load_task
 
 LIMIT = 1_000_000
 CHECKS = Checks(Gate(min_agreement=0.9), compared_on=[load_task("clipart")])

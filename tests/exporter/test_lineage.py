@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exporter import lineage
-from exporter.errors import VersionDamaged
-from exporter.lineage import merged_backbone, on_weights, read_weights
-from exporter.release import release
-from exporter.repository import TOWERS, Repository
-from trainer.merge import merge
+from clipweld.exporter.errors import VersionDamaged
+from clipweld.exporter.release.publish import release
+from clipweld.exporter.store import lineage
+from clipweld.exporter.store.lineage import merged_backbone, on_weights, read_weights
+from clipweld.exporter.store.repository import TOWERS, Repository
+from clipweld.trainer.adapters.merge import merge
 
 
 @pytest.fixture

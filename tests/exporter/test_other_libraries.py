@@ -13,14 +13,14 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg
 
-from exporter.checkpoints import save
-from exporter.errors import CheckpointError, UnsupportedModel
-from exporter.out import check_out
-from trainer.adapter import load_adapter
-from trainer.backbone import encode_classes, load_backbone, with_weights
-from trainer.merge import merge
-from trainer.preprocessing import preprocessing
-from trainer.tasks import load_task
+from clipweld.exporter.errors import CheckpointError, UnsupportedModel
+from clipweld.exporter.release.checkpoints import save
+from clipweld.exporter.release.out import check_out
+from clipweld.trainer.adapters.adapter import load_adapter
+from clipweld.trainer.adapters.merge import merge
+from clipweld.trainer.base.backbone import encode_classes, load_backbone, with_weights
+from clipweld.trainer.preprocessing import preprocessing
+from clipweld.trainer.tasks import load_task
 
 TEMPLATE = "an icon of a {}"
 # Ends with ``predictions``, the place of the best label for every file of ``images``; ``line`` is what we print.
@@ -79,7 +79,7 @@ def theirs(target, line, emoji, cwd):
     given = f"images, labels, template = {files!r}, {list(task.class_names)!r}, {TEMPLATE!r}\n"
     code = (
         f"{given}{line}\n{ASK[target]}\nimport json, sys\n"
-        "print(json.dumps([predictions, [name for name in sys.modules if name in ('trainer', 'exporter')]]))"
+        "print(json.dumps([predictions, [name for name in sys.modules if name.startswith('clipweld')]]))"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(
@@ -193,7 +193,7 @@ def test_nothing_is_left_of_a_write_that_fails(target, mini, learned, tmp_path, 
     def full(*_arguments, **_settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("exporter.checkpoints.save_file", full)
+    monkeypatch.setattr("clipweld.exporter.release.checkpoints.save_file", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(target, mini, learned, tmp_path / "new" / "merged")
     assert os.listdir(tmp_path) == []

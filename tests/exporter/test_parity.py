@@ -9,10 +9,12 @@ import onnx
 import pytest
 import torch
 
-from exporter import graph, parity
-from exporter.errors import AnswersDiffer, GraphsDiffer, NotFinite
-from exporter.parity import Parity, check_parity, check_same_graph, check_unit, measure_parity, to_uint8
-from trainer.backbone import with_weights
+from clipweld.exporter.checks import parity
+from clipweld.exporter.checks.parity import check_parity, check_same_graph, check_unit, measure_parity, to_uint8
+from clipweld.exporter.errors import AnswersDiffer, GraphsDiffer, NotFinite
+from clipweld.exporter.graph import trace
+from clipweld.exporter.results import Parity
+from clipweld.trainer.base.backbone import with_weights
 
 GOOD = Parity(image_max_abs=1e-6, text_max_abs=1e-6, cosine_min=0.9999999, top1_agreement=1.0)
 
@@ -100,7 +102,7 @@ def other_input(model):
 
 @pytest.mark.parametrize("change", [rename_node, extra_node, other_opset, other_dtype, other_input])
 def test_any_other_difference_is_refused(mini, graphs, change):
-    base = graph.fill(graphs.text, mini.model.state_dict())
+    base = trace.fill(graphs.text, mini.model.state_dict())
     merged = onnx.ModelProto.FromString(base.SerializeToString())
     change(merged)
     with pytest.raises(GraphsDiffer, match="text tower: merged and base differ in their"):
@@ -118,7 +120,7 @@ def test_answers_that_are_no_numbers_are_refused_whatever_pytorch_says(
     weights[name] = weights[name].clone()
     weights[name][3] = value
     with pytest.raises(NotFinite, match=rf"weight {name} reaches .* expected finite float32"):
-        graph.fill(graph.hollow(repository.file(kind, 1), weights), weights)
+        trace.fill(trace.hollow(repository.file(kind, 1), weights), weights)
     model = onnx.load(repository.file(kind, 1))
     (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
     tensor.raw_data = weights[name].numpy().tobytes()

@@ -9,8 +9,8 @@ from google.protobuf import text_format
 from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2
 
-from exporter.pbtxt import config
-from exporter.repository import KINDS
+from clipweld.exporter.graph.config_pbtxt import config
+from clipweld.exporter.store.repository import KINDS
 
 DATATYPES = {
     "tensor(uint8)": "TYPE_UINT8",

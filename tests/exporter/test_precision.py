@@ -11,23 +11,24 @@ import onnx
 import pytest
 import torch
 
-from client import ZeroShotClassifier
-from exporter import build
-from exporter.config import Precision
-from exporter.errors import AnswersDiffer, GateClosed, GraphsDiffer, NotFinite, VersionDamaged
-from exporter.gate import Gate
-from exporter.graph import fill
-from exporter.onnx_file import to_bytes
-from exporter.parity import check_same_graph
-from exporter.precision import Towers, quantize
-from exporter.release import Checks, release
-from exporter.repository import EXACT, KINDS, Repository
-from exporter.switch import promote
-from exporter.triton import serve
-from exporter.verify import verify
-from trainer.backbone import with_weights
-from trainer.errors import OutputError
-from trainer.tasks import load_task
+from clipweld.client import ZeroShotClassifier
+from clipweld.exporter.checks.gate import Gate
+from clipweld.exporter.checks.parity import check_same_graph
+from clipweld.exporter.checks.verify import verify
+from clipweld.exporter.config import Precision
+from clipweld.exporter.errors import AnswersDiffer, GateClosed, GraphsDiffer, NotFinite, VersionDamaged
+from clipweld.exporter.graph.onnx_file import to_bytes
+from clipweld.exporter.graph.precision import Towers, quantize
+from clipweld.exporter.graph.trace import fill
+from clipweld.exporter.release import build
+from clipweld.exporter.release.publish import Checks, release
+from clipweld.exporter.results import Agreement
+from clipweld.exporter.serving.switch import promote
+from clipweld.exporter.serving.triton import serve
+from clipweld.exporter.store.repository import EXACT, KINDS, Repository
+from clipweld.trainer.base.backbone import with_weights
+from clipweld.trainer.errors import OutputError
+from clipweld.trainer.tasks import load_task
 
 CHECKS = Checks(Gate(min_agreement=0.9), compared_on=[load_task("clipart")])
 
@@ -130,7 +131,7 @@ def test_a_cast_that_would_differ_from_the_bases_is_refused(
         model.graph.node[0].name += str(next(calls))
         return model
 
-    monkeypatch.setattr("exporter.precision.quantize", changing)
+    monkeypatch.setattr("clipweld.exporter.graph.precision.quantize", changing)
     with pytest.raises(GraphsDiffer, match="image tower in int8"):
         release(mini, [make_adapter("digits")], repository, *samples, precision=Precision.int8, checks=CHECKS)
     assert repository.versions() == [1, 2]
@@ -153,7 +154,7 @@ def test_files_cut_off_by_a_full_disk_are_no_int8(cast, share, caplog):
 @pytest.mark.usefixtures("traced")
 def test_too_little_agreement_is_refused_and_forced_on_request(mini, make_adapter, samples, repository, monkeypatch):
     def compared(*_):
-        return [build.Agreement("clipart", 0.98, 200)]
+        return [Agreement("clipart", 0.98, 200)]
 
     monkeypatch.setattr(build, "measure_agreement", compared)
     arguments = (mini, [make_adapter("digits")], repository, *samples)

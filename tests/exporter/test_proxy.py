@@ -9,11 +9,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from exporter.connection import Connection, ModelControl
-from exporter.errors import ServerUnreachable
-from exporter.proxy import is_loopback, proxy_of
-from exporter.switch import loaded_versions, promote
-from exporter.triton import serve
+from clipweld.exporter.errors import ServerUnreachable
+from clipweld.exporter.serving.connection import Connection, ModelControl
+from clipweld.exporter.serving.proxy import is_loopback, proxy_of
+from clipweld.exporter.serving.switch import loaded_versions, promote
+from clipweld.exporter.serving.triton import serve
 
 VARIABLES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "no_proxy", "no_grpc_proxy")
 ELSEWHERE = "models.invalid:8001"  # a name that never is one
@@ -109,7 +109,7 @@ def test_what_looks_like_loopback_is_not(host):
 
 
 def test_a_listener_that_never_answers_is_given_up(monkeypatch):
-    monkeypatch.setattr("exporter.connection.CONNECT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("clipweld.exporter.serving.connection.CONNECT_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with pytest.raises(ServerUnreachable, match=json.dumps(f"127.0.0.1:{port}").strip('"')):

@@ -12,8 +12,7 @@ from dataclasses import replace
 import onnx
 import pytest
 
-from exporter import build, precision
-from exporter.errors import (
+from clipweld.exporter.errors import (
     AnswersDiffer,
     ConfigChanged,
     GraphsDiffer,
@@ -22,8 +21,10 @@ from exporter.errors import (
     RepositoryEmpty,
     RepositoryError,
 )
-from exporter.release import release
-from exporter.repository import KINDS, Repository, repositories
+from clipweld.exporter.graph import precision
+from clipweld.exporter.release import build
+from clipweld.exporter.release.publish import release
+from clipweld.exporter.store.repository import KINDS, Repository, repositories
 
 FOLDERS = ["model_repository", "model_repository.store"]
 

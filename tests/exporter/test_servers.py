@@ -14,13 +14,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from exporter import announcement, cli, printing, servers
-from exporter.announcement import FOLDER, announced, announcements
-from exporter.errors import ServerUnreachable
-from exporter.repository import Repository, store_of
-from exporter.servers import find_servers
-from exporter.switch import loaded_versions
-from exporter.triton import serve
+from clipweld.exporter import cli, tables
+from clipweld.exporter.errors import ServerUnreachable
+from clipweld.exporter.serving import announcement, servers
+from clipweld.exporter.serving.announcement import FOLDER, announced, announcements
+from clipweld.exporter.serving.servers import find_servers
+from clipweld.exporter.serving.switch import loaded_versions
+from clipweld.exporter.serving.triton import serve
+from clipweld.exporter.store.repository import Repository, store_of
 
 
 @pytest.fixture(autouse=True)
@@ -201,5 +202,5 @@ def test_one_machine_is_told_from_another():
 def test_a_merge_beside_a_running_server_does_not_call_its_version_served(released):
     """A first version of another name is active at once, and only the next start loads it unasked."""
     first = replace(released[1], model="other", version=1, served=1)
-    assert printing.released(first, [], servers_run=False).endswith("It is served")
-    assert printing.released(first, [], servers_run=True).endswith("Serve it: exporter promote 1 --name other")
+    assert tables.released(first, [], servers_run=False).endswith("It is served")
+    assert tables.released(first, [], servers_run=True).endswith("Serve it: exporter promote 1 --name other")

@@ -11,11 +11,11 @@ import onnx
 import pytest
 from onnx import TensorProto, external_data_helper
 
-from exporter import onnx_file
-from exporter.errors import RepositoryError, VersionDamaged
-from exporter.manifest import check_files
-from exporter.repository import Repository, repositories
-from exporter.switch import promote, prune
+from clipweld.exporter.errors import RepositoryError, VersionDamaged
+from clipweld.exporter.graph import onnx_file
+from clipweld.exporter.serving.switch import promote, prune
+from clipweld.exporter.store.manifest import check_files
+from clipweld.exporter.store.repository import Repository, repositories
 
 
 @pytest.mark.parametrize("name", ["", "../clip", "/clip", "a/b", "..", "clip\n", "²", "a.b", "x" * 101, "\ud800"])

@@ -17,11 +17,10 @@ import onnx
 import pytest
 import tritonclient.grpc
 
-from client import ZeroShotClassifier
-from client.errors import VersionGone
-from exporter import cli, servers, switch
-from exporter.admin import admin_key
-from exporter.errors import (
+from clipweld.client import ZeroShotClassifier
+from clipweld.client.errors import VersionGone
+from clipweld.exporter import cli
+from clipweld.exporter.errors import (
     ConfigChanged,
     NothingToRollBackTo,
     PromotionFailed,
@@ -30,10 +29,12 @@ from exporter.errors import (
     VersionDamaged,
     VersionMissing,
 )
-from exporter.release import release
-from exporter.repository import HISTORY_FILE, KINDS, Repository
-from exporter.switch import promote, prune, rollback
-from exporter.triton import serve
+from clipweld.exporter.release.publish import release
+from clipweld.exporter.serving import servers, switch
+from clipweld.exporter.serving.admin import admin_key
+from clipweld.exporter.serving.switch import promote, prune, rollback
+from clipweld.exporter.serving.triton import serve
+from clipweld.exporter.store.repository import HISTORY_FILE, KINDS, Repository
 
 CLIENTS = 4
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from exporter import graph, onnx_file
-from exporter.towers import PlainAttention, PlainGELU, plain
+from clipweld.exporter.graph import onnx_file, trace
+from clipweld.exporter.graph.towers import PlainAttention, PlainGELU, plain
 
 
 def test_the_backbone_is_not_changed_and_its_weights_are_shared(mini):
@@ -50,7 +50,7 @@ def test_onnx_runtime_fuses_every_activation(mini, graphs, tower, tmp_path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    filled = onnx_file.to_bytes(graph.fill(getattr(graphs, tower), mini.model.state_dict()))
+    filled = onnx_file.to_bytes(trace.fill(getattr(graphs, tower), mini.model.state_dict()))
     onnxruntime.InferenceSession(filled, options, providers=["CPUExecutionProvider"])
     operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     blocks = mini.model.visual.transformer.layers if tower == "image" else mini.model.transformer.layers

@@ -20,11 +20,11 @@ import onnxruntime
 import pytest
 import tritonclient.utils
 
-from exporter import installation
-from exporter.errors import PortTaken, TritonFailed, TritonMissing
-from exporter.triton import serve
+from clipweld.exporter.errors import PortTaken, TritonFailed, TritonMissing
+from clipweld.exporter.serving import installation
+from clipweld.exporter.serving.triton import serve
 
-EXPORTER = [sys.executable, "-m", "exporter"]
+EXPORTER = [sys.executable, "-m", "clipweld.exporter"]
 RNG = np.random.default_rng(0)
 
 
@@ -269,7 +269,7 @@ def test_without_any_triton_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(installation, "find_native", lambda: None)
     monkeypatch.setattr(installation.importlib.util, "find_spec", lambda name: None)
     with (
-        pytest.raises(TritonMissing, match=r"3.10 to 3.12: pip install '\.\[serve\]' in a checkout"),
+        pytest.raises(TritonMissing, match=r"3.10 to 3.12: pip install 'clipweld\[serve\]'"),
         installation.installation("clipweld-0-0-"),
     ):
         pytest.fail("must not be found")

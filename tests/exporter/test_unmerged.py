@@ -12,17 +12,18 @@ import onnx
 import pytest
 import tritonclient.grpc
 
-from client import ZeroShotClassifier
-from exporter import build, cli
-from exporter.errors import AnswersDiffer, OtherBase, RepositoryError
-from exporter.parity import MAX_ABS
-from exporter.release import release
-from exporter.repository import TOWERS, Repository, repositories
-from exporter.switch import promote, prune, rollback
-from exporter.triton import serve
-from exporter.unmerged import counts, release_unmerged
-from exporter.verify import verify
-from trainer.adapter import save_adapter
+from clipweld.client import ZeroShotClassifier
+from clipweld.exporter import cli
+from clipweld.exporter.checks.parity import MAX_ABS
+from clipweld.exporter.checks.verify import verify
+from clipweld.exporter.errors import AnswersDiffer, OtherBase, RepositoryError
+from clipweld.exporter.release import build
+from clipweld.exporter.release.publish import release
+from clipweld.exporter.release.unmerged import counts, release_unmerged
+from clipweld.exporter.serving.switch import promote, prune, rollback
+from clipweld.exporter.serving.triton import serve
+from clipweld.exporter.store.repository import TOWERS, Repository, repositories
+from clipweld.trainer.adapters.adapter import save_adapter
 
 
 @pytest.fixture(scope="module")

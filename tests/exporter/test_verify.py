@@ -10,11 +10,11 @@ from datetime import datetime
 import onnx
 import pytest
 
-from exporter import cli
-from exporter.errors import GraphsDiffer, RepositoryError, VersionDamaged, VersionMissing
-from exporter.release import release
-from exporter.repository import KINDS, Repository
-from exporter.verify import verify
+from clipweld.exporter import cli
+from clipweld.exporter.checks.verify import verify
+from clipweld.exporter.errors import GraphsDiffer, RepositoryError, VersionDamaged, VersionMissing
+from clipweld.exporter.release.publish import release
+from clipweld.exporter.store.repository import KINDS, Repository
 
 
 def rehash(repository, version):

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 
-from exporter import watch
-from exporter.errors import TritonFailed
-from exporter.reload import Reloader
-from exporter.repository import Repository, store_of
-from exporter.switch import promote, rollback
-from exporter.triton import run_beside, serve, wait_until_stopped
+from clipweld.exporter.errors import TritonFailed
+from clipweld.exporter.serving import watch
+from clipweld.exporter.serving.reload import Reloader
+from clipweld.exporter.serving.switch import promote, rollback
+from clipweld.exporter.serving.triton import run_beside, serve, wait_until_stopped
+from clipweld.exporter.store.repository import Repository, store_of
 
 
 def wait_for(condition, seconds=60.0):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from lightning_fabric import Fabric
 
-from trainer.adapter import Adapter, save_adapter
-from trainer.backbone import load_backbone
-from trainer.config import train_config
-from trainer.fit import fit
-from trainer.pool import Router
-from trainer.tasks import load_task
+from clipweld.trainer.adapters.adapter import Adapter, save_adapter
+from clipweld.trainer.base.backbone import load_backbone
+from clipweld.trainer.config import train_config
+from clipweld.trainer.learning.fit import fit
+from clipweld.trainer.method import Router
+from clipweld.trainer.tasks import load_task
 
 
 def main(devices: int, batch_size: int, out: Path) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trainer.adapter import load_adapter, load_lineage, save_adapter
-from trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, WrongBase
+from clipweld.trainer.adapters.adapter import load_adapter, load_lineage, save_adapter
+from clipweld.trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, WrongBase
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def test_any_flipped_bit_is_refused(adapter, tmp_path):
     save_adapter(adapter, path)
     whole = path.read_bytes()
     for i in range(60):
-        spoilt = bytearray(whole)
-        spoilt[i * (len(whole) - 1) // 59] ^= 1 << (i % 8)
-        path.write_bytes(spoilt)
+        corrupted = bytearray(whole)
+        corrupted[i * (len(whole) - 1) // 59] ^= 1 << (i % 8)
+        path.write_bytes(corrupted)
         with pytest.raises(AdapterCorrupt):
             load_adapter(path)
 
@@ -124,7 +124,7 @@ def sealed(adapter, path, **changes):
         ({"task": "../escape"}, "task name"),
         ({"task": "x" * 300}, "at most 200 bytes"),
         ({"class_names": ("one",)}, "two or more"),
-        ({"class_names": ("a", "a")}, "stands twice"),
+        ({"class_names": ("a", "a")}, "is listed twice"),
         ({"class_names": ("a", "\x1b[2J")}, "without control characters"),
         ({"class_names": ("a", 3)}, "class_names.1: Input should be a valid string"),
         ({"templates": ("a photo",)}, "exactly one {}"),

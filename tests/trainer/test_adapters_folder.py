@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from trainer import learn
-from trainer.adapter import load_adapter, load_lineage, save_adapter
-from trainer.adapters_folder import adapter_files, held
-from trainer.cli import main
-from trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, FolderBusy, OutputError
-from trainer.fit import one_device
-from trainer.learn import learn_into
+from clipweld.trainer.adapters.adapter import load_adapter, load_lineage, save_adapter
+from clipweld.trainer.adapters.folder import adapter_files, held
+from clipweld.trainer.cli import main
+from clipweld.trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, FolderBusy, OutputError
+from clipweld.trainer.learning import learn
+from clipweld.trainer.learning.fit import one_device
+from clipweld.trainer.learning.learn import learn_into
 
 QUICK = ["--model", "mini", "--iterations", "2", "--shots", "2", "--batch-size", "4"]
 
@@ -75,7 +75,7 @@ def test_an_absent_folder_that_was_named_is_an_error(capsys, tmp_path, command):
     if command == "evaluate":
         line = fails(capsys, "evaluate", "--model", "mini", "--tasks", "emoji", "--adapters", tmp_path / "adaptors")
     else:
-        from exporter.cli import app
+        from clipweld.exporter.cli import app
 
         merge = ["merge", "--to", "onnx", "--model", "mini", "--repository", tmp_path / "models"]
         done = CliRunner().invoke(app, [*map(str, merge), "--adapters", str(tmp_path / "adaptors")])
@@ -163,9 +163,7 @@ def test_a_dry_run_may_look_while_another_learns(tmp_path, capsys, folder):
 
 
 def test_the_lock_ends_with_the_process_that_held_it(tmp_path):
-    code = (
-        f"import os, pathlib, trainer.adapters_folder as a\nwith a.held(pathlib.Path({str(tmp_path)!r})): os._exit(0)"
-    )
+    code = f"import os; from clipweld.trainer.adapters.folder import *\nwith held(Path({str(tmp_path)!r})): os._exit(0)"
     subprocess.run([sys.executable, "-c", code], check=True)
     with held(tmp_path):
         pass
@@ -213,6 +211,6 @@ def test_an_adapter_that_comes_or_goes_meanwhile_stops_the_save_and_nothing_is_l
 
 
 def load_digits():
-    from trainer.tasks import load_task
+    from clipweld.trainer.tasks import load_task
 
     return load_task("digits")

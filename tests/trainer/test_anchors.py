@@ -5,15 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainer.anchors import WORDS_PER_STEP, WordAnchors
-from trainer.backbone import with_weights
-from trainer.batches import Batches
-from trainer.config import train_config
-from trainer.errors import ConfigError
-from trainer.evaluate import evaluate
-from trainer.fit import fit
-from trainer.tasks import load_task
-from trainer.towers import encode_text
+from clipweld.trainer.base.backbone import with_weights
+from clipweld.trainer.base.batches import Batches
+from clipweld.trainer.base.cls_block import encode_text
+from clipweld.trainer.config import train_config
+from clipweld.trainer.errors import ConfigError
+from clipweld.trainer.learning.evaluate import evaluate
+from clipweld.trainer.learning.fit import fit
+from clipweld.trainer.method.anchors import WORDS_PER_STEP, WordAnchors
+from clipweld.trainer.tasks import load_task
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ import open_clip
 import pytest
 import torch
 
-from trainer.backbone import check_supported, encode_classes, fingerprint, load_backbone, with_weights
-from trainer.errors import UnknownModel, UnsupportedModel, WeightsError
-from trainer.records import sha256_of
-from trainer.weights_file import OPENAI_SHA256
+from clipweld.trainer.base.backbone import check_supported, encode_classes, fingerprint, load_backbone, with_weights
+from clipweld.trainer.base.weights_file import OPENAI_SHA256
+from clipweld.trainer.errors import UnknownModel, UnsupportedModel, WeightsError
+from clipweld.trainer.schemas import sha256_of
 
 
 def test_mini_is_an_ordinary_open_clip_model(mini):
     theirs, _, _ = open_clip.create_model_and_transforms(
-        "mini", pretrained="trainer/mini/mini.safetensors", require_pretrained=True
+        "mini", pretrained="trainer/src/clipweld/trainer/mini/mini.safetensors", require_pretrained=True
     )
     for name, weight in theirs.state_dict().items():
         assert torch.equal(mini.model.state_dict()[name], weight), name
@@ -55,7 +55,7 @@ def test_random_weights_are_the_same_every_time():
         (("ViT-B-17",), UnknownModel, "ViT-B-16"),
         (("RN50", "random"), UnsupportedModel, "ModifiedResNet"),
         (("mini", "nope"), WeightsError, "neither a known tag nor a file"),
-        (("ViT-B-32", "trainer/mini/mini.safetensors"), WeightsError, "could not be loaded"),
+        (("ViT-B-32", "trainer/src/clipweld/trainer/mini/mini.safetensors"), WeightsError, "could not be loaded"),
         (("mini", "LICENSE"), WeightsError, "could not be loaded"),
     ],
 )
@@ -125,7 +125,7 @@ def torchscript(mini, tmp_path, monkeypatch):
         warnings.simplefilter("ignore")  # tracing has much to say
         archive = torch.jit.trace_module(model, {"encode_image": torch.zeros(1, 3, 64, 64)}, check_trace=False)
     archive.save(str(tmp_path / "ViT.pt"))
-    monkeypatch.setattr("trainer.weights_file.OPENAI_SHA256", {sha256_of(tmp_path / "ViT.pt")})
+    monkeypatch.setattr("clipweld.trainer.base.weights_file.OPENAI_SHA256", {sha256_of(tmp_path / "ViT.pt")})
     return str(tmp_path / "ViT.pt")
 
 
@@ -137,7 +137,7 @@ def test_weights_of_another_activation_are_refused(quick, torchscript, tmp_path)
     with pytest.raises(WeightsError, match="trained with QuickGELU, model mini has GELU; give --model mini-quickgelu"):
         load_backbone("mini", torchscript)
     shipped = tmp_path / "open_clip_model.safetensors"
-    shutil.copy("trainer/mini/mini.safetensors", shipped)
+    shutil.copy("trainer/src/clipweld/trainer/mini/mini.safetensors", shipped)
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": open_clip.get_model_config("mini")}))
     assert load_backbone("mini", str(shipped))
     with pytest.raises(WeightsError, match=r"with GELU, model mini-quickgelu has QuickGELU; give --model mini$"):
@@ -150,7 +150,7 @@ def test_openai_s_own_files_are_known_by_their_hash():
 
 
 def test_a_torchscript_archive_of_anyone_else_is_not_run(quick, torchscript, monkeypatch):
-    monkeypatch.setattr("trainer.weights_file.OPENAI_SHA256", OPENAI_SHA256)
+    monkeypatch.setattr("clipweld.trainer.base.weights_file.OPENAI_SHA256", OPENAI_SHA256)
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it was run"))
     with pytest.raises(WeightsError, match="is a program, and this is none of OpenAI's own; give a checkpoint"):
         load_backbone(quick, torchscript)
@@ -204,7 +204,7 @@ def test_whole_checkpoints_of_torch_are_read(mini, tmp_path):
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "{}", '{"model_cfg": 3}', "\xff"])
 def test_a_configuration_beside_the_weights_that_is_none_is_named(tmp_path, text):
-    shutil.copy("trainer/mini/mini.safetensors", tmp_path / "open_clip_model.safetensors")
+    shutil.copy("trainer/src/clipweld/trainer/mini/mini.safetensors", tmp_path / "open_clip_model.safetensors")
     (tmp_path / "open_clip_config.json").write_text(text, encoding="latin-1")
     with pytest.raises(WeightsError, match=r"open_clip_config\.json beside them can't be read"):
         load_backbone("mini", str(tmp_path / "open_clip_model.safetensors"))

@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from trainer import bench
-from trainer.bench import DensePool, Steps, _peak, frozen_flops, random_batch
-from trainer.cli import main
-from trainer.errors import BenchError
-from trainer.tables import show_bench
+from clipweld.trainer.cli import main
+from clipweld.trainer.errors import BenchError
+from clipweld.trainer.learning import bench
+from clipweld.trainer.learning.bench import DensePool, Steps, _peak, frozen_flops, random_batch
+from clipweld.trainer.tables import show_bench
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,18 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision, Precision
 
-from trainer.checkpoint import Checkpoint, differences
-from trainer.config import train_config
-from trainer.errors import CheckpointError, ConfigError
-from trainer.fit import batches_of, fit
-from trainer.sequence import run_sequence
-from trainer.tasks import load_task
+from clipweld.trainer.config import train_config
+from clipweld.trainer.errors import CheckpointError, ConfigError
+from clipweld.trainer.learning.checkpoint import Checkpoint, differences
+from clipweld.trainer.learning.fit import batches_of, fit
+from clipweld.trainer.sequence.run import run_sequence
+from clipweld.trainer.tasks import load_task
 
 # The command line itself, saving after every step.
-TRAINER = "import trainer.checkpoint as c; c.SAVE_EVERY_S = c.SHARE = 0; from trainer.cli import main; main()"
+TRAINER = (
+    "from clipweld.trainer import cli; from clipweld.trainer.learning import checkpoint as saving; "
+    "saving.SAVE_EVERY_S = saving.SHARE = 0; cli.main()"
+)
 QUICK = ["--model", "mini", "--shots", "2", "--batch-size", "8", "--iterations", "12"]
 
 
@@ -114,8 +117,8 @@ def stop_at_three(step):
 
 @pytest.fixture
 def saved_each_step(monkeypatch):
-    monkeypatch.setattr("trainer.checkpoint.SAVE_EVERY_S", 0)
-    monkeypatch.setattr("trainer.checkpoint.SHARE", 0)
+    monkeypatch.setattr("clipweld.trainer.learning.checkpoint.SAVE_EVERY_S", 0)
+    monkeypatch.setattr("clipweld.trainer.learning.checkpoint.SHARE", 0)
 
 
 @pytest.fixture
@@ -242,16 +245,16 @@ def test_one_flipped_bit_of_a_checkpoint_is_refused(mini, interrupted):
     whole, draw = path.read_bytes(), random.Random(0)
     header = 8 + int.from_bytes(whole[:8], "little")
     for place in (draw.randrange(header, len(whole)), whole.index(b'"step') - 1, whole.index(b"lr") + 1):
-        spoilt = bytearray(whole)
-        spoilt[place] ^= 1 << draw.randrange(8)
-        path.write_bytes(spoilt)
+        corrupted = bytearray(whole)
+        corrupted[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(corrupted)
         with pytest.raises(CheckpointError, match="not a whole checkpoint"):
             fit(load_task("emoji"), mini, [], config, test_on=[], unfinished=path, resume=True)
 
 
 def test_saving_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
     clock = iter([0.0, 4.9, 5.1, 6.1, 26.0, 26.2, 26.3])
-    monkeypatch.setattr("trainer.checkpoint.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("clipweld.trainer.learning.checkpoint.time.monotonic", lambda: next(clock))
     checkpoint = Checkpoint(tmp_path / "c", {}, Precision())
     weights = torch.nn.Linear(2, 2)
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainer import commands
-from trainer.adapter import load_adapter
-from trainer.cli import _precision, main
+from clipweld.trainer import commands
+from clipweld.trainer.adapters.adapter import load_adapter
+from clipweld.trainer.cli import _precision, main
 
 QUICK = ["--model", "mini", "--iterations", "2", "--shots", "2", "--batch-size", "4"]
 
@@ -121,7 +121,7 @@ def test_sequence_shows_the_spread_over_seeds(capsys, tmp_path):
 
 
 def test_validation_never_touches_a_test_image(capsys, tmp_path, monkeypatch):
-    from trainer.tasks import shipped
+    from clipweld.trainer.tasks import shipped
 
     asked = []
     images = shipped._images

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.adapter import load_adapter
+from clipweld.trainer.adapters.adapter import load_adapter
 
 SCRIPT = Path(__file__).with_name("fit_on_devices.py")
 
@@ -85,7 +85,7 @@ def test_the_command_line_runs_on_two_devices_and_writes_once(tmp_path):
 
 @pytest.mark.slow
 def test_bfloat16_learns_and_leaves_a_float32_adapter(tmp_path):
-    from trainer.cli import main
+    from clipweld.trainer.cli import main
 
     main(["fit", "--model", "mini", "--task", "emoji", "--accelerator", "cpu", "--precision", "bf16-mixed",
           "--iterations", "3", "--shots", "2", "--batch-size", "4", "--adapters", str(tmp_path)])  # fmt: skip
@@ -96,7 +96,18 @@ def test_bfloat16_learns_and_leaves_a_float32_adapter(tmp_path):
 
 @pytest.mark.slow
 def test_every_process_stops_where_training_diverges_and_nothing_is_left(tmp_path):
-    command = [sys.executable, "-m", "trainer", "fit", "--model", "mini", "--task", "emoji", "--accelerator", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "clipweld.trainer",
+        "fit",
+        "--model",
+        "mini",
+        "--task",
+        "emoji",
+        "--accelerator",
+        "cpu",
+    ]
     command += ["--devices", "2", "--iterations", "20", "--shots", "2", "--batch-size", "4", "--lr", "1e20"]
     done = subprocess.run(
         [*command, "--adapters", tmp_path / "adapters"],

@@ -7,14 +7,14 @@ import open_clip
 import pytest
 import torch
 
-from exporter.release import release
-from exporter.repository import Repository
-from trainer.backbone import load_backbone
-from trainer.config import train_config
-from trainer.fit import fit
-from trainer.pool import attach_pools
-from trainer.tasks import sample
-from trainer.towers import encode_text
+from clipweld.exporter.release.publish import release
+from clipweld.exporter.store.repository import Repository
+from clipweld.trainer.base.backbone import load_backbone
+from clipweld.trainer.base.cls_block import encode_text
+from clipweld.trainer.config import train_config
+from clipweld.trainer.learning.fit import fit
+from clipweld.trainer.method import attach_pools
+from clipweld.trainer.tasks import sample
 
 OWN_ATTENTION = {
     "qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True,

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer import checkpoint
-from trainer.backbone import DEFAULT_PRETRAINED, encode_classes, load_backbone, with_weights
-from trainer.config import train_config
-from trainer.errors import ConfigError, NotFinite, WeightsError
-from trainer.evaluate import evaluate
-from trainer.finite import all_finite, first_not_finite, unit
-from trainer.fit import fit
-from trainer.merge import merge
-from trainer.tasks import load_task
+from clipweld.trainer.adapters.merge import merge
+from clipweld.trainer.base.backbone import DEFAULT_PRETRAINED, encode_classes, load_backbone, with_weights
+from clipweld.trainer.config import train_config
+from clipweld.trainer.errors import ConfigError, NotFinite, WeightsError
+from clipweld.trainer.finite import all_finite, first_not_finite, unit
+from clipweld.trainer.learning import checkpoint
+from clipweld.trainer.learning.evaluate import evaluate
+from clipweld.trainer.learning.fit import fit
+from clipweld.trainer.tasks import load_task
 
 QUICK = {"iterations": 4, "shots": 2, "batch_size": 8, "anchor_weight": 0.0, "drift_weight": 0.0}
 LAYER = "visual.transformer.resblocks.3.mlp.c_fc"
@@ -90,7 +90,7 @@ def test_a_gradient_that_spoils_a_weight_is_named_at_its_step(mini):
 
 
 def test_a_gradient_too_large_to_square_is_named_though_the_weight_stays(mini, monkeypatch):
-    from trainer.fit import Objective
+    from clipweld.trainer.learning.fit import Objective
 
     terms = Objective.terms
     monkeypatch.setattr(Objective, "terms", lambda *a: {k: v * 1e25 for k, v in terms(*a).items()})

@@ -12,18 +12,19 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from trainer import cli, hub
-from trainer.cli import main
-from trainer.config import train_config
-from trainer.errors import WeightsError
-from trainer.fit import Step
-from trainer.model_choice import DEFAULT_MODEL
+from clipweld.trainer import cli
+from clipweld.trainer.base import hub
+from clipweld.trainer.base.model_choice import DEFAULT_MODEL
+from clipweld.trainer.cli import main
+from clipweld.trainer.config import train_config
+from clipweld.trainer.errors import WeightsError
+from clipweld.trainer.learning.fit import Step
 
 
 def fails_without_torch(*arguments, **variables):
     """What a command says that fails before torch is imported."""
     code = (
-        "import sys\nfrom trainer.cli import main\ntry:\n    main()\n"
+        "import sys\nfrom clipweld.trainer.cli import main\ntry:\n    main()\n"
         "except SystemExit as e:\n    print(e.code, sorted({'torch', 'open_clip'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -106,7 +107,7 @@ def test_the_default_weights_are_looked_for_where_open_clip_fetches_them():
 
 
 def test_the_printed_loss_is_the_contrastive_one_and_says_so(capsys, tmp_path, mini, monkeypatch):
-    from trainer import fit
+    from clipweld.trainer.learning import fit
 
     seen = []
     monkeypatch.setattr(fit, "Step", lambda *told: seen.append(Step(*told)) or seen[-1])

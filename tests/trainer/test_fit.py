@@ -3,14 +3,14 @@ import dataclasses
 import pytest
 import torch
 
-from trainer.backbone import with_weights
-from trainer.batches import Batches
-from trainer.config import train_config
-from trainer.errors import AdapterError, ConfigError, TaskAlreadyLearned
-from trainer.evaluate import evaluate
-from trainer.fit import fit, past_columns
-from trainer.merge import merge
-from trainer.tasks import load_task
+from clipweld.trainer.adapters.merge import merge
+from clipweld.trainer.base.backbone import with_weights
+from clipweld.trainer.base.batches import Batches
+from clipweld.trainer.config import train_config
+from clipweld.trainer.errors import AdapterError, ConfigError, TaskAlreadyLearned
+from clipweld.trainer.learning.evaluate import evaluate
+from clipweld.trainer.learning.fit import fit, past_columns
+from clipweld.trainer.tasks import load_task
 
 QUICK = {"iterations": 3, "shots": 2, "batch_size": 8}
 

@@ -7,18 +7,21 @@ import json
 import pytest
 import torch
 
-from trainer import cli, fit, methods, sequence
-from trainer.config import LABEL_SPACES, train_config
-from trainer.errors import TaskAlreadyLearned
-from trainer.sequence import run_sequence
-from trainer.tasks import load_tasks
+from clipweld.trainer import cli
+from clipweld.trainer.config import LABEL_SPACES, train_config
+from clipweld.trainer.errors import TaskAlreadyLearned
+from clipweld.trainer.learning import fit
+from clipweld.trainer.sequence import methods
+from clipweld.trainer.sequence import run as sequence
+from clipweld.trainer.sequence.run import run_sequence
+from clipweld.trainer.tasks import load_tasks
 
 
 @pytest.fixture
 def quick(mini, monkeypatch):
     """Two steps a task, each saved, and accuracies that nobody measures; a forked child has one thread."""
-    monkeypatch.setattr("trainer.checkpoint.SAVE_EVERY_S", 0)
-    monkeypatch.setattr("trainer.checkpoint.SHARE", 0)
+    monkeypatch.setattr("clipweld.trainer.learning.checkpoint.SAVE_EVERY_S", 0)
+    monkeypatch.setattr("clipweld.trainer.learning.checkpoint.SHARE", 0)
     for module in (fit, methods, sequence):
         monkeypatch.setattr(module, "evaluate", measured)
     monkeypatch.setattr(cli, "_load", lambda command, fabric: mini)

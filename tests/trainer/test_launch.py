@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from trainer import launch
-from trainer.errors import ConfigError
+from clipweld.trainer import launch
+from clipweld.trainer.errors import ConfigError
 
 QUICK = ["--model", "mini", "--iterations", "2", "--shots", "2", "--batch-size", "4", "--accelerator", "cpu", "--json"]
 LEFT_OVER = {
@@ -23,7 +23,7 @@ LEFT_OVER = {
 
 def trainer(*arguments, **variables):
     return subprocess.run(
-        [sys.executable, "-m", "trainer", *map(str, arguments)],
+        [sys.executable, "-m", "clipweld.trainer", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables}, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip

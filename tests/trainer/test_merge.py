@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from trainer.adapter import Adapter
-from trainer.errors import WrongBase
-from trainer.merge import delta_weight, merge
+from clipweld.trainer.adapters.adapter import Adapter
+from clipweld.trainer.adapters.merge import delta_weight, merge
+from clipweld.trainer.errors import WrongBase
 
 
 def adapter_of(tensors, scaling=0.5):

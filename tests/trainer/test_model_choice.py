@@ -7,11 +7,11 @@ import sys
 import open_clip
 import pytest
 
-from trainer.adapter import save_adapter
-from trainer.cli import main
-from trainer.errors import UnknownModel, WrongBase
-from trainer.model_choice import choose_model, choose_weights
-from trainer.model_names import find_model
+from clipweld.trainer.adapters.adapter import save_adapter
+from clipweld.trainer.base.model_choice import choose_model, choose_weights
+from clipweld.trainer.base.model_names import find_model
+from clipweld.trainer.cli import main
+from clipweld.trainer.errors import UnknownModel, WrongBase
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def write(fitted, tmp_path):
 def test_every_model_of_open_clip_is_known_without_importing_it():
     assert [find_model(name) for name in open_clip.list_models()] == open_clip.list_models()
     code = (
-        "import sys; from trainer.model_names import find_model; find_model('vit-b-16')\n"
+        "import sys; from clipweld.trainer.base.model_names import find_model; find_model('vit-b-16')\n"
         "print('torch' in sys.modules, 'open_clip' in sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -62,7 +62,7 @@ def test_a_name_is_understood_whatever_its_case_and_separators(written, meant):
         ("ViT-B-32:laion2b_s34b_b79k", "--model ViT-B-32 --pretrained laion2b_s34b_b79k"),
         ("laion2b_s34b_b79k", "a tag of weights, for --pretrained, beside a --model such as ViT-B-32"),
         ("some/where.safetensors", "a file of weights goes to --pretrained some/where.safetensors"),
-        ("trainer/mini/mini.json", "a file of weights goes to --pretrained"),
+        ("trainer/src/clipweld/trainer/mini/mini.json", "a file of weights goes to --pretrained"),
         ("hf-hub:someone/something", "--model NAME --pretrained FILE"),
         ("local-dir:there", "--model NAME --pretrained FILE"),
         ("", "leave out --model"),
@@ -146,7 +146,7 @@ def test_a_contradiction_is_refused_before_torch_is_imported(adapters, tmp_path)
     ):
         code = (
             f"import sys; sys.argv = {[room, *arguments, '--adapters', str(adapters)]!r}\n"
-            f"from {room}.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+            f"from clipweld.{room}.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
         assert done.stdout.splitlines()[-1] == "False"

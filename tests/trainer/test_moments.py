@@ -3,15 +3,15 @@ import copy
 import pytest
 import torch
 
-from trainer.adapter import Adapter, load_adapter, save_adapter
-from trainer.backbone import with_weights
-from trainer.batches import Batches
-from trainer.config import train_config
-from trainer.fit import fit
-from trainer.moments import drift_loss, past_inputs, principal_inputs
-from trainer.pool import attach_pools, detach_pools
-from trainer.tasks import load_task
-from trainer.towers import encode_text
+from clipweld.trainer.adapters.adapter import Adapter, load_adapter, save_adapter
+from clipweld.trainer.base.backbone import with_weights
+from clipweld.trainer.base.batches import Batches
+from clipweld.trainer.base.cls_block import encode_text
+from clipweld.trainer.config import train_config
+from clipweld.trainer.learning.fit import fit
+from clipweld.trainer.method import attach_pools, detach_pools
+from clipweld.trainer.method.drift import drift_loss, past_inputs, principal_inputs
+from clipweld.trainer.tasks import load_task
 
 QUICK = {"iterations": 3, "shots": 2, "batch_size": 8}
 

@@ -4,10 +4,10 @@ import warnings
 import pytest
 from PIL import Image
 
-import client._image_files
-from trainer.errors import UnreadableImage
-from trainer.preprocessing import FORMATS, open_image
-from trainer.tasks import Images
+from clipweld.client import _image_files
+from clipweld.trainer.errors import UnreadableImage
+from clipweld.trainer.preprocessing import FORMATS, open_image
+from clipweld.trainer.tasks import Images
 
 
 def pixels(path, mini):
@@ -15,7 +15,7 @@ def pixels(path, mini):
 
 
 def test_formats_are_the_clients():
-    assert client._image_files.FORMATS == FORMATS
+    assert _image_files.FORMATS == FORMATS
 
 
 def test_what_is_no_regular_file_is_refused_not_waited_for(tmp_path, mini):

@@ -7,9 +7,9 @@ from dataclasses import make_dataclass
 
 import pytest
 
-from exporter.records import Accuracy
-from trainer.records import MAX_BYTES, MAX_NAMES, MAX_VALUES, Items, Json, Setting, Texts, one_line, read_json
-from trust.files import EXTRA_BYTES, _limits
+from clipweld.exporter.store.schemas import Accuracy
+from clipweld.trainer.schemas import MAX_BYTES, MAX_NAMES, MAX_VALUES, Items, Json, Setting, Texts, one_line, read_json
+from evidence.trust.files import EXTRA_BYTES, _limits
 
 SMALL = ("1", '""', "[]", "{}", "[1]", "[[]]", '{"":1}', '"n":[1]')
 

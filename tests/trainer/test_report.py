@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.adapter import Adapter, save_adapter
-from trainer.config import train_config
-from trainer.errors import AdapterCorrupt, OutputError, ReportError
-from trainer.report import write, write_report
-from trainer.report.accuracy import short, spread_out
-from trainer.report.canvas import Picture
-from trainer.report.experts import chance_cosine, overlap, votes
-from trainer.report.groups import Spread, sections
-from trainer.report.page import MINUS, as_text, signed
-from trainer.report.runs import VALIDATION, read_runs
-from trainer.sequence import average, forgetting, last, transfer
-from trainer.tasks import load_task, validation
+from clipweld.trainer.adapters.adapter import Adapter, save_adapter
+from clipweld.trainer.config import train_config
+from clipweld.trainer.errors import AdapterCorrupt, OutputError, ReportError
+from clipweld.trainer.report import write, write_report
+from clipweld.trainer.report.accuracy import short, spread_out
+from clipweld.trainer.report.experts import chance_cosine, overlap, votes
+from clipweld.trainer.report.figures import Picture
+from clipweld.trainer.report.groups import Spread, sections
+from clipweld.trainer.report.page import MINUS, as_text, signed
+from clipweld.trainer.report.runs import VALIDATION, read_runs
+from clipweld.trainer.sequence.metrics import average, forgetting, last, transfer
+from clipweld.trainer.tasks import load_task, validation
 
 MODULES = {
     "transformer.resblocks.0.mlp.c_fc": 32,

@@ -5,13 +5,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer.adapter import load_lineage
-from trainer.backbone import encode_classes
-from trainer.config import train_config
-from trainer.errors import ConfigError
-from trainer.evaluate import encode_images, evaluate
-from trainer.sequence import average, forgetting, last, run_sequence, transfer
-from trainer.tasks import load_task
+from clipweld.trainer.adapters.adapter import load_lineage
+from clipweld.trainer.base.backbone import encode_classes
+from clipweld.trainer.config import train_config
+from clipweld.trainer.errors import ConfigError
+from clipweld.trainer.learning.evaluate import encode_images, evaluate
+from clipweld.trainer.sequence.metrics import average, forgetting, last, transfer
+from clipweld.trainer.sequence.run import run_sequence
+from clipweld.trainer.tasks import load_task
 
 # Three tasks, worked out by hand: rows after learning 1, 2, 3.
 MATRIX = [[80.0, 30.0, 10.0], [70.0, 90.0, 20.0], [75.0, 60.0, 50.0]]

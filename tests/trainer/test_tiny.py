@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainer.adapter import load_adapter
-from trainer.config import train_config
-from trainer.errors import ConfigError, TaskInvalid
-from trainer.fit import fit
-from trainer.sequence import run_sequence
-from trainer.tasks import load_task, validation
+from clipweld.trainer.adapters.adapter import load_adapter
+from clipweld.trainer.config import train_config
+from clipweld.trainer.errors import ConfigError, TaskInvalid
+from clipweld.trainer.learning.fit import fit
+from clipweld.trainer.sequence.run import run_sequence
+from clipweld.trainer.tasks import load_task, validation
 
 
 def lay(folder: Path, train: list[int], test: list[int]) -> Path:
@@ -79,7 +79,7 @@ def test_two_devices_share_an_odd_number_of_images(tmp_path, settings):
     command = [
         sys.executable,
         "-m",
-        "trainer",
+        "clipweld.trainer",
         "fit",
         "--model",
         "mini",

@@ -1,8 +1,8 @@
 import open_clip
 import torch
 
-from trainer.backbone import MINI
-from trainer.towers import ClsBlock, cut_to_longest, encode_text
+from clipweld.trainer.base.backbone import MINI
+from clipweld.trainer.base.cls_block import ClsBlock, cut_to_longest, encode_text
 
 
 def test_encode_text_equals_open_clip_on_cut_prompts(mini):

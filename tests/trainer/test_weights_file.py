@@ -17,14 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.adapter import save_adapter
-from trainer.backbone import check_preprocessing, load_backbone
-from trainer.cli import main
-from trainer.config import train_config
-from trainer.errors import UnsupportedModel, WeightsError, WrongBase
-from trainer.fit import fit
+from clipweld.trainer.adapters.adapter import save_adapter
+from clipweld.trainer.base.backbone import check_preprocessing, load_backbone
+from clipweld.trainer.cli import main
+from clipweld.trainer.config import train_config
+from clipweld.trainer.errors import UnsupportedModel, WeightsError, WrongBase
+from clipweld.trainer.learning.fit import fit
 
-SHIPPED = Path("trainer/mini/mini.safetensors")
+SHIPPED = Path("trainer/src/clipweld/trainer/mini/mini.safetensors")
 
 
 def refused(file, model="mini"):
@@ -190,8 +190,8 @@ def test_entries_that_are_no_weights_are_named(mini, tmp_path):
 
 
 def test_other_libraries_checkpoints_are_named(mini, adapters, tmp_path):
-    from exporter.checkpoints import save_peft, save_transformers
-    from trainer.adapter import load_adapter
+    from clipweld.exporter.release.checkpoints import save_peft, save_transformers
+    from clipweld.trainer.adapters.adapter import load_adapter
 
     adapter = adapters / "digits.safetensors"
     assert "it is an adapter of clipweld; adapters go into the folder of --adapters" in refused(adapter)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trainer.pool.dropout import ByteDropout
+from clipweld.trainer.method.dropout import ByteDropout
 
 
 @pytest.fixture(autouse=True)

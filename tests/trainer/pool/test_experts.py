@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import PoolConfig
-from trainer.pool import ExpertPool, Router, RoutingPosition
+from clipweld.trainer.config import PoolConfig
+from clipweld.trainer.method import ExpertPool, Router, RoutingPosition
 
 CONFIG = PoolConfig(rank=6, k_active=4, k_merge=2, alpha=3.0, dropout=0.0)
 BATCH, LENGTH, D_IN, D_OUT = 5, 7, 8, 10

@@ -3,12 +3,12 @@ import copy
 import pytest
 import torch
 
-from trainer.adapter import Adapter
-from trainer.backbone import load_backbone, transformer_blocks
-from trainer.config import PoolConfig
-from trainer.merge import merge
-from trainer.pool import attach_pools, detach_pools
-from trainer.towers import encode_text
+from clipweld.trainer.adapters.adapter import Adapter
+from clipweld.trainer.adapters.merge import merge
+from clipweld.trainer.base.backbone import load_backbone, transformer_blocks
+from clipweld.trainer.base.cls_block import encode_text
+from clipweld.trainer.config import PoolConfig
+from clipweld.trainer.method import attach_pools, detach_pools
 
 CONFIG = PoolConfig(dropout=0.0)
 

@@ -2,8 +2,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainer.config import PoolConfig
-from trainer.pool import ExpertPool, Router, RoutingPosition, contrastive_loss, orthogonality_loss
+from clipweld.trainer.config import PoolConfig
+from clipweld.trainer.method import ExpertPool, Router, RoutingPosition, contrastive_loss, orthogonality_loss
 
 
 def test_contrastive_loss_equals_the_sum_written_out():

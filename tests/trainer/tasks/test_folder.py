@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, features
 
-from trainer.errors import ConfigError, TaskDataMissing, TaskError, TaskInvalid, UnknownTask, UnreadableImage
-from trainer.tasks import find_learned, load_task, load_tasks
+from clipweld.trainer.errors import ConfigError, TaskDataMissing, TaskError, TaskInvalid, UnknownTask, UnreadableImage
+from clipweld.trainer.tasks import find_learned, load_task, load_tasks
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 

@@ -12,9 +12,9 @@ import scipy.io
 from PIL import Image
 from torchvision import datasets
 
-from trainer.errors import TaskDataMissing
-from trainer.tasks import load_task, mtil
-from trainer.tasks.flowers import FLOWERS
+from clipweld.trainer.errors import TaskDataMissing
+from clipweld.trainer.tasks import load_task, mtil
+from clipweld.trainer.tasks.flowers import FLOWERS
 
 
 def paint(path, value=0):

@@ -5,16 +5,16 @@ import dataclasses
 import pytest
 from PIL import Image
 
-from trainer.cli import main
-from trainer.config import train_config
-from trainer.errors import TaskInvalid
-from trainer.evaluate import evaluate
-from trainer.fit import fit
-from trainer.sequence import run_sequence
-from trainer.tasks import Images, Task, check_prompts, shipped_tasks
-from trainer.tasks.flowers import FLOWERS
-from trainer.tasks.mtil import CALTECH, EUROSAT
-from trainer.tasks.prompts import as_read, cut_prompts
+from clipweld.trainer.cli import main
+from clipweld.trainer.config import train_config
+from clipweld.trainer.errors import TaskInvalid
+from clipweld.trainer.learning.evaluate import evaluate
+from clipweld.trainer.learning.fit import fit
+from clipweld.trainer.sequence.run import run_sequence
+from clipweld.trainer.tasks import Images, Task, check_prompts, shipped_tasks
+from clipweld.trainer.tasks.flowers import FLOWERS
+from clipweld.trainer.tasks.mtil import CALTECH, EUROSAT
+from clipweld.trainer.tasks.prompts import as_read, cut_prompts
 
 LONG = "a very " * 30
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainer.cli import main
-from trainer.tasks import load_task, summarise, validation
-from trainer.tasks.equal_files import LOOKED_AT, MAX_READ, equal_files
-from trainer.tasks.summary import Counts, Summary
+from clipweld.trainer.cli import main
+from clipweld.trainer.tasks import load_task, summarise, validation
+from clipweld.trainer.tasks.equal_files import LOOKED_AT, MAX_READ, equal_files
+from clipweld.trainer.tasks.summary import Counts, Summary
 
 QUICK = ["--model", "mini", "--iterations", "1", "--batch-size", "4"]
 
@@ -121,7 +121,7 @@ def test_a_large_folder_costs_no_more_than_a_set_number_of_reads(tmp_path, monke
     file = tmp_path / "image"
     file.write_bytes(b"x" * 100)
     read = []
-    monkeypatch.setattr("trainer.tasks.equal_files._head", lambda name: read.append(name) or b"head")
+    monkeypatch.setattr("clipweld.trainer.tasks.equal_files._head", lambda name: read.append(name) or b"head")
     found = equal_files([str(file)] * 20_000, [str(file)] * 20_000)
     assert found.looked_at == LOOKED_AT
     assert len(read) <= LOOKED_AT + MAX_READ

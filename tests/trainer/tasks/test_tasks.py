@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.errors import TaskDataMissing, TaskInvalid, UnknownTask, UnreadableImage
-from trainer.tasks import (
+from clipweld.trainer.errors import TaskDataMissing, TaskInvalid, UnknownTask, UnreadableImage
+from clipweld.trainer.tasks import (
     Images,
     Task,
     catalogue,
@@ -18,7 +18,7 @@ from trainer.tasks import (
     task_lists,
     validation,
 )
-from trainer.tasks.split import split_by_seed
+from clipweld.trainer.tasks.split import split_by_seed
 
 
 def paint(path, colour):
@@ -80,7 +80,7 @@ def test_one_tree_is_split_the_same_way_every_time(bolts):
     [
         (lambda f: (f / "classes.txt").write_text("one\ntwo\n"), "2 class names for 3"),
         (lambda f: (f / "templates.txt").write_text("a photo\n"), "exactly one {}"),
-        (lambda f: (f / "classes.txt").write_text("a\na\nb\n"), "'a' stands twice"),
+        (lambda f: (f / "classes.txt").write_text("a\na\nb\n"), "'a' is listed twice"),
         (lambda f: (f / "train" / "empty").mkdir(), "empty"),
         (lambda f: paint(f / "test" / "nut" / "1.png", 3), "'nut' is in one of"),
     ],
@@ -243,7 +243,7 @@ def test_the_folder_an_adapter_names_is_looked_into_only_if_its_classes_are_ther
         task="bolts", class_names=("eye bolt", "hex bolt", "rivet"), templates=("a {}",), config={"source": str(bolts)}
     )
     assert find_learned(adapter).source == str(bolts)
-    monkeypatch.setattr("trainer.tasks.folder.os.walk", lambda *_, **__: pytest.fail("it was looked into"))
+    monkeypatch.setattr("clipweld.trainer.tasks.folder.os.walk", lambda *_, **__: pytest.fail("it was looked into"))
     adapter.class_names = ("eyelet", "other")
     assert find_learned(adapter) is None
     for source in (7, "\x00", "x" * 5000, "/", "\ud800"):

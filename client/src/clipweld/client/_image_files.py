@@ -1,0 +1,178 @@
+"""Image files: read within limits, decoded, and shown as a person sees them."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import re
+import stat
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+
+from clipweld.client.errors import BadImage
+
+# What pictures come in. Pillow knows more, among them EPS: programs, which it has Ghostscript run.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_SCANS = 100  # of a JPEG, each of which takes as long as a whole image; cameras and editors write about ten
+# JPEG's markers, but for those without a segment: stuffing, TEM, and where decoding can restart.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
+_CHUNK = 1 << 20  # bytes
+# What undoes each Exif orientation but 1, which is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Stream:
+    """An open binary file, read from its start when its turn comes, and only once.
+
+    Attributes:
+        name: its file's path, where it has one.
+        kind: name of its type.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._data = file, b""
+        name = getattr(file, "name", None)
+        self.name = name if isinstance(name, str) else ""
+        self.kind = type(file).__name__
+
+    def read(self, name: str) -> bytes:
+        """Its bytes.
+
+        Raises:
+            BadImage: closed, opened as text, too large, or its own error.
+        """
+        if self._file is not None:
+            try:
+                self._data = self._whole(name)
+            except BadImage:
+                raise
+            except Exception as exc:  # files of other libraries raise any
+                raise BadImage(f"{name} cannot be read: {one_line(exc)}") from exc
+            self._file = None
+        return self._data
+
+    def _whole(self, name: str) -> bytes:
+        file, parts, size = self._file, [], 0
+        if hasattr(file, "seekable") and file.seekable():  # as Pillow does: often it stands where it was written to
+            file.seek(0)
+        while part := file.read(_CHUNK):
+            if not isinstance(part, (bytes, bytearray, memoryview)):
+                if inspect.iscoroutine(part):
+                    part.close()
+                found = "is open as text" if isinstance(part, str) else f"gives {type(part).__name__}"
+                raise BadImage(f"{name} {found}; expected a file opened with 'rb', or its bytes")
+            parts.append(bytes(part))
+            size += len(part)
+            if size > max_bytes():
+                raise BadImage(f"{name} is too large: more than {max_bytes():,} bytes")
+        return b"".join(parts)
+
+
+def read_path(path: str, name: str) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        BadImage: it is no regular file, too large, or can't be read.
+    """
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise BadImage(f"{name} is a directory; name the image files in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage(f"{name} is not a regular file; name an image file")
+        if status.st_size > max_bytes():
+            raise BadImage(f"{name} is too large: {status.st_size:,} bytes, expected at most {max_bytes():,}")
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as exc:
+        raise BadImage(f"{name} cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
+
+
+def decoder(data: bytes, name: str) -> Image.Image:
+    """The image in a file's bytes; its pixels are not decoded yet.
+
+    Raises:
+        BadImage: no image, or one of too many scans.
+    """
+    try:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as exc:
+        raise BadImage(f"{name} ({len(data)} bytes) is no image; expected {', '.join(FORMATS)}") from exc
+    except Exception as exc:  # on damaged files, Pillow's readers raise any
+        raise BadImage(f"{name} cannot be decoded: {one_line(exc)}") from exc
+    if opened.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS and _scans(data) > MAX_SCANS:
+        raise BadImage(f"{name} has more than {MAX_SCANS} scans; save it anew")
+    return opened
+
+
+def as_seen(image: Image.Image, name: str, *, exif_orientation: bool) -> Image.Image:
+    """The image with 8 bits a channel, and upright by its Exif orientation where that is asked for.
+
+    Raises:
+        BadImage: 32-bit or signed grey.
+        Exception: any, on damaged files.
+    """
+    image.load()  # of a TIFF, this applies the orientation, and forgets it
+    turn = _turn(image) if exif_orientation else None
+    image = _eight_bits(image, name)
+    return image if turn is None else image.transpose(turn)
+
+
+def max_pixels() -> float:
+    """Pillow's limit, or infinity where it was lifted."""
+    return Image.MAX_IMAGE_PIXELS or float("inf")
+
+
+def max_bytes() -> float:
+    """Of an image file."""
+    return 8 * max_pixels()
+
+
+def one_line(exc: BaseException) -> str:
+    """An error's words without their line breaks."""
+    return " ".join(str(exc).split()) or type(exc).__name__
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged Exif raises any; the pixels are whole
+        return None
+    return _TURNS.get(orientation) if isinstance(orientation, int) else None
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """High bytes of 16-bit grey, as Pillow itself takes them of 16-bit colours; other images as they are."""
+    # Before Pillow 11, 16-bit PNG files have mode I, too; PPM files have it still, scaled to 16 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+        high = values >> (4 if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 8)
+        white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        return Image.fromarray((255 - high if white_is_zero else high).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "floats" if image.mode == "F" else "32-bit or signed integers"
+        raise BadImage(
+            f"{name} has grey values that are {kind}, of unknown range; save it with 8 or 16 bits, unsigned, or give "
+            "a uint8 or uint16 array, or one of floats in [0, 1]"
+        )
+    return image
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has; what stands in its other segments or behind its end doesn't count."""
+    scans, place = 0, 2
+    while (marker := _MARKER.search(data, place)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans

@@ -1,0 +1,313 @@
+"""The ``client`` command: a thin layer of words over the library."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import webbrowser
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from clipweld.client import ClientError, ZeroShotClassifier, __version__
+from clipweld.client import bench as run_bench
+from clipweld.client._classifier import DEFAULT_URL
+from clipweld.client._figure import draw
+from clipweld.client._folder_command import check_images, classify_into, image_names, say_left_out
+from clipweld.client._folders import Tally
+from clipweld.client._label_lists import read_labels
+from clipweld.client._output import console, messages, print_json, printing, say
+from clipweld.client._tables import answers_table, bench_table, tasks_table, versions_table
+
+app = typer.Typer(
+    name="client",
+    help="Name what is on images, with a CLIP that a Triton server serves.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"clipweld {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What goes before a command."""
+
+
+Url = Annotated[
+    str,
+    typer.Option(
+        envvar="CLIPWELD_URL", help="host:port or grpc://host:port for gRPC, http://host:port for HTTP.", metavar="URL"
+    ),
+]
+Model = Annotated[str, typer.Option(help="Name of the served model.", metavar="NAME")]
+Version = Annotated[
+    int | None, typer.Option(min=1, help="Model version; the newest where not given.", metavar="N", show_default=False)
+]
+Timeout = Annotated[float, typer.Option(min=0.001, help="Longest wait for one request, in seconds.", metavar="SECONDS")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def classify(
+    images: Annotated[
+        list[str], typer.Argument(help="Image files, and folders of them.", metavar="IMAGE", show_default=False)
+    ],
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Labels, with commas between: "cat, dog". Or @FILE: one a line, or a .json of prompts: '
+            '{"cat": "a photo of my cat"}. Again for more.',
+            metavar="LABELS",
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Labels and prompts of a task that the model has learned.", metavar="TASK", show_default=False
+        ),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Prompt with {} where the label goes; more than one are averaged. "
+            'Where not given: those of the task, or "a photo of a {}".',
+            metavar="TEXT",
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Labels to show for an image.", metavar="K")] = 5,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the answers to this .csv, .jsonl or .parquet. Resumes an earlier run, and skips images "
+            "that cannot be read.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Fetch images that are http:// or https:// addresses.")
+    ] = False,
+    no_exif_orientation: Annotated[
+        bool, typer.Option("--no-exif-orientation", help="Do not turn images upright as their Exif says.")
+    ] = False,
+    version: Version = None,
+    model: Model = "clip",
+    url: Url = DEFAULT_URL,
+    timeout: Timeout = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Rank labels for each image.
+
+    Examples:
+
+    client classify samples/seven.png --labels "the number seven, a shoe"
+
+    client classify samples/scans --task digits --top-k 1 --out answers.csv
+    """
+    if (not labels) == (task is None):
+        raise typer.BadParameter("give exactly one of --labels and --task", param_hint="'--labels' / '--task'")
+    names, repeated = read_labels(labels) if labels else (None, [])
+    if labels and not names:
+        raise typer.BadParameter("no label in it", param_hint="'--labels'")
+    if template and isinstance(names, dict):
+        raise typer.BadParameter("the labels bring their own prompts", param_hint="'--template'")
+    if repeated:
+        say(f"{len(repeated)} labels are given more than once, and count once: {', '.join(repeated[:5])}")
+    if any("{}" not in text for text in template or ()):
+        raise typer.BadParameter("expected {} where the label goes", param_hint="'--template'")
+    check_images(images, allow_urls)
+    question: dict[str, Any] = {"labels": names, "task": task, "templates": template or None, "top_k": top_k}
+    with ZeroShotClassifier(
+        url,
+        model,
+        version or "latest",
+        timeout_s=timeout,
+        exif_orientation=not no_exif_orientation,
+        allow_urls=allow_urls,
+    ) as classifier:
+        if out is not None:
+            question |= {"model": model, "version": version}
+            if no_exif_orientation:  # only then: what was begun before there was a choice goes on
+                question["exif_orientation"] = False
+            classify_into(classifier, images, question, out, as_json)
+            return
+        tally = Tally()
+        with Console(stderr=True).status("Classifying"):
+            answers = list(classifier.classify(image_names(images, tally), **question))
+    say_left_out(tally)
+    if as_json:
+        print_json([answer.to_dict() for answer in answers])
+    else:
+        console().print(answers_table(answers))
+        console().print(f"model {model} version {answers[-1].version}", style="dim", markup=False)
+
+
+@app.command()
+def bench(
+    versions: Annotated[
+        str, typer.Option(help="Base and merged version: 1,2.", metavar="BASE,MERGED", show_default=False)
+    ],
+    requests: Annotated[int, typer.Option(min=1, help="Requests to each, in each setting.", metavar="N")] = 200,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images in a request; again for more.  [default: 1]", metavar="B")
+    ] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, help="Requests at a time; again for more.  [default: 1]", metavar="C")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw it: a .svg or .png.", metavar="FILE", show_default=False)
+    ] = None,
+    model: Model = "clip",
+    url: Url = DEFAULT_URL,
+    timeout: Timeout = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Measure the inference cost of adapters: base and merged image towers, in turns, on one server.
+
+    Where exporter merge --unmerged has put the same adapters beside them, left apart, those take part too.
+
+    Example:
+
+    client bench --versions 1,2 --batch 1 --batch 8 --concurrency 1 --concurrency 4 --figure overhead.svg
+    """
+    try:
+        base, merged = (int(number) for number in versions.split(","))
+    except ValueError as exc:
+        raise typer.BadParameter("expected two version numbers, such as 1,2", param_hint="'--versions'") from exc
+
+    def tracked(rounds: Iterable[int]) -> Iterable[int]:
+        return track(rounds, "Measuring", console=Console(stderr=True), transient=True, update_period=1.0)
+
+    result = run_bench(
+        url,
+        (base, merged),
+        model=model,
+        requests=requests,
+        batches=batch or [1],
+        concurrencies=concurrency or [1],
+        timeout_s=timeout,
+        track=tracked,
+    )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        console().print(bench_table(result))
+        console().print(result.verdict, style="bold", highlight=False, soft_wrap=True)
+        if result.warning:
+            console().print(f"Warning: {result.warning}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+    if figure is not None:
+        draw(result, figure)
+
+
+@app.command()
+def tasks(
+    version: Version = None,
+    model: Model = "clip",
+    url: Url = DEFAULT_URL,
+    timeout: Timeout = 30.0,
+    as_json: Json = False,
+) -> None:
+    """List the tasks that a version has learned.
+
+    Example:
+
+    client tasks --version 2 --json
+    """
+    with ZeroShotClassifier(url, model, version or "latest", timeout_s=timeout) as classifier:
+        card = classifier.card()
+    if as_json:
+        print_json({"version": card.version, "tasks": [_task_row(task) for task in card.tasks]})
+    else:
+        base = f"{card.base_model_name}/{card.base_pretrained}"
+        console().print(tasks_table(card) if card.tasks else "no tasks: the base model")
+        console().print(f"model {model} version {card.version}, base {base}", style="dim", markup=False)
+
+
+@app.command()
+def versions(model: Model = "clip", url: Url = DEFAULT_URL, timeout: Timeout = 30.0, as_json: Json = False) -> None:
+    """List the versions that are served, and what each has learned.
+
+    Example:
+
+    client versions --url localhost:8001
+    """
+    with ZeroShotClassifier(url, model, timeout_s=timeout) as classifier:
+        numbers = classifier.versions()
+    cards = []
+    for number in numbers:
+        with ZeroShotClassifier(url, model, number, timeout_s=timeout) as classifier:
+            cards.append(classifier.card())
+    if as_json:
+        print_json([{"version": card.version, "tasks": [task.name for task in card.tasks]} for card in cards])
+    else:
+        console().print(versions_table(cards))
+
+
+@app.command()
+def demo(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")] = 7860,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    model: Model = "clip",
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Open a page that shows what the base and the newest version see on your images, side by side.
+
+    The page is for this machine alone. Ctrl-C ends it.
+
+    Example:
+
+    client demo --port 0 --no-browser
+    """
+    from clipweld.client._demo import Comparison
+    from clipweld.client._page import PageServer
+
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        contextlib.closing(Comparison(url, model)) as comparison,
+        PageServer(comparison, port) as page,
+    ):
+        print(f"{page.url} shows model {model} at {url}; Ctrl-C ends it", flush=True)
+        if browser:  # in a thread: some browsers return only when they are closed
+            threading.Thread(target=webbrowser.open, args=(page.url,), daemon=True).start()
+        page.serve_forever()
+
+
+def main() -> None:
+    """Run the command line: exit 0, 1 (said why in one line on stderr) or 2 (usage)."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is said once, by the error that ends in a line
+    with messages():
+        try:
+            with printing():
+                app(prog_name="client")
+        except ClientError as exc:
+            say(str(exc))
+            sys.exit(1)
+
+
+def _task_row(task: Any) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "class_names": list(task.class_names),
+        "templates": list(task.templates),
+        "accuracy": {"before": task.accuracy_before, "after": task.accuracy_after},
+        "adapter_sha256": task.adapter_sha256,
+    }

@@ -1,0 +1,111 @@
+"""`python -m evidence.mini_recipe build --work DIR --minutes 60 --out DIR`: the small CLIP from packages to weights."""
+
+import json
+import logging
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from clipweld.trainer.errors import TrainerError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+Work = Annotated[Path, typer.Option(help="Working folder: packages, pairs, checkpoint. Reused by the next run.")]
+
+
+def _start_logging() -> None:
+    warnings.filterwarnings(
+        "ignore", "Image size", RuntimeWarning
+    )  # some clip art is large; Pillow refuses the largest
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+
+
+@app.command()
+def pairs(work: Work) -> None:
+    """Fetch the packages and build the pre-training pairs."""
+    from evidence.mini_recipe import pairs, sources
+
+    _start_logging()
+    folder = sources.Folder(work)
+    built = pairs.build(folder)
+    pairs.save(built, work / "pairs.npz")
+    logging.info("%d pairs: %s", len(built), dict(Counter(pair.source for pair in built)))
+
+
+@app.command()
+def tasks(work: Work, out: Annotated[Path, typer.Option(help="Where the zips and tasks.json go.")]) -> None:
+    """Build the six tasks."""
+    from evidence.mini_recipe import sources, tasks
+
+    _start_logging()
+    tasks.build(sources.Folder(work), out)
+
+
+@app.command()
+def train(
+    work: Work,
+    minutes: Annotated[float, typer.Option(help="Wall-clock minutes of training.")] = 60.0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of weights, captions and augmentation.")] = 0,
+    start_from: Annotated[Path | None, typer.Option(help="Weights to go on from, at half the rates.")] = None,
+) -> None:
+    """Pre-train on the pairs; started again, it goes on from the last checkpoint."""
+    from safetensors.torch import load_file
+
+    from evidence.mini_recipe import measure, pairs, train
+
+    _start_logging()
+    model_cfg = json.loads((measure.MINI / "mini.json").read_text(encoding="utf-8"))
+    config = train.TrainConfig(minutes=minutes, threads=threads, seed=seed)
+    if start_from is not None:
+        config = config.going_on()
+    start = load_file(start_from) if start_from else None
+    train.Training(pairs.load(work / "pairs.npz"), model_cfg, config, work / "training", start).run()
+
+
+@app.command()
+def measure(
+    weights: Annotated[Path, typer.Option(help="A safetensors file.")],
+    tasks: Annotated[Path | None, typer.Option(help="A folder of tasks; the shipped one if absent.")] = None,
+) -> None:
+    """Zero-shot accuracy on the six tasks, as a Markdown table."""
+    from evidence.mini_recipe import measure
+
+    scores = measure.zero_shot(measure.load_model(weights), tasks or measure.TASKS)
+    Console(highlight=False, width=200).print(measure.table(scores), markup=False)
+
+
+@app.command()
+def build(
+    work: Work,
+    out: Annotated[Path, typer.Option(help="Where mini.safetensors, mini.json and tasks/ go.")],
+    minutes: Annotated[float, typer.Option(help="Wall-clock minutes of training.")] = 60.0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+) -> None:
+    """Everything: tasks, pairs, training, and the scores on the shipped tasks."""
+    from evidence.mini_recipe import measure as measuring
+
+    tasks(work, out / "tasks")
+    if not (work / "pairs.npz").exists():
+        pairs(work)
+    train(work, minutes, threads)
+    for source in (work / "training" / "mini.safetensors", measuring.MINI / "mini.json"):
+        (out / source.name).write_bytes(source.read_bytes())
+    measure(out / "mini.safetensors")
+
+
+def main() -> None:
+    """Run the command line; an error of the recipe becomes one line and exit code 1."""
+    try:
+        app()
+    except TrainerError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

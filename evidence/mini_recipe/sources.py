@@ -1,0 +1,132 @@
+"""Which packages the small CLIP is made of, at which versions, under which licences; and how they are fetched."""
+
+import dataclasses
+import subprocess
+from pathlib import Path
+
+from clipweld.trainer.errors import TrainerError
+
+
+class PackageMissing(TrainerError):
+    """A package of the recipe can't be fetched or unpacked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """An npm package.
+
+    Attributes:
+        package: its name.
+        version: the exact version.
+        licence: of the pictures in it.
+        kind: what `pairs.Pair.kind` its pictures get.
+        members: which members to unpack (tar patterns); all where empty.
+    """
+
+    package: str
+    version: str
+    licence: str
+    kind: str = "emoji"
+    members: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Font:
+    """A Debian font package: whether its capital letters are used (digits and signs always are), and how many files."""
+
+    package: str
+    letters: bool = False
+    most: int = 8
+
+
+EMOJI = (
+    Package("emoji-datasource-twitter", "16.0.0", "CC-BY-4.0", members=("package/img/*/64/*", "package/emoji.json")),
+    Package("emoji-datasource-google", "16.0.0", "Apache-2.0", members=("package/img/*/64/*", "package/emoji.json")),
+)
+FLAGS = Package("svg-country-flags", "1.2.10", "public domain", members=("package/png250px/*",))
+ICON_SETS = (
+    Package("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT"),
+    Package("@iconify-json/fluent-emoji", "1.2.7", "MIT"),
+    Package("@iconify-json/noto-v1", "1.2.5", "Apache-2.0"),
+    Package("@iconify-json/fxemoji", "1.2.2", "Apache-2.0"),
+    Package("@iconify-json/emojione", "1.2.3", "CC-BY-4.0"),
+    Package("@iconify-json/streamline-emojis", "1.2.4", "CC-BY-4.0"),
+    Package("@iconify-json/flat-color-icons", "1.2.3", "MIT", "icon"),
+    Package("@iconify-json/fluent-color", "1.2.21", "MIT", "icon"),
+    Package("@iconify-json/icon-park", "1.2.4", "Apache-2.0", "icon"),
+    Package("@iconify-json/streamline-kameleon-color", "1.2.2", "CC-BY-4.0", "icon"),
+    Package("@iconify-json/streamline-plump-color", "1.2.2", "CC-BY-4.0", "icon"),
+    Package("@iconify-json/streamline-ultimate-color", "1.2.2", "CC-BY-4.0", "icon"),
+    Package("@iconify-json/game-icons", "1.2.4", "CC-BY-3.0", "outline"),
+    Package("@iconify-json/mdi", "1.2.3", "Apache-2.0", "outline"),
+    Package("@iconify-json/tabler", "1.2.41", "MIT", "outline"),
+    Package("@iconify-json/healthicons", "1.2.13", "MIT", "outline"),
+    Package("@iconify-json/temaki", "1.2.6", "CC0-1.0", "outline"),
+)
+DEBIAN = ("openclipart-png", "wamerican", "dataset-fashion-mnist")
+LETTER_FONTS = """
+    dejavu-core dejavu-extra open-sans mplus gfs-artemisia gfs-didot gfs-neohellenic hack tuffy play ocr-b
+    league-spartan junction stix
+"""
+DIGIT_FONTS = """
+    breip dkg-handwriting humor-sans klee comic-neue dancingscript kristi ecolier-court kaushanscript yusei-magic
+    seto bwht karla comfortaa dosis oldstandard vollkorn cantarell inconsolata quattrocento yanone-kaffeesatz
+    courier-prime bebas-neue cabin manrope sora cardo
+"""
+FONTS = tuple(Font(f"fonts-{name}", True, 24) for name in LETTER_FONTS.split()) + tuple(
+    Font(f"fonts-{name}") for name in DIGIT_FONTS.split()
+)
+
+
+class Folder:
+    """The working folder: where packages are fetched and unpacked, each once.
+
+    Args:
+        path: made where it does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def npm(self, package: str) -> Path:
+        """The unpacked folder of an npm package of the lists above."""
+        wanted = next(one for one in (*EMOJI, *ICON_SETS, FLAGS) if one.package == package)
+        folder = self.path / "npm" / package.replace("/", "-").lstrip("@")
+        if not (folder / ".done").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            command = ["npm", "pack", "--silent", f"{package}@{wanted.version}"]
+            archive = _run(command, folder).strip().splitlines()[-1]
+            _run(["tar", "xzf", archive, "--strip-components=1", "--wildcards", *wanted.members], folder)
+            (folder / archive).unlink()
+            (folder / ".done").touch()
+        return folder
+
+    def deb(self, package: str) -> Path:
+        """The unpacked folder of a Debian package, at the version of the machine's own Debian release."""
+        folder = self.path / "deb" / package
+        if not (folder / ".done").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _run(["apt-get", "download", "--quiet", package], folder)
+            for archive in folder.glob("*.deb"):
+                _run(["dpkg-deb", "-x", archive.name, "."], folder)
+                archive.unlink()
+            (folder / ".done").touch()
+        return folder
+
+
+def _run(command: list[str], folder: Path) -> str:
+    """Run a command in a folder and return its output.
+
+    Raises:
+        PackageMissing: where it fails; with the command and the end of what it said.
+    """
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError as exc:
+        raise PackageMissing(
+            f"no {command[0]} on this machine; the recipe needs npm, tar, apt-get and dpkg-deb"
+        ) from exc
+    if done.returncode:
+        raise PackageMissing(f"{' '.join(command)} failed in {folder}: {done.stderr.strip()[-500:]}")
+    return done.stdout

@@ -1,0 +1,177 @@
+"""Every method and ablation on the small CLIP's six tasks: the runs behind RESULTS.md.
+
+Run: python -m evidence.studies.mini --out runs/results
+
+Each run is a ``trainer sequence`` command that is printed as it starts; what is finished is not run again, what was
+interrupted goes on. Settings are chosen on validation images (``search``), never on test images.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+
+from clipweld.trainer.config import METHODS, Method
+
+SEEDS = (0, 1, 2)
+ORDERS = (0, 1, 2)
+Length = Literal["long", "short"]
+# What a run adds to its preset: nothing, or a third of the steps, where runs are cheap, with what suits these.
+LENGTHS: dict[Length, dict[Method, str]] = {
+    "long": dict.fromkeys(METHODS, ""),
+    "short": {
+        "pool": "--iterations 100 --anchor-weight 1 --drift-weight 100",
+        "lora": "--iterations 100 --lr 0.0005",
+        "finetune": "--iterations 100",
+        "joint": "--iterations 100",
+    },
+}
+RATES: dict[Length, dict[Method, tuple[float, ...]]] = {
+    "long": {"lora": (1.25e-4, 2.5e-4, 5e-4), "finetune": (3e-5, 1e-4, 3e-4), "joint": (1e-4, 3e-4)},
+    "short": {
+        "lora": (2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+        "finetune": (3e-5, 1e-4, 3e-4),
+        "joint": (1e-4, 3e-4, 1e-3),
+    },
+}
+# The pool's variants: flags, and the seeds that each is run with.
+POOL_SEARCH: dict[Length, dict[str, tuple[str, tuple[int, ...]]]] = {
+    "long": {
+        "preset": ("", SEEDS[:1]),
+        "drift-400": ("--drift-weight 400", SEEDS[:1]),
+        "drift-6400": ("--drift-weight 6400", SEEDS[:1]),
+        "anchor-8-drift-800": ("--anchor-weight 8 --drift-weight 800", SEEDS[:1]),
+        "anchor-16": ("--anchor-weight 16", SEEDS[:1]),
+        "drift-400-lr-0.02": ("--drift-weight 400 --lr 0.02", SEEDS[:1]),
+    },
+    "short": {
+        "router-none": ("--router none", SEEDS),
+        "router-learned": ("--router learned", SEEDS),
+        "lr-0.02": ("--lr 0.02", SEEDS[:1]),
+    },
+}
+# One thing changed at a time: flags by name.
+ABLATIONS: dict[Length, dict[str, str]] = {
+    "long": {
+        "no-drift": "--drift-weight 0",
+        "no-anchors": "--anchor-weight 0",
+        "router-learned": "--router learned",
+        "ago-sum": "--ago sum",
+        "drift-400": "--drift-weight 400",
+        "anchor-16": "--anchor-weight 16",
+    },
+    "short": {
+        "no-drift": "--drift-weight 0",
+        "no-anchors": "--anchor-weight 0",
+        "firmer": "--anchor-weight 4 --drift-weight 400",
+        "published": "--router learned --ago sum --lr 0.002 --dropout 0.2 "
+        "--drift-weight 0 --anchor-weight 0 --consolidate 0",
+        "ago-sum": "--ago sum",
+        "ago-mean": "--ago mean",
+        "no-consolidation": "--consolidate 0",
+        "k-merge-8": "--k-merge 8",
+        "k-active-4": "--k-active 4",
+        "rank-6": "--rank 6 --k-active 4 --k-merge 2",
+        "router-learned": "--router learned",
+        "router-fixed": "--router fixed",
+        "router-block": "--router learned --router-per block",
+        "route-first": "--router learned --route-on first",
+    },
+}
+
+Part = Literal["search", "methods", "ablations", "orders"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Learn the six small tasks by every method, in several orders with several seeds."""
+
+    out: Path = Path("runs/results")
+    """Folder for all runs; 'trainer report' on its sub-folders draws them."""
+    lengths: tuple[Length, ...] = ("long", "short")
+    """The presets' 300 steps a task, or a third of them."""
+    parts: tuple[Part, ...] = ("search", "methods", "ablations", "orders")
+    """What to run."""
+    jobs: int = 2
+    """Runs at a time, each on one CPU core: twice the speed of one run on two cores."""
+
+
+def main(study: Study) -> None:
+    """Run all commands of the parts that were asked for."""
+    runs = [
+        command
+        for length in study.lengths
+        for part in study.parts
+        for command in PARTS[part](study.out / length / FOLDERS.get(part, part), length)
+    ]
+    console, lock = Console(stderr=True), threading.Lock()
+
+    def run(command: str) -> None:
+        with lock:
+            console.print(f"$ {command}", soft_wrap=True, highlight=False)
+        trainer = [sys.executable, "-m", "clipweld.trainer", *shlex.split(command)[1:], "--resume"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(trainer, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{command}\n{done.stderr}")
+
+    with ThreadPoolExecutor(study.jobs) as workers:
+        list(workers.map(run, runs))
+
+
+def search(out: Path, length: Length) -> Iterator[str]:
+    """Each baseline's learning rate and the pool's settings, on validation images, in one order."""
+    for name, (flags, seeds) in POOL_SEARCH[length].items():
+        for seed in seeds:
+            yield _sequence(out / "pool" / f"{name}-seed-{seed}", length, "pool", seed, None, f"--validate {flags}")
+    for method, rates in RATES[length].items():
+        for lr in rates:
+            yield _sequence(out / method / f"lr-{lr:g}", length, method, 0, None, f"--validate --lr {lr:g}")
+
+
+def methods(out: Path, length: Length) -> Iterator[str]:
+    """All methods, each seed in an order of its own."""
+    for seed, order in zip(SEEDS, ORDERS, strict=True):
+        for method in METHODS:
+            yield _sequence(out / method / f"order-{order}-seed-{seed}", length, method, seed, order)
+
+
+def orders(out: Path, length: Length) -> Iterator[str]:
+    """The rest of every seed in every order; tasks learned at once have no order."""
+    for seed, order in itertools.product(SEEDS, ORDERS):
+        for method in ("pool", "lora", "finetune"):
+            if SEEDS.index(seed) != ORDERS.index(order):
+                yield _sequence(out / method / f"order-{order}-seed-{seed}", length, method, seed, order)
+
+
+def ablations(out: Path, length: Length) -> Iterator[str]:
+    """One thing changed at a time: each seed in an order of its own."""
+    for seed, order in zip(SEEDS, ORDERS, strict=True):
+        for name, flags in ABLATIONS[length].items():
+            yield _sequence(out / name / f"order-{order}-seed-{seed}", length, "pool", seed, order, flags)
+
+
+def _sequence(out: Path, length: Length, method: Method, seed: int, order: int | None, flags: str = "") -> str:
+    """Of a flag that is given twice the last one counts: what a run changes goes behind what its length changes."""
+    ordered = "" if order is None else f"--order-seed {order}"
+    words = [f"trainer sequence --model mini --tasks mini --method {method} --seed {seed}", ordered]
+    return " ".join([*filter(None, (*words, LENGTHS[length][method], flags)), f"--out {out}"])
+
+
+FOLDERS = {"orders": "methods"}
+PARTS = {"search": search, "methods": methods, "ablations": ablations, "orders": orders}
+
+if __name__ == "__main__":
+    main(tyro.cli(Study, prog="python -m evidence.studies.mini"))

@@ -1,0 +1,56 @@
+"""The runs of a study as the tables of RESULTS.md.
+
+Run: python -m evidence.studies.tables runs/results/methods
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tyro
+
+from clipweld.trainer.config import MEASURES
+from clipweld.trainer.report.groups import Group, Section, sections
+from clipweld.trainer.report.page import as_text, signed
+from clipweld.trainer.report.runs import read_runs
+from evidence import markdown
+
+HEADINGS = (
+    "", "runs", "Transfer", "to zero-shot", "Average", "Last", "to the first row", "Forgetting",
+    "trained", "kept per task",
+)  # fmt: skip
+
+
+def main(run: tyro.conf.Positional[tuple[Path, ...]], space: str = "task") -> None:
+    """Print one Markdown table for each model and set of tasks.
+
+    Args:
+        run: folders that hold runs of 'trainer sequence'.
+        space: label space, 'task' or 'union'.
+    """
+    print("\n".join(table(run, space)))
+
+
+def table(folders: Sequence[Path], space: str) -> Iterator[str]:
+    """Markdown: a row for each method and settings, mean and standard deviation over seeds and orders."""
+    for section in sections([run for folder in folders for run in read_runs(folder)]):
+        before, end = as_text(section.zero_shot_transfer(space)), as_text(section.zero_shot(space))
+        last = ("zero-shot", None, before, None, None, end, None, None, None, None)
+        yield from markdown.table(HEADINGS, [*(_row(group, section, space) for group in section.groups), last], text=1)
+        yield ""
+
+
+def _row(group: Group, section: Section, space: str) -> tuple[object, ...]:
+    """``to the first row`` is over pairs of runs of the same seed and order."""
+    transfer, average, last, forgetting = (as_text(group.measure(space, name)) for name in MEASURES)
+    gain = signed(group.gain(space))
+    ahead = "" if group is section.reference else signed(group.against(section.reference, space, "last"))
+    trained, kept = group.runs[0].result.trainable_parameters, round(group.kept_parameters)
+    return (
+        group.label, len(group.runs), transfer, gain, average, last, ahead, forgetting, f"{trained:,}", f"{kept:,}"
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    tyro.cli(main, prog="python -m evidence.studies.tables")

@@ -1,0 +1,46 @@
+"""What is asked in these tests, and whether an answer is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from clipweld.client import Classification
+
+TOLERANCE = 1e-4  # of a score
+FEW = (
+    "a shoe",
+    "a bag",
+    "the number seven",
+    "the letter A",
+    "a flag",
+    "a smile",
+    "a cat",
+    "a tree",
+    "a car",
+    "nothing",
+)
+LABELS = (*FEW, *(f"thing number {number}" for number in range(190)))
+
+
+@dataclass(frozen=True)
+class Known:
+    """What one version has to answer.
+
+    Attributes:
+        scores: float32 (pictures, len(LABELS)).
+    """
+
+    scores: np.ndarray
+
+    def agrees(self, picture: int, labels: Sequence[str], answer: Classification) -> bool:
+        """Whether an answer on a picture has just these labels with the right scores, best first."""
+        got = [found.score for found in answer]
+        expected = [self.scores[picture, LABELS.index(found.label)] for found in answer if found.label in LABELS]
+        return (
+            sorted(found.label for found in answer) == sorted(labels)
+            and bool(np.abs(np.subtract(got, expected)).max() <= TOLERANCE)
+            and got == sorted(got, reverse=True)
+        )

@@ -1,0 +1,519 @@
+"""Disks that are full and folders that are read-only, under every command that writes.
+
+Each command runs on small disks: with no room at all, with all that it needs, and with room in between, in bytes and in
+files, so that it fails wherever it can. Then the disk is made larger and the same command runs again.
+
+Run: python -m evidence.trust.disks --out runs/trust/disks.json
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import xml.etree.ElementTree
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow.parquet
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from clipweld.client import ZeroShotClassifier
+from clipweld.exporter.serving.admin import KEY_FILE
+from clipweld.exporter.serving.triton import serve
+from clipweld.trainer.tasks import load_task, sample
+from evidence.trust.record import Record
+
+PAGE = 4096  # what a tmpfs gives out
+ROOM = 1 << 30
+TIMEOUT_S = 600
+FILLER = "filler"
+ITERATIONS = 4
+TASKS = ("digits", "fashion")
+LABELS = "cat,dog,digit,letter"
+# Said of how a run went, not of what it came to.
+OF_THE_RUN = {"date", "seconds", "seconds_per_task", "probability", "score"}
+HEAVY = (
+    "torch",
+    "onnxruntime",
+    "open_clip",
+    "lightning_fabric",
+    "matplotlib.figure",
+    "clipweld.trainer.learning.fit",
+    "clipweld.trainer.report",
+)
+
+LEARN = ("--model", "mini", "--iterations", str(ITERATIONS), "--shots", "4", "--accelerator", "cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command and the disk that it writes to.
+
+    Attributes:
+        name: of the command, with what it is given.
+        command: module and arguments; ``{disk}``, ``{url}``, ``{images}`` and ``TASKS`` are filled in.
+        before: what stands on the disk, a folder of ``templates``; None for an empty one.
+        kept: patterns of files that a command that failed may leave or change: to go on with, or a history of what was
+            about to be served.
+        serves: whether a server runs on the disk's model repository.
+        temporary: whether temporary files go to the disk too.
+        slow: whether a third of the sizes must do, each taking minutes.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    before: str | None = None
+    kept: tuple[str, ...] = ()
+    serves: bool = False
+    temporary: bool = False
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    status: int
+    said: str
+
+
+def merge(to: str, *more: str) -> tuple[str, ...]:
+    """An ``exporter merge`` on the disk's adapters."""
+    return ("exporter", "merge", "--to", to, "--model", "mini", "--adapters", "{disk}/adapters", *more)
+
+
+def classify(name: str) -> Case:
+    """``client classify`` into a file of that name."""
+    command = ("client", "classify", "{images}", "--labels", LABELS, "--url", "{url}", "--out", f"{{disk}}/{name}")
+    return Case(f"client classify --out {name}", command, kept=(f"{name}.part",))
+
+
+REPOSITORY = ("--repository", "{disk}/model_repository")
+BENCH = ("client", "bench", "--versions", "1,2", "--requests", "2", "--url", "{url}")
+CASES = (
+    Case(
+        "trainer fit",
+        ("trainer", "fit", "--task", "{fashion}", *LEARN, "--adapters", "{disk}/adapters", "--resume"),
+        before="adapters",
+        kept=("adapters/.fashion.unfinished",),
+    ),
+    Case(
+        "trainer sequence",
+        ("trainer", "sequence", "--tasks", "{digits}", "{fashion}", *LEARN, "--out", "{disk}/run", "--resume"),
+        kept=("run/adapters/*.safetensors", "run/progress.json", "run/unfinished.safetensors"),
+    ),
+    Case(
+        "trainer sequence --method finetune",
+        (
+            *("trainer", "sequence", "--tasks", "{digits}", "{fashion}", "--method", "finetune", *LEARN),
+            *("--out", "{disk}/run", "--resume"),
+        ),
+        kept=("run/weights/*.safetensors", "run/progress.json", "run/unfinished.safetensors"),
+    ),
+    Case("trainer report", ("trainer", "report", "{disk}/run"), before="run"),
+    Case("trainer report, again", ("trainer", "report", "{disk}/run"), before="reported"),
+    Case("exporter merge, the first", merge("onnx", *REPOSITORY), before="adapters", slow=True),
+    Case("exporter merge", merge("onnx", *REPOSITORY), before="released"),
+    Case(
+        "exporter merge --precision int8",
+        merge("onnx", *REPOSITORY, "--precision", "int8"),
+        before="released",
+        temporary=True,
+    ),
+    Case("exporter merge --unmerged", merge("onnx", *REPOSITORY, "--unmerged"), before="unmerged"),
+    *(
+        Case(f"exporter merge --to {to}", merge(to, "--out", f"{{disk}}/{out}"), before="adapters")
+        for to, out in (("open_clip", "merged.safetensors"), ("transformers", "merged"), ("peft", "lora"))
+    ),
+    Case(
+        "exporter promote",
+        ("exporter", "promote", "3", *REPOSITORY, "--url", "{url}"),
+        before="released",
+        kept=("model_repository.store/clip/history.json",),
+        serves=True,
+    ),
+    Case("exporter prune", ("exporter", "prune", "--keep", "1", *REPOSITORY), before="prunable"),
+    *map(classify, ("answers.jsonl", "answers.csv", "answers.parquet")),
+    Case("client bench --figure", (*BENCH, "--figure", "{disk}/overhead.svg"), before="figure"),
+)
+# What stands on a disk: on top of what, and the commands that make it.
+MERGE = merge("onnx", *REPOSITORY)
+TEMPLATES = {
+    "adapters": (None, [("trainer", "fit", "--task", "{digits}", *LEARN, "--adapters", "{disk}/adapters")]),
+    "released": ("adapters", [MERGE, MERGE]),
+    "prunable": ("released", [MERGE, MERGE]),
+    "unmerged": ("released", [(*MERGE, "--unmerged")]),
+    "run": (None, [("trainer", "sequence", "--tasks", "{digits}", "{fashion}", *LEARN, "--out", "{disk}/run")]),
+    "reported": ("run", [("trainer", "report", "{disk}/run")]),
+    "figure": (None, [(*BENCH, "--figure", "{disk}/overhead.svg")]),
+}
+# What is printed goes to a full disk.
+PRINTED = (
+    ("trainer", "tasks"),
+    ("trainer", "tasks", "--json"),
+    ("trainer", "fit", "--task", "{fashion}", *LEARN, "--adapters", "{disk}/adapters", "--json"),
+    ("trainer", "sequence", "--tasks", "{digits}", *LEARN, "--out", "{disk}/run", "--json"),
+    ("trainer", "--help"),
+    ("exporter", "versions", *REPOSITORY),
+    ("exporter", "versions", *REPOSITORY, "--json"),
+    ("exporter", "verify", *REPOSITORY),
+    ("exporter", "prune", *REPOSITORY, "--keep", "1", "--json"),
+    ("exporter", "promote", "3", *REPOSITORY),
+    ("exporter", "--help"),
+    ("client", "classify", "{images}", "--labels", LABELS, "--url", "{url}"),
+    ("client", "classify", "{images}", "--labels", LABELS, "--url", "{url}", "--json"),
+    ("client", "tasks", "--url", "{url}"),
+    ("client", "versions", "--url", "{url}", "--json"),
+    (*BENCH, "--json"),
+    ("client", "--help"),
+)
+
+
+def main(
+    levels: Annotated[int, typer.Option(min=2, help="Sizes of the disk to try for each command, twice.")] = 25,
+    only: Annotated[str, typer.Option(help="Cases whose name has this in it.")] = "",
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/disks.json"),
+) -> None:
+    """Run every command on full, nearly full and read-only disks, and once more when there is room."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-disks-") as folder:
+        try:
+            with mounted(Path(folder) / "disk"):
+                pass
+        except PermissionError as exc:
+            print(f"disks: {exc}", file=sys.stderr)
+            raise typer.Exit(2) from exc
+        with Rig(Path(folder), record) as rig:
+            cases = [case for case in CASES if only in case.name]
+            for case in cases:
+                record.figures[case.name] = rig.sweep(case, levels)
+            record.figures["printing"] = rig.print_all([one for one in PRINTED if only in " ".join(one)])
+            record.figures["runs"] = rig.runs
+
+
+@contextmanager
+def mounted(disk: Path) -> Iterator[Path]:
+    """An empty disk of its own, with room.
+
+    Raises:
+        PermissionError: this process may not mount.
+    """
+    disk.mkdir(exist_ok=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", disk], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise PermissionError(f"no disk can be mounted here ({done.stderr.splitlines()[0]}); run as root")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def remount(disk: Path, options: str) -> None:
+    """Make a disk smaller, larger or read-only."""
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+
+
+def used(disk: Path) -> dict[str, int]:
+    """How much of a disk is taken, in bytes and in files."""
+    now = os.statvfs(disk)
+    return {"size": (now.f_blocks - now.f_bfree) * now.f_frsize, "nr_inodes": now.f_files - now.f_ffree}
+
+
+def spread(needs: int, step: int, levels: int) -> list[int]:
+    """Amounts from nothing to ``needs`` in whole steps: all, or ``levels``, half of them even, half doubling."""
+    top, half = -(-needs // step), (levels - 1) // 2
+    if top < levels:
+        return [step * amount for amount in range(top + 1)]
+    even = (top * place // (levels - 1 - half) for place in range(levels - half))
+    doubling = (min(top, 2**place) for place in range(half))
+    return [step * amount for amount in sorted({*even, *doubling})]
+
+
+class Rig:
+    """Runs commands on small disks, and holds what they leave against what an undisturbed run leaves.
+
+    Args:
+        folder: an empty one, for disks and for what they begin with.
+        record: where broken promises are told.
+
+    Attributes:
+        runs: how many commands were run on a disk that was too small or read-only, or once more after that.
+    """
+
+    def __init__(self, folder: Path, record: Record) -> None:
+        self._folder, self._record = folder, record
+        self._disk, self._images, self._templates = folder / "disk", folder / "images", folder / "templates"
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(HEAVY))
+        self._stack = ExitStack()
+        self.runs = 0
+        self._images.mkdir()
+        for number, image in enumerate(sample(12)[0]):
+            image.save(self._images / f"{number:02}.png")
+        for name in TASKS:
+            write_task(name, folder / "tasks" / name)
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @cached_property
+    def url(self) -> str:
+        """A server of a repository that is on no small disk."""
+        return self._stack.enter_context(serve(self._template("released") / "model_repository")).url
+
+    def sweep(self, case: Case, levels: int) -> dict:
+        """Run a case undisturbed, then with every amount of room, then on a read-only disk."""
+        with self._laid(case) as url:
+            begun = used(self._disk)
+            with peak(self._disk) as most:
+                done = self.run(case.command, url, case.temporary)
+            if done.status:
+                raise RuntimeError(f"{case.name}, undisturbed, failed: {done.said}")
+            wanted = contents(self._disk, of_the_run=False)
+        levels = max(2, levels // 3) if case.slow else levels
+        ended: Counter[str] = Counter()
+        enough = {}
+        for what, step in {"size": PAGE, "nr_inodes": 1}.items():
+            free = most[what] - begun[what]  # or more: a file may have come and gone unseen
+            while (end := self._disturbed(case, wanted, what, free)) == "refused" and free < ROOM:
+                ended[end] += 1
+                free = 2 * free + step
+            enough[what] = free
+            ended[end] += 1
+            for less in track(spread(free, step, levels)[:-1], f"{case.name}: {what}", console=Console(stderr=True)):
+                ended[self._disturbed(case, wanted, what, less)] += 1
+        if self._disturbed(case, wanted, "ro", 0) != "refused":
+            self._record.broken.append(f"{case.name} on a read-only disk: ended well, so nothing was tried")
+        if not ended["came through"]:
+            self._record.broken.append(f"{case.name}: no disk was large enough")
+        if not ended["refused"] and case.name != "exporter prune":
+            self._record.broken.append(f"{case.name}: no disk was too small, so nothing was tried")
+        return {"bytes enough": enough["size"], "files enough": enough["nr_inodes"], "read-only": 1, **ended}
+
+    def print_all(self, commands: Sequence[Sequence[str]]) -> int:
+        """Run commands whose output goes to a full disk."""
+        for command in commands:
+            program, *arguments = command
+            script = [sys.executable, "-c", f"from clipweld.{program}.cli import main; main()"]
+            with self._laid(Case("", tuple(command), "prunable")) as url, open("/dev/full", "w") as full:
+                script += self._filled(arguments, url)
+                done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+            self._check_said(f"{' '.join(command)} > /dev/full", Done(done.returncode, done.stderr), program, "")
+            self.runs += 1
+        return len(commands)
+
+    def run(self, command: Sequence[str], url: str | None = None, temporary: bool = False) -> Done:
+        """Run a command to its end, in a process that has what it needs imported already."""
+        said = self._folder / "said"
+        arguments = [command[0], *self._filled(command[1:], url)]
+        process = self._context.Process(target=_main, args=(arguments, self._disk if temporary else None, said))
+        process.start()
+        process.join(TIMEOUT_S)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        return Done(process.exitcode, said.read_text(encoding="utf-8"))
+
+    def _disturbed(self, case: Case, wanted: dict[str, str], what: str, free: int) -> str:
+        """One run on a disk with little room and one after that; "came through" or "refused"."""
+        name = f"{case.name} on a read-only disk" if what == "ro" else f"{case.name} with {what} {free} free"
+        broken = self._record.broken
+        with self._laid(case) as url:
+            before, versions = contents(self._disk), asked(url, self._images)
+            remount(self._disk, "ro" if what == "ro" else f"{what}={used(self._disk)[what] + free}")
+            done = self.run(case.command, url, case.temporary)
+            self.runs += 1
+            if done.status:
+                self._check_said(name, done, case.command[0], str(self._disk))
+                after = contents(self._disk)
+                changed = sorted(
+                    path
+                    for path in before.keys() | after.keys()
+                    if before.get(path) != after.get(path) and not any(fnmatch(path, kept) for kept in case.kept)
+                )
+                if changed:
+                    broken.append(f"{name}: failed and left other files than before: {', '.join(changed)}")
+                if asked(url, self._images) != versions:
+                    broken.append(f"{name}: failed, and another version is served")
+            elif contents(self._disk, of_the_run=False) != wanted:
+                broken.append(f"{name}: ended well with {differing(wanted, contents(self._disk, of_the_run=False))}")
+            remount(self._disk, f"rw,size={ROOM},nr_inodes={ROOM}")
+            if done.status:
+                again = self.run(case.command, url, case.temporary)
+                self.runs += 1
+                if again.status:
+                    broken.append(f"{name}: with room made, the same command failed: {again.said[-500:]!r}")
+                elif contents(self._disk, of_the_run=False) != wanted:
+                    different = differing(wanted, contents(self._disk, of_the_run=False))
+                    broken.append(f"{name}: with room made, it ended with {different}")
+        return "refused" if done.status else "came through"
+
+    def _check_said(self, name: str, done: Done, program: str, place: str) -> None:
+        lines = [line for line in done.said.splitlines() if line.strip()]
+        ours = [line for line in lines if line.startswith(f"{program}: ")]
+        whole = done.status == 1 and len(ours) == 1 and lines[-1] == ours[0] and place in ours[0]
+        if not whole or "Traceback" in done.said:
+            self._record.broken.append(f"{name}: ended with {done.status} and said {done.said[-1500:]!r}")
+
+    @contextmanager
+    def _laid(self, case: Case) -> Iterator[str | None]:
+        """A disk as the case begins, and the server that the case asks."""
+        needs_server = any("{url}" in part for part in case.command)
+        url = self.url if needs_server and not case.serves else None
+        template = self._template(case.before) if case.before else None
+        with mounted(self._disk), ExitStack() as stack:
+            (self._disk / FILLER).write_bytes(b"\0" * PAGE)  # a tmpfs of size 0 would have no limit
+            if template:
+                subprocess.run(["cp", "-a", f"{template}/.", self._disk], check=True)
+            if case.serves:
+                url = stack.enter_context(serve(self._disk / "model_repository")).url
+            yield url
+
+    def _template(self, name: str) -> Path:
+        """What a disk begins with, made by the commands themselves."""
+        folder = self._templates / name
+        if not folder.exists():
+            parent, commands = TEMPLATES[name]
+            beginning = self._template(parent) if parent else None
+            needs_server = any("{url}" in part for command in commands for part in command)
+            url = self.url if needs_server else None
+            with mounted(self._disk):
+                if beginning:
+                    subprocess.run(["cp", "-a", f"{beginning}/.", self._disk], check=True)
+                for command in commands:
+                    if (done := self.run(command, url)).status:
+                        raise RuntimeError(f"{' '.join(command)} failed: {done.said}")
+                folder.mkdir(parents=True)
+                subprocess.run(["cp", "-a", f"{self._disk}/.", folder], check=True)
+        return folder
+
+    def _filled(self, arguments: Sequence[str], url: str | None) -> list[str]:
+        tasks = {name: self._folder / "tasks" / name for name in TASKS}
+        places = {"disk": self._disk, "images": self._images, "url": url, **tasks}
+        return [argument.format(**places) for argument in arguments]
+
+
+def write_task(name: str, folder: Path) -> None:
+    """A few images of a shipped task, as a task of one's own."""
+    task = load_task(name)
+    for split in ("train", "test"):
+        images = task.load(split)
+        for label, class_name in enumerate(task.class_names[:3]):
+            of_class = folder / split / class_name
+            of_class.mkdir(parents=True)
+            for index in [index for index, found in enumerate(images.labels) if found == label][:4]:
+                images[index][0].save(of_class / f"{index}.png")
+
+
+def _main(arguments: Sequence[str], temporary: Path | None, said: Path) -> None:
+    """A console script, in this process. Where it learns, it saves after every step, not every few seconds."""
+    from clipweld.trainer.learning import checkpoint
+
+    checkpoint.SAVE_EVERY_S = checkpoint.SHARE = 0
+    tempfile.tempdir = temporary and str(temporary)
+    with said.open("wb") as file, open(os.devnull, "wb") as nothing:
+        os.dup2(file.fileno(), 2)
+        os.dup2(nothing.fileno(), 1)
+    sys.argv = list(arguments)
+    import_module(f"clipweld.{arguments[0]}.cli").main()
+
+
+@contextmanager
+def peak(disk: Path) -> Iterator[dict[str, int]]:
+    """The most that was taken of a disk while the block ran."""
+    most, ended = used(disk), threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            for what, now in used(disk).items():
+                most[what] = max(most[what], now)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def asked(url: str | None, images: Path) -> int | None:
+    """The version that a server answers with."""
+    if url is None:
+        return None
+    with ZeroShotClassifier(url) as classifier:
+        return next(iter(classifier.classify([min(images.iterdir())], labels=LABELS.split(",")))).version
+
+
+def contents(disk: Path, *, of_the_run: bool = True) -> dict[str, str]:
+    """Hashes of all files by their path, and the folders in which Triton looks.
+
+    Args:
+        of_the_run: with what only says how a run went, such as dates.
+    """
+    found = {}
+    for path in sorted(disk.rglob("*")):
+        name = str(path.relative_to(disk))
+        if path.is_dir():
+            if name.startswith("model_repository/"):
+                found[name] = "folder"
+        elif path.name not in (FILLER, KEY_FILE):
+            content = path.read_bytes() if of_the_run else lasting(path)
+            found[name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def lasting(path: Path) -> bytes:
+    """What two equal runs write alike, if the file is whole."""
+    if path.suffix == ".svg":
+        return xml.etree.ElementTree.parse(path).getroot().tag.encode()
+    if path.suffix == ".parquet":
+        rows = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()  # a path is held on to in threads
+    elif path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    elif path.suffix == ".jsonl":
+        rows = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+    elif path.suffix == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        return path.read_bytes()
+    return json.dumps(_without(rows)).encode()
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without(inner) for name, inner in value.items() if name not in OF_THE_RUN}
+    return list(map(_without, value)) if isinstance(value, list) else value
+
+
+def differing(wanted: dict[str, str], found: dict[str, str]) -> str:
+    """The files that are not as they would be."""
+    paths = sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
+    return f"other files than an undisturbed one: {', '.join(paths)}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,364 @@
+"""Files from strangers: damaged, or made to harm; each is accepted for what it says, or refused in one line.
+
+Run: python -m evidence.trust.files
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from evidence.trust.record import Record
+
+SECONDS = 30.0  # that one file may take; a reader that is stuck outside of Python gets three times as long
+EXTRA_BYTES = 64 << 20  # of memory beyond twice the file's size
+LONGEST = 2000  # characters of a refusal
+KEPT_BYTES = 64 << 20
+PROGRAMS = (
+    "pickle.find_class",
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+)
+SYSTEM = ("/proc/self", "/sys", "/usr/share")  # where libraries read
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
+
+
+class TooLong(Exception):
+    """The time of one file is over."""
+
+
+class Escaped(BaseException):
+    """A reader ran a program, or touched what lies outside of its folder."""
+
+
+@dataclass
+class Job:
+    """Spoilt files of one kind for one process: every ``step``-th number from ``first`` on."""
+
+    kind: str
+    first: int
+    step: int
+    count: int
+
+    def __len__(self) -> int:
+        return len(range(self.first, self.count, self.step))
+
+
+@dataclass
+class Found:
+    """What a process has found, line by line in a file: it may not live to tell.
+
+    Attributes:
+        outcomes: how often each kind was accepted, or refused with which error.
+        broken: promises that did not hold.
+        extra_bytes: by kind, the most memory beyond twice the file's size.
+        seconds: by kind, the longest that one file took.
+    """
+
+    outcomes: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
+    broken: list[str] = field(default_factory=list)
+    extra_bytes: Counter = field(default_factory=Counter)
+    seconds: Counter = field(default_factory=Counter)
+
+    def read(self, log: Path) -> None:
+        """Take in a process's lines."""
+        for line in log.read_text(encoding="utf-8").splitlines():
+            kind, outcome, extra, seconds, reason = line.split("\t")
+            self.outcomes[kind][outcome] += 1
+            self.extra_bytes[kind] = max(self.extra_bytes[kind], int(extra))
+            self.seconds[kind] = max(self.seconds[kind], float(seconds))
+            if reason:
+                self.broken.append(reason)
+
+
+def main(
+    adapters: Annotated[int, typer.Option(min=0, help="Adapter files.")] = 100_000,
+    manifests: Annotated[int, typer.Option(min=0, help="Manifests.")] = 20_000,
+    others: Annotated[int, typer.Option(min=0, help="Files of each other kind; weights, a tenth.")] = 2_000,
+    atheris: Annotated[int, typer.Option(min=0, help="Files that atheris makes, guided by coverage.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="Of all files, together with their number.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="At a time.")] = 2,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/files.json"),
+) -> None:
+    """Spoil files of every kind that may come from anyone, and read each as the product does."""
+    kept = out.with_suffix("")
+    kinds = ("histories", "cards", "models", "names", "checkpoints", "runs", "results", "folders")
+    counts = {"adapters": adapters, "manifests": manifests, **dict.fromkeys(kinds, others), "weights": others // 10}
+    with Record(out) as record:
+        found = spoil_and_read(counts, seed, processes, kept)
+        record.figures = {
+            "files": sum(sum(outcomes.values()) for outcomes in found.outcomes.values()),
+            "by_kind": {
+                kind: {
+                    "outcomes": dict(found.outcomes[kind].most_common()),
+                    "extra_mb": round(found.extra_bytes[kind] / 1e6, 1),
+                    "longest_s": round(found.seconds[kind], 3),
+                }
+                for kind in counts
+            },
+            "memory_allowed": f"twice the file's size and {EXTRA_BYTES >> 20} MiB",
+        }
+        record.broken += found.broken
+        if atheris:
+            record.figures["atheris"], broken = guided(atheris, seed, kept)
+            record.broken += broken
+
+
+def spoil_and_read(counts: dict[str, int], seed: int, processes: int, kept: Path) -> Found:
+    """Have processes of their own read corrupted files; one that dies or hangs is named and followed by another.
+
+    Args:
+        counts: how many files of each kind.
+        kept: the folder for files at which a promise broke.
+    """
+    found = Found()
+    with tempfile.TemporaryDirectory(prefix="clipweld-files-") as folder, _progress(sum(counts.values())) as progress:
+        threads = [
+            threading.Thread(
+                target=_attend,
+                args=(
+                    [Job(kind, place, processes, count) for kind, count in counts.items()],
+                    seed, Path(folder) / str(place), kept, progress, found,
+                ),
+            )
+            for place in range(processes)
+        ]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return found
+
+
+def _attend(jobs: list[Job], seed: int, folder: Path, kept: Path, progress: Counter, found: Found) -> None:
+    """Run one process after the other until all jobs are done."""
+    context = multiprocessing.get_context("spawn")
+    folder.mkdir()
+    log = folder / "log"
+    log.touch()
+    place, number = context.Value("q", 0), context.Value("q", jobs[0].first)
+    while place.value < len(jobs):
+        worker = context.Process(target=work, args=(jobs, seed, place, number, folder / "files", log, kept))
+        worker.start()
+        at, since = (place.value, number.value), time.monotonic()
+        while worker.is_alive():
+            worker.join(0.5)
+            progress[folder] = sum(len(job) for job in jobs[: place.value]) + number.value // jobs[0].step
+            if (now := (place.value, number.value)) != at:
+                at, since = now, time.monotonic()
+            elif time.monotonic() - since > 3 * SECONDS + 60:  # a minute to start in
+                worker.kill()
+        if worker.exitcode:
+            job = jobs[place.value]
+            what = f"the process ended with {worker.exitcode}"
+            with log.open("a", encoding="utf-8") as lines:
+                lines.write(f"{job.kind}\tdied\t0\t0\t{job.kind} {number.value} of seed {seed}: {what}\n")
+            number.value += job.step
+            if number.value >= job.count:
+                place.value += 1
+                number.value = job.first
+    found.read(log)
+
+
+def work(
+    jobs: list[Job], seed: int, place: Synchronized, number: Synchronized, folder: Path, log: Path, kept: Path
+) -> None:
+    """A process: do the jobs from a place and number on, and write down each outcome."""
+    import torch
+
+    from evidence.trust.readers import READERS, reader
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, _too_long)
+    guard, parent = Guard(folder), multiprocessing.parent_process()
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    with log.open("a", encoding="utf-8", buffering=1) as lines:
+        while place.value < len(jobs):
+            job = jobs[place.value]
+            with reader(READERS[job.kind], folder / f"{job.kind}-{number.value}") as one:
+                while number.value < job.count:
+                    if not parent.is_alive():
+                        return
+                    lines.write("\t".join((job.kind, *_case(one, job.kind, seed, number.value, guard, kept))) + "\n")
+                    number.value += job.step
+            place.value += 1
+            number.value = job.first
+
+
+def _case(one, kind: str, seed: int, number: int, guard: Guard, kept: Path) -> tuple[str, str, str, str]:
+    """One file: its outcome, memory beyond twice its size, seconds, and what broke, if anything did."""
+    from evidence.trust.readers import REFUSALS, OtherMeaning
+
+    size = one.spoil(random.Random(f"{seed} {kind} {number}"))
+    broken, began = "", time.monotonic()
+    with _limits(size) as memory:
+        try:
+            with guard:
+                one.read()
+            outcome = "accepted"
+        except REFUSALS as exc:
+            outcome = type(exc).__name__
+            if len(str(exc)) > LONGEST:
+                broken = f"a message of {len(str(exc)):,} characters"
+        except OtherMeaning as exc:
+            outcome, broken = "other meaning", str(exc)
+        except BaseException as exc:  # whatever it is, it is what this looks for
+            outcome, broken = "broken", f"{type(exc).__name__}: {str(exc)[:200]}"
+    extra = max(0, memory[0] - 2 * size)
+    if extra > EXTRA_BYTES:
+        broken = broken or f"took {extra >> 20} MiB beyond twice its {size:,} bytes"
+    if broken:
+        broken = f"{kind} {number} of seed {seed}: {' '.join(broken.split())}"
+        _keep(one.folder, kept / f"{kind}-{number}")
+    return outcome, str(extra), f"{time.monotonic() - began:.3f}", broken.encode(errors="replace").decode()
+
+
+@contextmanager
+def _limits(size: int) -> Iterator[list[int]]:
+    """Bounds of time and address space for one file; the bytes by which memory grew at its peak, once it is done."""
+    before, grew = _memory("VmRSS"), [0]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    space = 2 * size + 4 * EXTRA_BYTES + _memory("VmSize")
+    resource.setrlimit(resource.RLIMIT_AS, (space, resource.RLIM_INFINITY))
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield grew
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        grew[0] = _memory("VmHWM") - before
+
+
+class Guard:
+    """Sees what Python opens, changes and runs while it is entered.
+
+    Args:
+        folder: what may be changed; reading is free there and where Python and its libraries lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._on = False
+        self._folder = str(folder)
+        libraries = {*sys.path, sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), *SYSTEM}
+        self._free = tuple(os.path.realpath(path) for path in (folder, *libraries) if path)
+        sys.addaudithook(self._see)
+
+    def __enter__(self) -> None:
+        self._on = True
+
+    def __exit__(self, *_: object) -> None:
+        self._on = False
+
+    def _see(self, event: str, arguments: tuple) -> None:
+        if not self._on:
+            return
+        if event in PROGRAMS:
+            raise Escaped(f"{event} {arguments!r:.100}")
+        if event == "open" and isinstance(arguments[0], (str, bytes)):
+            path = os.path.abspath(os.fsdecode(arguments[0]))
+            writes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            free = (self._folder,) if writes else self._free
+            if not path.startswith(free) and path != os.devnull:
+                raise Escaped(f"open {path:.200}")
+        if event in CHANGES:
+            for path in arguments[:2]:
+                if isinstance(path, (str, bytes)) and not os.path.abspath(os.fsdecode(path)).startswith(self._folder):
+                    raise Escaped(f"{event} {path!r:.200}")
+
+
+def guided(runs: int, seed: int, kept: Path) -> tuple[dict, list[str]]:
+    """Coverage-guided fuzzing of adapters and manifests, in a process of its own: ``evidence.trust.guided``."""
+    kept.mkdir(parents=True, exist_ok=True)
+    counts = kept / "atheris.txt"
+    command = [
+        sys.executable,
+        "-m",
+        "evidence.trust.guided",
+        counts,
+        f"-runs={runs}",
+        f"-seed={seed + 1}",
+        "-timeout=10",
+    ]
+    limits = ["-rss_limit_mb=4096", "-max_len=8192", f"-artifact_prefix={kept}/", "-print_final_stats=1"]
+    done = subprocess.run([*map(str, command), *limits], capture_output=True, text=True, errors="replace", check=False)
+    outcomes: Counter = Counter()
+    with suppress(FileNotFoundError):
+        for line in counts.read_text(encoding="utf-8").splitlines():
+            name, count = line.split()
+            outcomes[name] = int(count)
+    figures = {"files": outcomes.total(), "outcomes": dict(outcomes.most_common())}
+    last = " ".join(done.stderr.split())[-500:]
+    return figures, [f"atheris of seed {seed + 1}: {last}"] if done.returncode or outcomes.total() < runs else []
+
+
+def _memory(what: str) -> int:
+    """A figure of this process in bytes: ``VmRSS``, ``VmHWM`` (its peak) or ``VmSize``."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(f"{what}:")) * 1024
+
+
+def _too_long(*_: object) -> None:
+    raise TooLong(f"more than {SECONDS:g} s")
+
+
+def _keep(folder: Path, target: Path) -> None:
+    """Keep the offending files; the seed makes again what is no regular file, or too large to keep."""
+
+    def left_out(where: str, names: list[str]) -> list[str]:
+        found = [(name, os.lstat(os.path.join(where, name))) for name in names]
+        return [
+            name
+            for name, status in found
+            if stat.S_ISFIFO(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_size > KEPT_BYTES)
+        ]
+
+    with suppress(OSError, shutil.Error):
+        shutil.copytree(folder, target, symlinks=True, ignore=left_out, dirs_exist_ok=True)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Counter]:
+    """A bar on stderr, of what all processes have done together."""
+    done, over = Counter(), threading.Event()
+
+    def show() -> None:
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("files", total=total)
+            while not over.wait(0.5):
+                bar.update(task, completed=done.total())
+
+    shown = threading.Thread(target=show)
+    shown.start()
+    try:
+        yield done
+    finally:
+        over.set()
+        shown.join()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,319 @@
+"""Images from strangers: damaged and hostile files, read by client and trainer, then given to the real commands.
+
+Run: python -m evidence.trust.images --out runs/trust/images.json
+
+Each file is either refused by both rooms, in one line that names it, or read by both, to the same pixels; whole ones
+are read, but for 32-bit grey. Workers are processes of their own: what ends, hangs or swells one of them is named by
+its number, and kept. Damaged faxes alone are counted apart: what libtiff can't decode of them is whatever the memory
+held.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import psutil
+import torch
+import typer
+from open_clip.transform import PreprocessCfg
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from clipweld.client._images import preprocess
+from clipweld.client.errors import BadImage
+from clipweld.exporter.release.publish import release
+from clipweld.exporter.serving.triton import serve
+from clipweld.exporter.store.repository import Repository
+from clipweld.trainer.base.backbone import load_backbone
+from clipweld.trainer.errors import UnreadableImage
+from clipweld.trainer.preprocessing import open_image, preprocessing
+from clipweld.trainer.tasks import Images, sample
+from evidence.trust.image_damage import mutated
+from evidence.trust.pictures import ENDINGS, LARGE, of_unknown_range, saved, seeds
+from evidence.trust.record import Record
+
+TIME_S = 60.0  # of one core, for both rooms to read one file; the largest take a few seconds
+HANG_S = 900.0  # without an answer, on a machine that may do other things too
+MEMORY_BYTES = 2 << 30  # at most, for one file at a time
+VERDICTS = ("read", "refused", "unsteady")
+CLIENT = (sys.executable, "-c", "from clipweld.client.cli import main; main()")
+TRAINER = (sys.executable, "-m", "clipweld.trainer")
+
+
+def main(
+    files: Annotated[int, typer.Option(min=1, help="Files to damage.")] = 10_000,
+    commands: Annotated[int, typer.Option(min=2, help="How many of the files go through the commands.")] = 300,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    seed: Annotated[int, typer.Option(help="Of what is done to which file.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the figures go; files that broke something lie beside it.")] = Path(
+        "runs/trust/images.json"
+    ),
+) -> None:
+    """Read damaged files with client and trainer, whole ones first, then give some to the commands."""
+    numbers = range(-len(LARGE) - len(seeds(sample(60)[0])), files)
+    with Record(out) as record:
+        record.figures["files"] = read_all(record, numbers, workers, seed, out.with_suffix(""))
+        record.figures["commands"] = through_commands(record, commands, seed)
+
+
+def read_all(record: Record, numbers: Iterable[int], workers: int, seed: int, kept: Path) -> dict:
+    """Every numbered file, each by one of the workers; ``kept`` is where files that broke something go."""
+    todo, found, made = deque(numbers), [], seeds(sample(60)[0])
+    with Progress(console=Console(stderr=True)) as progress, ThreadPoolExecutor(workers) as pool:
+        bar = progress.add_task("files", total=len(todo))
+
+        def employ(_: int) -> None:
+            for row in _rows(todo, seed):
+                found.append(row)
+                progress.advance(bar)
+
+        list(pool.map(employ, range(workers)))
+    found.sort(key=lambda row: row["number"])
+    for row in found:
+        if -len(made) <= row["number"] < 0:
+            expected = "refused" if of_unknown_range(made[-1 - row["number"]][1]) else "read"
+            if row["verdict"] != expected:
+                row["problems"].append(f"{row['verdict']}, though whole")
+        for problem in row["problems"]:
+            kind, how, data = file_of(row["number"], seed, made)
+            kept.mkdir(parents=True, exist_ok=True)
+            path = kept / f"{seed}-{row['number']}.{_ending(kind)}"
+            path.write_bytes(data)
+            record.broken.append(f"file {row['number']} of seed {seed} ({kind}, {how}; kept as {path}): {problem}")
+    counts = Counter((row["kind"], row["verdict"]) for row in found)
+    return {
+        **{verdict: sum(row["verdict"] == verdict for row in found) for verdict in VERDICTS},
+        "whole files read": sum(row["number"] < 0 and row["verdict"] == "read" for row in found),
+        "by format": {
+            kind: {verdict: counts[kind, verdict] for verdict in VERDICTS if counts[kind, verdict]}
+            for kind in sorted({row["kind"] for row in found})
+        },
+        "refused because of": dict(Counter(row["cause"] for row in found if row["cause"]).most_common()),
+        "slowest_s": round(max(row["seconds"] for row in found), 2),
+        "most_memory_mb": round(max(row["memory"] for row in found) / 1e6),
+    }
+
+
+def _rows(todo: deque[int], seed: int) -> Iterator[dict]:
+    """What one worker after the other says of the files: each ends with the file that ends it."""
+    spawn = multiprocessing.get_context("spawn")
+    while todo:
+        ours, theirs = spawn.Pipe()
+        worker = spawn.Process(target=_work, args=(theirs, seed), daemon=True)
+        worker.start()
+        theirs.close()
+        ours.recv()  # it has imported everything
+        try:
+            while todo:
+                row = {"number": todo.popleft(), "kind": "?", "verdict": "none", "cause": "", "seconds": 0, "memory": 0}
+                ours.send(row["number"])
+                if not ours.poll(HANG_S):
+                    yield row | {"problems": [f"no answer within {HANG_S:.0f} s"]}
+                    break
+                try:
+                    yield row | ours.recv()
+                except EOFError:
+                    worker.join()
+                    yield row | {"problems": [f"the process ended, status {worker.exitcode}"]}
+                    break
+        finally:
+            worker.kill()
+            worker.join()
+            ours.close()
+
+
+def _work(parent: Connection, seed: int) -> None:
+    """Make and read the files whose numbers come in."""
+    torch.set_num_threads(1)
+    made = seeds(sample(60)[0])
+    with tempfile.TemporaryDirectory(prefix="clipweld-images-") as folder:
+        parent.send("ready")
+        while True:
+            try:
+                number = parent.recv()
+            except EOFError:
+                return
+            draw = random.Random(f"reading {seed}/{number}")
+            kind, _, data = file_of(number, seed, made)
+            path = Path(folder) / f"it.{_ending(kind)}"
+            path.write_bytes(data)
+            del data
+            parent.send({"kind": kind, **judge(path, draw, whole=number < 0)})
+
+
+def file_of(number: int, seed: int, made: list[tuple[str, bytes]]) -> tuple[str, str, bytes]:
+    """(format, how, file) by its number; those below 0 are whole, the lowest of them large."""
+    if number >= 0:
+        return mutated(made, random.Random(f"{seed}/{number}"))
+    place = -1 - number
+    if place < len(made):
+        return made[place][0], "whole", made[place][1]
+    kind, mode, size, settings = LARGE[place - len(made)]
+    return kind, f"{mode} {size[0]} x {size[1]}", saved(Image.new(mode, size), kind, **settings)
+
+
+def judge(path: Path, draw: random.Random, *, whole: bool = False) -> dict:
+    """Read one file in both rooms as a model that is drawn would have it; what is wrong with that."""
+    config = PreprocessCfg(
+        size=draw.choice((64, 224, 336)),
+        resize_mode=draw.choice(("shortest", "squash")),
+        interpolation=draw.choice(("bicubic", "bilinear")),
+    )
+    transform = preprocessing(config)
+    settings = {"size": config.size, "resize_mode": config.resize_mode, "interpolation": config.interpolation}
+    images = Images([0], open=lambda index: open_image(path), name_of=lambda index: str(path))
+    before = _restart_peak()
+    began = time.process_time()
+    problems, answers, causes = [], [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter(draw.choice(("error", "ignore")))
+        for room, read, refusal in (
+            ("client", lambda: preprocess(path, str(path), **settings), BadImage),
+            ("trainer", lambda: images.pixels(0, transform), UnreadableImage),
+        ):
+            try:
+                answers.append(read())
+            except refusal as exc:
+                answers.append(None)
+                causes.append(type(exc.__cause__).__name__ if exc.__cause__ else "limits")
+                if "\n" in str(exc) or str(path) not in str(exc):
+                    problems.append(f"{room}: not one line that names the file: {exc}")
+                if isinstance(exc.__cause__, MemoryError):
+                    problems.append(f"{room}: ran out of memory")
+            except BaseException as exc:  # what must never come out of a room, whatever it is
+                answers.append(None)
+                problems.append(f"{room}: {type(exc).__name__}: {exc}")
+    seconds, memory = time.process_time() - began, _peak() - before
+    verdict = "refused" if answers[0] is None else "read"
+    if found := _disagreements(*answers, config.size, transform):
+        if not whole and _is_fax(path):
+            verdict = "unsteady"
+        else:
+            problems += found
+    if seconds > TIME_S:
+        problems.append(f"took {seconds:.0f} s")
+    if memory > MEMORY_BYTES:
+        problems.append(f"took {memory / 1e6:,.0f} MB")
+    return {
+        "verdict": verdict,
+        "cause": causes[0] if causes else "",
+        "seconds": seconds,
+        "memory": memory,
+        "problems": problems,
+    }
+
+
+def _disagreements(ours: np.ndarray | None, theirs: torch.Tensor | None, size: int, transform) -> list[str]:
+    """Of the client's pixels with the trainer's."""
+    if ours is None or theirs is None:
+        both = ours is None and theirs is None
+        return [] if both else [f"refused by the {'client' if ours is None else 'trainer'} alone"]
+    if ours.dtype != np.uint8 or ours.shape != (size, size, 3):
+        return [f"client: {ours.dtype} {ours.shape}"]
+    if theirs.dtype != torch.float32 or theirs.shape != (3, size, size) or not theirs.isfinite().all():
+        return [f"trainer: {theirs.dtype} {tuple(theirs.shape)}, finite: {bool(theirs.isfinite().all())}"]
+    *_, to_tensor, normalize = transform.transforms
+    return [] if torch.equal(normalize(to_tensor(ours)), theirs) else ["client and trainer read other pixels"]
+
+
+def _is_fax(path: Path) -> bool:
+    """Whether it is a TIFF with a fax's compression: of a damaged one, libtiff leaves rows as the memory was before."""
+    with Image.open(path) as image:
+        return image.info.get("compression") in ("group3", "group4", "tiff_ccitt")
+
+
+def _restart_peak() -> int:
+    """Bytes of memory in use; from here on the peak is counted anew (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return psutil.Process().memory_info().rss
+
+
+def _peak() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
+
+
+def through_commands(record: Record, files: int, seed: int) -> dict:
+    """Some of the files as a folder for ``client classify`` and as a task for ``trainer fit``."""
+    mini = load_backbone("mini")
+    settings = {"size": mini.image_size, "resize_mode": mini.resize_mode, "interpolation": mini.interpolation}
+    made = seeds(sample(60)[0])
+    with tempfile.TemporaryDirectory(prefix="clipweld-images-") as name:
+        folder, bad = Path(name), set()
+        for number in range(files):  # named .jpg whatever they are, as torchvision's endings leave some out
+            split = ("train", "test")[number % 2]
+            path = folder / "task" / split / f"class {number // 2 % 2}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file_of(number, seed, made)[2])
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    preprocess(path, str(path), **settings)
+            except BadImage:
+                bad.add(str(path))
+        figures = {"files": files, "unreadable": len(bad)}
+        release(mini, [], Repository(folder / "models", "clip"), *sample(4))
+        with serve(folder / "models") as server:
+            _classified(record, folder, server.url, bad, files)
+        _learned(record, folder, bad)
+    return figures
+
+
+def _classified(record: Record, folder: Path, url: str, bad: set[str], files: int) -> None:
+    out = folder / "answers.jsonl"
+    done = _run(CLIENT, "classify", folder / "task", "--labels", "a, b", "--url", url, "--out", out, "--json")
+    if done.returncode:
+        record.broken.append(f"client classify: status {done.returncode}, {done.stderr[-1000:]!r}")
+        return
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    refused = {answer["image"] for answer in answers if answer.get("error")}
+    if len(answers) != files or refused != bad:
+        record.broken.append(f"client classify: {len(answers)} answers, other refusals at {sorted(refused ^ bad)[:5]}")
+    if "Traceback" in done.stderr:
+        record.broken.append(f"client classify: {done.stderr[-1000:]!r}")
+
+
+def _learned(record: Record, folder: Path, bad: set[str]) -> None:
+    fit = ("fit", "--model", "mini", "--task", folder / "task", "--adapters", folder / "adapters", "--shots", 0)
+    fit = (*fit, "--iterations", 3, "--batch-size", 8)
+    done = _run(TRAINER, *fit, "--skip-unreadable", "--json")
+    told = [line for line in done.stderr.splitlines() if "skipped:" in line]
+    skipped = {line.partition("skipped: image ")[2].partition(" can't be read")[0] for line in told}
+    if done.returncode or skipped != bad:
+        record.broken.append(
+            f"trainer fit --skip-unreadable: status {done.returncode}, others skipped: {sorted(skipped ^ bad)[:5]}, "
+            f"{done.stderr[-1000:]!r}"
+        )
+    done = _run(TRAINER, *fit, "--name", "again")
+    said = [line for line in done.stderr.splitlines() if "can't be read" in line]
+    if bad and (done.returncode != 1 or len(said) != 1 or "Traceback" in done.stderr):
+        record.broken.append(f"trainer fit: status {done.returncode}, {done.stderr[-1000:]!r}")
+
+
+def _run(*command: object) -> subprocess.CompletedProcess:
+    words = [str(word) for part in command for word in (part if isinstance(part, tuple) else (part,))]
+    return subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+
+
+def _ending(kind: str) -> str:
+    return ENDINGS.get(kind, kind.lower())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,343 @@
+"""Kill -9 at random moments of every command that writes: what is left is whole, and the next run ends the same.
+
+Each case is a command on a folder of its own, killed one to three times with all of its processes before it may come
+to its end. After each kill every file must be as it was, as an undisturbed run leaves it, or known to be unfinished;
+after the end the folder must be, byte for byte but for times, that of the undisturbed run, with nothing beside it.
+
+Run: python -m evidence.trust.kills --out runs/trust/kills.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from clipweld.exporter.serving.installation import SHARED_MEMORY
+from evidence.trust.record import Record
+from evidence.trust.stage import Command, environment, stage
+
+AT_ONCE = 2
+MOST_KILLS = 3  # of one case
+STARTING = 0.15  # of the kills fall before a command's first change to the disk
+LATE = 1.1  # kills at work fall until a little after the last change
+POLL_S = 0.002
+TIMEOUT_S = 300
+ENDING_S = 20  # that a server may take to end after the process that started it was killed
+OF_THE_RUN = {"date", "seconds", "seconds_per_task"}
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A command left alone.
+
+    Attributes:
+        before, end: the folder's content, as ``content`` has it.
+        starting_s, working_s: until its first change to the disk, and from there to the last.
+    """
+
+    before: dict[str, str]
+    end: dict[str, str]
+    starting_s: float
+    working_s: float
+
+
+@dataclass
+class Case:
+    """What became of one case.
+
+    Attributes:
+        kills: when each fell, and what it left.
+        faults: promises that did not hold.
+    """
+
+    kills: list[dict[str, Any]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def main(
+    kills: Annotated[int, typer.Option(min=1, help="Of each command, at least.")] = 34,
+    only: Annotated[list[str] | None, typer.Option(help="A command to kill; again for more. All if left out.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/kills.json"),
+) -> None:
+    """Kill fit, sequence, merge, promote on a running server, prune, classify into a file, and serve."""
+    with (
+        Record(out) as record,
+        tempfile.TemporaryDirectory(prefix="clipweld-kills-") as folder,
+        stage(Path(folder)) as commands,
+    ):
+        if unknown := set(only or ()) - {command.name for command in commands}:
+            known = ", ".join(command.name for command in commands)
+            raise typer.BadParameter(f"{', '.join(sorted(unknown))}: expected some of: {known}")
+        wanted = [command for command in commands if not only or command.name in only]
+        study(wanted, kills, seed, Path(folder) / "cases", record, out.with_suffix(""))
+
+
+def study(commands: Sequence[Command], kills: int, seed: int, folder: Path, record: Record, kept: Path) -> None:
+    """Kill each command so many times.
+
+    Args:
+        folder: for the cases; what they leave is removed.
+        record: gets figures and faults.
+        kept: the folder where the content of cases with faults stays, and ``kills.jsonl``, a line for each kill.
+    """
+    kills_in_all = 0
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    with Progress(console=Console(stderr=True)) as progress, (kept / "kills.jsonl").open("w", buffering=1) as lines:
+        for command in commands:
+            bar = progress.add_task(command.name, total=kills)
+            undisturbed = left_alone(command, command.shared or folder / "undisturbed")
+            at_once = 1 if command.shared else AT_ONCE
+            numbers, found, faults = itertools.count(), [], 0
+            with ThreadPoolExecutor(at_once) as pool:
+                while len(found) < kills:
+                    some = list(itertools.islice(numbers, at_once))
+                    cases = pool.map(lambda number: kill(command, number, undisturbed, seed, folder), some)  # noqa: B023
+                    for number, case in zip(some, cases, strict=True):
+                        own = command.shared or folder / f"{number}"
+                        faults += bool(case.faults)
+                        for fault in case.faults:
+                            record.broken.append(f"{command.name}, --seed {seed}, case {number}: {fault}")
+                            progress.console.print(record.broken[-1], markup=False, soft_wrap=True)
+                        if case.faults:
+                            shutil.copytree(own, kept / f"{command.name.replace(' ', '-')}-{number}", symlinks=True)
+                        if not command.shared:
+                            shutil.rmtree(own)
+                        new = [{"command": command.name, "case": number, **each} for each in case.kills]
+                        lines.writelines(json.dumps(each) + "\n" for each in new)
+                        found += new
+                    progress.update(bar, completed=len(found))
+            kills_in_all += len(found)
+            record.figures[command.name] = _figures(found, next(numbers), faults)
+    record.figures["kills"] = kills_in_all
+
+
+def _figures(kills: list[dict[str, Any]], cases: int, faults: int) -> dict[str, Any]:
+    return {
+        "kills": len(kills),
+        "cases": cases,
+        "cases killed more than once": sum(each["kill"] == 2 for each in kills),
+        "of runs that went on after a kill": sum(each["kill"] > 1 for each in kills),
+        "found": dict(sorted(Counter(each["found"] for each in kills).items())),
+        "cases with faults": faults,
+    }
+
+
+def left_alone(command: Command, folder: Path) -> Undisturbed:
+    """Run a command to its end, twice: the second time, files are in the page cache as they will be later.
+
+    Raises:
+        RuntimeError: it fails by itself, or two runs differ.
+    """
+    ends = []
+    for _ in range(2):
+        _fresh(command, folder)
+        before = content(folder)
+        began = time.monotonic()
+        process = _start(command.run, folder)
+        _wait_for_change(folder, process)
+        first = last = time.monotonic()
+        while process.poll() is None:
+            _wait_for_change(folder, process)
+            last = last if process.poll() is not None else time.monotonic()
+        _, said = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"{command.name} fails when left alone: {said}")
+        ends.append(content(folder))
+    if faults := differences(*ends):
+        raise RuntimeError(f"{command.name} ends differently when left alone twice: {'; '.join(faults)}")
+    if command.proof:
+        process = _start(command.proof, folder)
+        _, said = process.communicate(timeout=TIMEOUT_S)
+        if process.returncode:
+            raise RuntimeError(f"what {command.name} leaves is not in order: {said}")
+    return Undisturbed(before, ends[-1], first - began, last - first)
+
+
+def kill(command: Command, number: int, undisturbed: Undisturbed, seed: int, folder: Path) -> Case:
+    """One case: prepare, kill and look, up to ``MOST_KILLS`` times, then run to the end and look."""
+    draw, case = random.Random(f"{seed} {command.name} {number}"), Case()
+    own, started = command.shared or folder / f"{number}", []
+    _fresh(command, own)
+    arguments, found = command.run, undisturbed.before
+    for place in range(1, draw.randint(1, MOST_KILLS) + 1):
+        process = _start(arguments, own)
+        started.append(process.pid)
+        if draw.random() < STARTING:
+            moment = {"when": "starting", "after_s": draw.uniform(0, undisturbed.starting_s)}
+        else:
+            moment = {"when": "at work", "after_s": draw.uniform(0, LATE * undisturbed.working_s)}
+            _wait_for_change(own, process)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(moment["after_s"])
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        _, said = process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            if process.returncode:
+                case.faults.append(f"run {place} ended by itself with {process.returncode}: {said}")
+            break
+        earlier, found = found, content(own)
+        case.faults += [f"after kill {place}: {fault}" for fault in strange(command, found, undisturbed)]
+        finished = found == undisturbed.end or command.done in found
+        kind = "all of it" if finished else "half of it" if found != earlier else "nothing new"
+        case.kills.append({"kill": place, **moment, "found": kind})
+        arguments = (*command.run, *command.on)
+        if command.done in found:
+            break
+    if process.returncode == -signal.SIGKILL:
+        _to_the_end(command, arguments, own, found, case)
+    case.faults += [f"at the end: {fault}" for fault in differences(content(own), undisturbed.end)]
+    case.faults += [f"at the end: {fault}" for fault in strays(own, started)]
+    return case
+
+
+def _to_the_end(command: Command, arguments: Sequence[str], own: Path, found: dict[str, str], case: Case) -> None:
+    done = command.done in found
+    process = _start(command.after if done and command.after else arguments, own)
+    _, said = process.communicate(timeout=TIMEOUT_S)
+    refused = done and command.refusal
+    if process.returncode != (1 if refused else 0) or (refused and command.refusal not in said):
+        case.faults.append(f"the last run ended with {process.returncode}: {said}")
+
+
+def strange(command: Command, found: dict[str, str], undisturbed: Undisturbed) -> list[str]:
+    """What a kill must not leave: files that are neither whole nor known to be unfinished, or are gone."""
+    before, end = undisturbed.before, undisturbed.end
+    faults = [
+        f"{name} is neither as it was, nor as it is at the end, nor known to be unfinished"
+        for name, digest in found.items()
+        if digest not in (before.get(name), end.get(name))
+        and not any(fnmatch(name, pattern) for pattern in command.unfinished)
+    ]
+    faults += [f"{name} is gone" for name in before.keys() & end.keys() if name not in found]
+    versions = [name for name in found if re.search(r"/[0-9]+$", name) and ".staging-" not in name]
+    faults += [
+        f"{version} lacks {name}"
+        for version in versions
+        for name in before.keys() | end.keys()
+        if name.startswith(f"{version}/") and name not in found
+    ]
+    return sorted(faults)
+
+
+def differences(found: dict[str, str], end: dict[str, str]) -> list[str]:
+    """In what a folder differs from that of an undisturbed run."""
+    faults = [f"{name} is left for good" for name in found.keys() - end.keys()]
+    faults += [f"{name} is missing" for name in end.keys() - found.keys()]
+    faults += [
+        f"{name} is another than that of an undisturbed run"
+        for name in found.keys() & end.keys()
+        if found[name] != end[name]
+    ]
+    return sorted(faults)
+
+
+def strays(folder: Path, started: Sequence[int]) -> list[str]:
+    """What outlives a case, once a server whose parent was killed had time to end: processes, and shared memory.
+
+    Args:
+        started: ids of the processes that were killed.
+    """
+    deadline = time.monotonic() + ENDING_S
+    while True:
+        processes = [f"process {process.pid} lives on: {process.name()}" for process in _processes(folder)]
+        regions = [region for pid in started for region in SHARED_MEMORY.glob(f"clipweld-{pid}-*")]
+        left = processes + [f"shared memory {region.name} is left for good" for region in regions]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+
+
+def _processes(folder: Path) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("TMPDIR") == str(folder / "tmp") and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def content(folder: Path) -> dict[str, str]:
+    """By path below the folder: a file's SHA-256, without what a clock says; a folder's is empty."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir():
+            found[name] = ""
+            continue
+        with suppress(FileNotFoundError):  # of a server that is about to end
+            raw = path.read_bytes()
+            if path.suffix == ".json":
+                with suppress(ValueError):
+                    raw = json.dumps(_timeless(json.loads(raw))).encode()
+            found[name] = hashlib.sha256(raw).hexdigest()
+    return found
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _timeless(inner) for name, inner in value.items() if name not in OF_THE_RUN}
+    return [_timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _fresh(command: Command, folder: Path) -> None:
+    if not command.shared:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tmp").mkdir(exist_ok=True)
+    command.prepare(folder)
+
+
+def _start(arguments: Sequence[str], folder: Path) -> subprocess.Popen:
+    """The command, leading a process group of its own; what it says on stderr is piped."""
+    return subprocess.Popen(
+        [sys.executable, *(argument.replace("{folder}", str(folder)) for argument in arguments)],
+        env=environment(folder),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _wait_for_change(folder: Path, process: subprocess.Popen) -> None:
+    """Return at a command's first change to the disk, or at its end."""
+    before = _glance(folder)
+    while process.poll() is None and _glance(folder) == before:
+        time.sleep(POLL_S)
+
+
+def _glance(folder: Path) -> list[tuple[str, int]]:
+    found = []
+    for root, _, names in os.walk(folder):
+        with suppress(FileNotFoundError):
+            found += [(path, os.stat(path).st_mtime_ns) for path in (root, *(os.path.join(root, n) for n in names))]
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,239 @@
+"""Clients in several processes ask a real Triton for long, while its version is switched every few seconds.
+
+No call may fail, no answer may be wrong, nothing may grow, and nothing may be left behind.
+
+Run: python -m evidence.trust.soak --minutes 20
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import psutil
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from scipy.stats import theilslopes
+
+from clipweld.exporter.errors import ExporterError
+from clipweld.exporter.serving.installation import SHARED_MEMORY
+from clipweld.exporter.serving.switch import promote, rollback
+from clipweld.exporter.serving.triton import serve
+from clipweld.exporter.store.repository import Repository
+from clipweld.trainer.base.backbone import load_backbone
+from evidence.trust.asking import keep
+from evidence.trust.record import Record
+from evidence.trust.served import known, pictures, write_versions
+
+PROCESSES = 2
+SWITCH_EVERY_S = 4.0
+WARM_UP = 0.25  # of the time: allocators and caches fill
+FLAT_PERCENT_AN_HOUR = 5.0
+FLAT_COUNT = 3  # threads or open files more at the end
+KEPT_SAMPLES = 60
+
+
+def main(
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of questions and switches.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/soak.json"),
+) -> None:
+    """Ask, switch, and measure memory, threads and files of the server and of its clients."""
+    with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-soak-") as folder:
+        repository = write_versions(Path(folder), [1, 2])
+        soak(repository, Path(folder), 60 * minutes, seed, record)
+
+
+def soak(repository: Repository, folder: Path, seconds: float, seed: int, record: Record) -> None:
+    """Soak a server of a repository that has at least three versions."""
+    before = set(psutil.Process().children(recursive=True))
+    images, backbone = pictures(), load_backbone("mini")
+    keep(folder, images, {version: known(repository, version, images, backbone) for version in repository.versions()})
+    with _own_temporary_folder(folder) as temporary:
+        log: deque[str] = deque(maxlen=20)
+        with serve(repository.path, log=log.append) as server, ExitStack() as stack:
+            urls = {"grpc": server.url, "http": server.http_url}
+            asking = [
+                stack.enter_context(_client(urls, folder, f"--seed {seed}, process {n}")) for n in range(PROCESSES)
+            ]
+            samples, switches = _watch(repository, server.url, server.process.pid, asking, seconds, seed, record)
+            results = [_ended(process, record) for process in asking]
+            if (status := server.process.poll()) is not None:
+                record.broken.append(f"the server ended by itself with {status}: {' | '.join(log)}")
+        left = [str(path) for path in temporary.iterdir()]
+    left += [str(path) for path in _shared_memory(server.url)]
+    started = set(psutil.Process().children(recursive=True)) - before
+    left += [f"process {process.pid} {process.name()}" for process in started]
+    if left:
+        record.broken.append(f"left behind: {left}")
+    ends: Counter[str] = Counter()
+    for result in results:
+        ends.update(result["ends"])
+        record.broken += result["faults"]
+    failed = {kind: count for kind, count in ends.items() if kind != "right"}
+    if failed:
+        record.broken.append(f"calls that failed: {failed}")
+    record.figures |= {
+        "seconds": round(seconds),
+        "calls": ends.total(),
+        "right": ends["right"],
+        "failed_or_wrong": failed,
+        "images": sum(result["images"] for result in results),
+        "switches": switches,
+        "left_behind": left,
+        "growth": _growth(samples, record),
+        "samples": samples[:: max(1, len(samples) // KEPT_SAMPLES)],
+    }
+
+
+def _watch(
+    repository: Repository,
+    url: str,
+    server_pid: int,
+    asking: Sequence[subprocess.Popen],
+    seconds: float,
+    seed: int,
+    record: Record,
+) -> tuple[list[dict], Counter[str]]:
+    """Switch now and then, and look at everybody when a switch is through."""
+    draw, samples, switches = random.Random(f"{seed} switches"), [], Counter()
+    newest = repository.versions()[-1]
+    steps = itertools.cycle([("promote", newest - 1), ("promote", newest), ("rollback", None), ("promote", newest)])
+    began = time.monotonic()
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("soaking", total=seconds)
+        while (passed := time.monotonic() - began) < seconds:
+            progress.update(task, completed=passed)
+            command, version = next(steps)
+            try:
+                if command == "promote":
+                    promote(repository, version, [url])
+                else:
+                    rollback(repository, [url])
+            except ExporterError as exc:
+                record.broken.append(f"switch {switches.total()}, {command}, after {passed:.0f} s: {exc}")
+                return samples, switches
+            switches[command] += 1
+            time.sleep(draw.uniform(0.5, 1.5) * min(SWITCH_EVERY_S, seconds / 10))
+            shared = sum(region.stat().st_size for region in _shared_memory(url)) / 1e6
+            looked = {"server": _sizes(server_pid) | {"shared_mb": round(shared, 2)}}
+            looked |= {f"client {number}": _sizes(process.pid) for number, process in enumerate(asking)}
+            state = f"{repository.served} of {repository.standing()}"
+            samples.append({"seconds": round(time.monotonic() - began, 1), "serves": state, **looked})
+            for number, process in enumerate(asking):
+                if process.poll() is not None:
+                    record.broken.append(f"process {number} of clients ended by itself with {process.returncode}")
+                    return samples, switches
+    return samples, switches
+
+
+def _shared_memory(url: str) -> Iterator[Path]:
+    """What a server that this process started has there."""
+    return SHARED_MEMORY.glob(f"clipweld-{os.getpid()}-{url.rpartition(':')[2]}-*")
+
+
+def _sizes(pid: int) -> dict[str, float]:
+    """What a process has, with all that it started: megabytes of its own, in memory or swapped out, threads, files.
+
+    Without a share of what it has in common with others: that changes when others come and go.
+    """
+    total: Counter[str] = Counter()
+    process = psutil.Process(pid)
+    for member in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess), member.oneshot():  # one that has just ended takes nothing
+            memory = member.memory_full_info()
+            total["mb"] += (memory.uss + memory.swap) / 1e6
+            total["threads"] += member.num_threads()
+            total["files"] += member.num_fds()
+            total["processes"] += 1
+    return {name: round(value, 2) for name, value in total.items()}
+
+
+def _growth(samples: Sequence[dict], record: Record) -> dict[str, dict]:
+    """How memory, threads and files change in time, between moments at which the server stands the same.
+
+    Memory is flat if the 95% interval of its Theil-Sen slope reaches down to FLAT_PERCENT_AN_HOUR of its median.
+    """
+    by_state: dict[str, list[dict]] = defaultdict(list)
+    for sample in samples:
+        by_state[sample["serves"]].append(sample)
+    alike = max(by_state.values(), key=len)
+    kept = [sample for sample in alike if sample["seconds"] >= WARM_UP * samples[-1]["seconds"]]
+    if len(kept) < 4:
+        return {}
+    hours = [sample["seconds"] / 3600 for sample in kept]
+    found = {}
+    for who in ("server", *(f"client {number}" for number in range(PROCESSES))):
+        for what in sorted(kept[0][who].keys() - {"processes"}):
+            values = [sample[who][what] for sample in kept]
+            slope, _, low, high = theilslopes(values, hours)
+            level = median(values)
+            row = {"median": level, "an_hour": slope, "low": low, "high": high, "samples": len(kept)}
+            found[f"{who} {what}"] = {name: round(float(value), 2) for name, value in row.items()}
+            least = level * FLAT_PERCENT_AN_HOUR / 100 if what.endswith("mb") else FLAT_COUNT / hours[-1]
+            if low > least:
+                record.broken.append(
+                    f"{who}: {what} grow by {slope:.1f} an hour ({low:.1f} to {high:.1f}) from {level}"
+                )
+    return found
+
+
+@contextmanager
+def _client(urls: dict[str, str], folder: Path, seed: str) -> Iterator[subprocess.Popen]:
+    # One heap: with one for each thread, glibc keeps what is free in all of them, and more as time goes by.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evidence.trust.asking"],
+        env=os.environ | {"MALLOC_ARENA_MAX": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    process.stdin.write(json.dumps({"urls": urls, "folder": str(folder), "seed": seed}) + "\n")
+    process.stdin.flush()
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _ended(process: subprocess.Popen, record: Record) -> dict:
+    """What a process of clients got in all."""
+    printed, _ = process.communicate(timeout=600)
+    if process.returncode:
+        record.broken.append(f"a process of clients ended with {process.returncode}")
+        return {"ends": {}, "images": 0, "faults": []}
+    return json.loads(printed)
+
+
+@contextmanager
+def _own_temporary_folder(folder: Path) -> Iterator[Path]:
+    """Where everything that is temporary goes from now on, also in processes that are started."""
+    own = folder / "tmp"
+    own.mkdir()
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"], tempfile.tempdir = str(own), None
+    try:
+        yield own
+    finally:
+        os.environ.pop("TMPDIR")
+        if before is not None:
+            os.environ["TMPDIR"] = before
+        tempfile.tempdir = None
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,5 +1,0 @@
-"""``python -m exporter``."""
-
-from exporter.cli import main
-
-main()

@@ -1,0 +1,5 @@
+"""``python -m clipweld.exporter``."""
+
+from clipweld.exporter.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The ONNX graphs of a version: traced, written, and changed to a lower precision."""

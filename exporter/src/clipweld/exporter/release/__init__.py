@@ -1,0 +1,1 @@
+"""Merging adapters into the next version, or into weights for other libraries."""

@@ -1,0 +1,251 @@
+"""One merge: from adapters to a version that counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from clipweld.exporter.checks.accuracy import in_onnx_runtime, measure_accuracy, recorded_accuracies
+from clipweld.exporter.checks.gate import Gate
+from clipweld.exporter.config import Precision
+from clipweld.exporter.errors import OtherBase, RepositoryError
+from clipweld.exporter.release.build import Build, Builder
+from clipweld.exporter.results import Accuracy, Cast, Parity
+from clipweld.exporter.store.card import describe
+from clipweld.exporter.store.lineage import merged_backbone
+from clipweld.exporter.store.manifest import check_files
+from clipweld.exporter.store.repository import BASE_VERSION, Repository, towers
+from clipweld.trainer.adapters.adapter import Adapter
+from clipweld.trainer.base.backbone import Backbone
+from clipweld.trainer.tasks import Task
+
+
+@dataclass(frozen=True)
+class Release:
+    """A version that was written, and the checks it passed.
+
+    Attributes:
+        model: the common name of the three models.
+        version: the newest version written.
+        parity: ONNX Runtime against PyTorch, both in float32.
+        graph_identical_to_base: always true of a version that exists; false ones are refused.
+        seconds: wall time of the whole merge.
+        served: the version that is served: the first ones at once, later ones when they are promoted.
+        precision: what the version computes in.
+        accuracy: of every task, before and after.
+        cast: how far a lower precision is from float32; None where there is none.
+        forced: what it failed at and was written in spite of.
+    """
+
+    model: str
+    version: int
+    parity: Parity
+    graph_identical_to_base: bool
+    seconds: float
+    served: int
+    precision: Precision
+    accuracy: list[Accuracy]
+    cast: Cast | None
+    forced: list[str]
+
+    def to_dict(self) -> dict:
+        """The fields as JSON has them."""
+        return asdict(self) | {"seconds": round(self.seconds, 2)}
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What a version must pass beside parity.
+
+    Attributes:
+        gate: how good it must be.
+        validation: tasks to measure the version served now and the new one on.
+        compared_on: tasks with the images on which a lower precision is compared with float32.
+    """
+
+    gate: Gate = field(default_factory=Gate)
+    validation: Sequence[Task] = ()
+    compared_on: Sequence[Task] = ()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known before anything is built.
+
+    Attributes:
+        number: of the next version; None where only the base is written.
+        recorded: accuracies that the trainer and earlier releases measured.
+        earlier: the tasks that the version served now was measured on, or will be.
+    """
+
+    number: int | None
+    recorded: list[Accuracy]
+    earlier: set[str]
+
+
+def release(
+    backbone: Backbone,
+    adapters: Sequence[Adapter],
+    repository: Repository,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    report: Callable[[str], None] = lambda step: None,
+    *,
+    precision: Precision = Precision.fp32,
+    checks: Checks | None = None,
+) -> Release:
+    """Write the next version: base with all adapters merged; before it version 1, the base, where there is none.
+
+    A repository that serves nothing yet serves them at once; later versions rest in the store until they are promoted.
+
+    Args:
+        backbone: the base.
+        adapters: one lineage, in order (see ``load_lineage``); empty writes the base alone.
+        images, prompts: what ONNX Runtime and PyTorch must agree on.
+        report: called with a line when a step begins.
+        precision: of the version; the base, version 1, is always float32.
+
+    Raises:
+        ParityError: answers or graphs differ; nothing was written, as with all of these.
+        GateClosed: it is worse than was allowed.
+        RepositoryError: held by another merge, of another base or architecture, or nothing to add.
+        VersionDamaged: a file of the version that this one builds on is not what was written.
+        UnsupportedModel: the backbone can't be exported or served faithfully.
+    """
+    began = time.perf_counter()
+    checks = checks or Checks()
+    with repository.writing() as staging:
+        known = _preflight(repository, backbone, adapters, precision, checks)
+        traced = towers(repository.store / str(BASE_VERSION)) if repository.versions() else None
+        builder = Builder(repository, backbone, precision, images, prompts, report, traced)
+        builds = _build(builder, staging, backbone, adapters, precision, checks, known)
+        _publish(builder, builds, staging)
+    newest = builds[-1]
+    return Release(
+        model=repository.name,
+        version=newest.number,
+        parity=newest.parity,
+        graph_identical_to_base=True,
+        seconds=time.perf_counter() - began,
+        served=repository.served,
+        precision=newest.precision,
+        accuracy=newest.accuracies,
+        cast=newest.cast,
+        forced=newest.forced,
+    )
+
+
+def _preflight(
+    repository: Repository, backbone: Backbone, adapters: Sequence[Adapter], precision: Precision, checks: Checks
+) -> _Known:
+    """Refuse early what would be refused in the end: building takes minutes."""
+    adds = bool(adapters) or precision is not Precision.fp32
+    number = max([BASE_VERSION, *repository.versions()]) + 1
+    _check_repository(repository, backbone, adds, number)
+    describe(repository.name, BASE_VERSION, backbone, adapters)  # refuses what clients can't follow
+    validated = {task.name for task in checks.validation}
+    before = repository.manifest(repository.served)["accuracy"] if repository.served else []
+    recorded = [found for found in recorded_accuracies(adapters, before) if found.task not in validated]
+    earlier = {entry["task"] for entry in before} | validated
+    checks.gate.check(recorded, earlier)
+    return _Known(number if adds else None, recorded, earlier)
+
+
+def _build(
+    builder: Builder,
+    staging: Path,
+    backbone: Backbone,
+    adapters: Sequence[Adapter],
+    precision: Precision,
+    checks: Checks,
+    known: _Known,
+) -> list[Build]:
+    """The versions that are missing, in the staging folder: the base, and the next one; each as good as it must be."""
+    repository, builds = builder.repository, []
+    if not repository.versions():
+        builds.append(builder.build(staging / str(BASE_VERSION), BASE_VERSION, backbone, ()))
+    if known.number is None:
+        return builds
+    base = builds[0].folder if builds else repository.store / str(BASE_VERSION)
+    builder.report("merging")
+    merged = merged_backbone(repository, backbone, adapters)
+    build = builder.build(staging / str(known.number), known.number, merged, adapters)
+    builder.compare_graphs(build, base)
+    if precision is not Precision.fp32:
+        builder.cast(build, base, checks.compared_on)
+    build.accuracies = known.recorded
+    if checks.validation:
+        if repository.served:
+            check_files(repository, repository.served)
+        before = repository.store / str(repository.served) if repository.served else base
+        encoders = [in_onnx_runtime(merged, *towers(folder)) for folder in (before, build.folder)]
+        measured = measure_accuracy(merged, *encoders, checks.validation, builder.report)
+        build.accuracies = known.recorded + measured
+    build.forced = checks.gate.check(build.accuracies, known.earlier, build.cast and build.cast.agreement)
+    return [*builds, build]
+
+
+def _publish(builder: Builder, builds: Sequence[Build], staging: Path) -> None:
+    """Move versions into the store, and where nothing was served yet, serve them; all of it or nothing."""
+    repository = builder.repository
+    for build in builds:
+        repository.check_free(build.number)  # below, what has these numbers is ours to take back
+    try:
+        first = repository.served is None
+        for build in builds:
+            builder.finish(build)
+        if first:
+            for number in (builds[-1].number, BASE_VERSION):  # killed in between, the newest is served all the same
+                repository.put_in(number, staging)
+            repository.record(repository.standing())
+    except BaseException:
+        for build in builds:
+            repository.take_out(build.number, staging)
+        repository.remove_empty()  # while the store has what tells that they are ours
+        for build in builds:
+            repository.remove(build.number)
+        raise
+
+
+def check_base(repository: Repository, backbone: Backbone) -> None:
+    """Raises:
+    OtherBase: versions of other base weights are there.
+    """
+    for version in repository.versions()[:1]:
+        base = repository.card(version)["base"]
+        if base["fingerprint"] != backbone.fingerprint:
+            raise OtherBase(
+                f"repository {repository.path}: its {repository.name!r} is {base['model_name']} "
+                f"({base['pretrained']}), base {base['fingerprint'][:8]}; to merge is {backbone.model_name} "
+                f"({backbone.pretrained}), {backbone.fingerprint[:8]}: give another --name or --repository"
+            )
+
+
+def _check_repository(repository: Repository, backbone: Backbone, adds: bool, number: int) -> None:
+    """Refuse a repository that a version of this base can't go into as this number."""
+    repository.check_store()
+    repository.check_foreign()
+    for new in [*([] if BASE_VERSION in repository.versions() else [BASE_VERSION]), *([number] if adds else [])]:
+        repository.check_free(new)
+    if not repository.versions():
+        return
+    check_base(repository, backbone)
+    if any(map(repository.is_unmerged, repository.versions())):
+        raise RepositoryError(
+            f"repository {repository.path}: the versions of {repository.name!r} are unmerged, for measuring speed; "
+            "give another --name or --repository"
+        )
+    if not repository.file("image", BASE_VERSION).is_file():
+        raise RepositoryError(
+            f"repository {repository.path}: version {BASE_VERSION}, the base that a merge is compared with, is gone; "
+            "merge into a new repository"
+        )
+    if not adds:
+        raise RepositoryError(
+            f"repository {repository.path}: the base is there already and there is no adapter to merge; learn a task "
+            "first: trainer fit"
+        )

@@ -1,0 +1,1 @@
+"""Triton: found, started, watched, and switched from version to version."""

@@ -1,0 +1,246 @@
+"""Find a Triton on this machine: one with NVIDIA's ONNX Runtime backend, else the nvidia-pytriton package's."""
+
+from __future__ import annotations
+
+import ctypes.util
+import fcntl
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clipweld.exporter.errors import TritonFailed, TritonMissing
+from clipweld.exporter.serving.isolation import absolute_entries, python_environment
+
+SHARED_MEMORY = Path("/dev/shm")
+SCRATCH = "backends-"
+OUR_BACKEND = Path(__file__).parent / "backends" / "onnxruntime" / "model.py"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver that can serve ``backend: "onnxruntime"``.
+
+    Attributes:
+        binary: the tritonserver.
+        backends: its ``--backend-directory``.
+        description: which one it is, for people.
+        folder: its own, temporary, in which it works: nothing that lies in the user's is run.
+        environment: variables it needs beside those of this process.
+        in_processes: whether every version runs in a process of its own.
+    """
+
+    binary: Path
+    backends: Path
+    description: str
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    in_processes: bool = False
+
+    @property
+    def models(self) -> Path:
+        """A link to the repository, for Triton's Python backend passes paths through a shell, unquoted."""
+        return self.folder / "models"
+
+    @property
+    def working_folder(self) -> Path:
+        """Empty, for the Python that Triton starts imports from it."""
+        return self.folder / "work"
+
+
+@contextmanager
+def installation(prefix: str) -> Iterator[Installation]:
+    """The Triton to use; what had to be assembled for it is removed at the end.
+
+    Args:
+        prefix: of the names of what a server has for itself, ``clipweld-...-``: temporary folder and shared memory.
+
+    Raises:
+        TritonMissing: there is none; says how to get one.
+    """
+    binary = find_native()
+    package = None if binary else _pytriton()
+    with _scratch(prefix) as folder:
+        found = _native(binary, folder) if package is None else _from_package(package, folder)
+        found.working_folder.mkdir()
+        yield found
+
+
+def _native(binary: Path, folder: Path) -> Installation:
+    return Installation(binary, _backends_of(binary), f"{binary} with NVIDIA's onnxruntime backend", folder)
+
+
+def _from_package(package: Path, folder: Path) -> Installation:
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise TritonFailed(
+            f"temporary folder {folder.parent}: its file system is mounted noexec, and Triton's processes are started "
+            "from there; set TMPDIR to a folder of another one"
+        )
+    assemble_backends(package, folder)
+    link_python_library(folder / "lib")
+    site = folder / "site"
+    site.mkdir()
+    libraries = [str(package.parents[1] / "nvidia_pytriton.libs"), str(folder / "lib"), *_given("LD_LIBRARY_PATH")]
+    path = [str(Path(sys.executable).parent), *_given("PATH")]
+    return Installation(
+        binary=package / "bin" / "tritonserver",
+        backends=folder,
+        description="the nvidia-pytriton package's tritonserver with clipweld's Python-based onnxruntime backend",
+        folder=folder,
+        # The backend's processes take the first python3 on PATH: it must be the one that has onnxruntime.
+        environment={
+            "LD_LIBRARY_PATH": os.pathsep.join(libraries),
+            "PATH": os.pathsep.join(path),
+            **python_environment(site),
+        },
+        in_processes=True,
+    )
+
+
+def link_python_library(folder: Path) -> None:
+    """Make a folder that has this Python's shared library: Triton's stub is linked with it, and few systems list it.
+
+    Only that file is linked: its own folder may have other libraries that Triton must not take, as conda's does.
+
+    Raises:
+        TritonMissing: this Python was built without one, and the system has none of its version either.
+    """
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    name = f"libpython{version}.so.1.0"
+    places = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib", *_given("LD_LIBRARY_PATH")]
+    found = next((Path(place) / name for place in places if place and (Path(place) / name).is_file()), None)
+    folder.mkdir()
+    if found is not None:
+        (folder / name).symlink_to(found)
+    elif ctypes.util.find_library(f"python{version}") is None:
+        raise TritonMissing(
+            f"{name}: Triton needs this Python's shared library, and neither {sys.base_prefix}/lib nor the system has "
+            f"it; install the system's libpython{version}, or take a Python that was built with --enable-shared"
+        )
+
+
+def _given(variable: str) -> list[str]:
+    return absolute_entries(os.environ.get(variable, ""))
+
+
+def find_native() -> Path | None:
+    """A tritonserver on PATH that has NVIDIA's own ONNX Runtime backend, as in NVIDIA's container."""
+    found = shutil.which("tritonserver")
+    binary = Path(os.path.abspath(found)) if found else None
+    return binary if binary and _backends_of(binary) else None
+
+
+def _backends_of(binary: Path) -> Path | None:
+    for prefix in (binary.resolve().parents[1], Path("/opt/tritonserver")):
+        if (prefix / "backends" / "onnxruntime" / "libtriton_onnxruntime.so").is_file():
+            return prefix / "backends"
+    return None
+
+
+def assemble_backends(package: Path, folder: Path) -> None:
+    """Lay out a backend directory: Triton's Python backend with the stub of this Python, and our onnxruntime backend.
+
+    Args:
+        package: pytriton's ``tritonserver`` folder.
+        folder: an empty folder.
+
+    Raises:
+        TritonMissing: the package has no stub for this Python.
+    """
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = package / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        known = sorted(p.name for p in stub.parents[1].glob("*"))
+        raise TritonMissing(
+            f"nvidia-pytriton has no Triton stub for Python {version}, only for {', '.join(known)}; "
+            "run clipweld with one of these"
+        )
+    python, onnxruntime = folder / "python", folder / "onnxruntime"
+    python.mkdir()
+    onnxruntime.mkdir()
+    # Copies (3 MB): Triton refuses a library that a link leads out of the backend directory.
+    for file in (*(package / "backends" / "python").glob("*triton_python*"), stub):
+        shutil.copy(file, python)
+    shutil.copy(OUR_BACKEND, onnxruntime / "model.py")
+
+
+@contextmanager
+def _scratch(prefix: str) -> Iterator[Path]:
+    """A temporary folder, locked while it is in use; one without a lock is of a server whose process was killed."""
+    for stale in Path(tempfile.gettempdir()).glob(f"clipweld-*-{SCRATCH}*"):
+        with suppress(OSError), _locked(stale, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if stale.stat().st_uid == os.getuid():
+                _kill_users(stale)
+                remove_shared_memory(stale.name.rpartition(SCRATCH)[0])
+                shutil.rmtree(stale)
+    with ExitStack() as stack:
+        yield _claimed(prefix, stack)
+
+
+def _claimed(prefix: str, stack: ExitStack) -> Path:
+    """A new folder, locked."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{SCRATCH}"))
+        with suppress(FileNotFoundError):  # before it had its lock, another server took it for one that was left
+            stack.enter_context(_locked(folder, fcntl.LOCK_EX))
+            if folder.exists():
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                return folder
+
+
+def served_on_port(port: int) -> Path | None:
+    """The repository that a server of ours on this machine serves on a gRPC port, by the link in its folder."""
+    for folder in Path(tempfile.gettempdir()).glob(f"clipweld-*-{port}-{SCRATCH}*"):
+        try:
+            with _locked(folder, fcntl.LOCK_SH | fcntl.LOCK_NB):
+                continue  # it ended without an end
+        except BlockingIOError:
+            with suppress(OSError):
+                place = (folder / "models").readlink()
+                return None if place.parent == folder else place
+        except OSError:
+            continue
+    return None
+
+
+def remove_shared_memory(prefix: str) -> None:
+    """Remove what a Triton that has ended left there."""
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
+
+
+def _kill_users(folder: Path) -> None:
+    """Kill a Triton of this folder, and its processes: told to end while it loads, it leaves them behind."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            program = (process / "cmdline").read_bytes().split(b"\0")[0]
+            if program.startswith(os.fsencode(folder) + b"/") or folder in (process / "cwd").readlink().parents:
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+@contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _pytriton() -> Path:
+    spec = importlib.util.find_spec("pytriton")
+    package = Path(spec.origin).parent / "tritonserver" if spec and spec.origin else None
+    if package is None or not (package / "bin" / "tritonserver").is_file():
+        raise TritonMissing(
+            "no Triton here: neither a tritonserver with an onnxruntime backend on PATH nor the nvidia-pytriton "
+            "package; on Python 3.10 to 3.12: pip install 'clipweld[serve]'"
+        )
+    return package

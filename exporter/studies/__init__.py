@@ -1,1 +1,0 @@
-"""Measurements of the exporter itself, each a command: what RESULTS.md reports."""

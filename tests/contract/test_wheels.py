@@ -1,0 +1,152 @@
+"""What is installed: the wheels' contents, their size, and what their commands do in environments of their own."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("client", "trainer", "exporter")
+# Beside the modules, which are those of the source folder, one by one.
+DATA = {
+    "client": {
+        "LICENSES.md", "bpe_simple_vocab_16e6.txt.gz", "page/icon.svg", "page/page.css", "page/index.html",
+        "page/page.js", "py.typed",
+    },
+    "trainer": {
+        "mini/LICENSES.md", "mini/MEASURED.md", "mini/held_out.json", "mini/mini.json", "mini/mini.safetensors",
+        "mini/tasks/clipart.zip", "mini/tasks/digits.zip", "mini/tasks/emoji.zip", "mini/tasks/fashion.zip",
+        "mini/tasks/flags.zip", "mini/tasks/letters.zip", "mini/tasks/tasks.json", "report/page.html.j2",
+    },
+    "exporter": set(),
+}  # fmt: skip
+LARGEST_MB = {"client": 2, "trainer": 34, "exporter": 1}
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory):
+    """The four wheels, built from a copy of the checkout: builds leave files in the folders they are made from."""
+    sources, built = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheels")
+    for name in ("LICENSE", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, sources)
+    leftovers = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "dist")
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=leftovers)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(built)]
+    subprocess.run([*build, str(sources), *(str(sources / name) for name in PACKAGES)], check=True)
+    return built
+
+
+def contents(wheels, name):
+    """The files of a wheel, those about the wheel itself aside."""
+    (wheel,) = wheels.glob(f"{name}-*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        return {entry for entry in opened.namelist() if not re.match(r"[\w.-]+\.dist-info/", entry)}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_wheel_holds_its_package_and_nothing_else(wheels, name):
+    source = ROOT / name / "src"
+    modules = {str(path.relative_to(source)) for path in source.rglob("*.py")}
+    data = {f"clipweld/{name}/{file}" for file in DATA[name]}
+    assert contents(wheels, f"clipweld_{name}") == modules | data
+    assert len(modules) > 20
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_wheel_is_small_and_brings_the_licences(wheels, name):
+    (wheel,) = wheels.glob(f"clipweld_{name}-*.whl")
+    assert wheel.stat().st_size < LARGEST_MB[name] * 1e6
+    with zipfile.ZipFile(wheel) as opened:
+        (licence,) = (entry for entry in opened.namelist() if entry.endswith(".dist-info/licenses/LICENSE"))
+        assert opened.read(licence) == (ROOT / "LICENSE").read_bytes()
+
+
+def test_the_one_that_people_install_is_made_of_the_others(wheels):
+    assert contents(wheels, "clipweld") == set()
+
+
+def test_its_page_on_an_index_has_no_link_that_leads_nowhere(wheels):
+    (wheel,) = wheels.glob("clipweld-*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        (metadata,) = (entry for entry in opened.namelist() if entry.endswith("/METADATA"))
+        page = opened.read(metadata).decode()
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert len(links) == len(re.findall(r"\]\(", (ROOT / "README.md").read_text(encoding="utf-8"))) > 10
+    assert [link for link in links if not link.startswith("https://")] == []
+    for link in links:
+        file = re.sub(r"^https://[\w.]+/clipweld/clipweld/(blob/)?main/", "", link)
+        assert (ROOT / file).exists(), link
+    assert "raw.githubusercontent.com/clipweld/clipweld/main/docs/forgetting.png" in page
+
+
+def test_all_are_of_one_version(wheels):
+    """The same in the modules, the wheels, and what each wheel asks of the others."""
+    version = import_module("clipweld.client").__version__
+    assert {import_module(f"clipweld.{name}").__version__ for name in PACKAGES} == {version}
+    assert {wheel.name.split("-")[1] for wheel in wheels.glob("*.whl")} == {version}
+    for wheel in wheels.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as opened:
+            (metadata,) = (entry for entry in opened.namelist() if entry.endswith("/METADATA"))
+            asked = re.findall(r"^Requires-Dist: (clipweld\S+?)==(\S+?);?(?: |$)", opened.read(metadata).decode(), re.M)
+        assert {found for _, found in asked} <= {version}
+        assert asked or "client" in wheel.name or "trainer" in wheel.name
+
+
+@pytest.fixture(scope="session")
+def install(wheels, tmp_path_factory):
+    """Makes a fresh environment with some of the wheels and what they depend on; its folder of commands."""
+
+    def install(*requirements):
+        folder = tmp_path_factory.mktemp("environment")
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        pip = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pins = ["--constraint", str(ROOT / "constraints.txt"), "--find-links", str(wheels)]
+        subprocess.run([*pip, *pins, *requirements], check=True)
+        return folder / "bin"
+
+    return install
+
+
+def run(command, folder):
+    """In a folder of its own, with an environment that knows nothing of this one."""
+    done = subprocess.run(command, cwd=folder, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_the_base_install_is_the_client(install, server, tmp_path):
+    commands = install("clipweld")
+    shutil.copy(ROOT / "samples" / "seven.png", tmp_path)
+    code, out, err = run(
+        [commands / "client", "classify", "seven.png", "--task", "digits", "--url", server.url], tmp_path
+    )
+    assert (code, err) == (0, "")
+    assert "seven" in out
+    assert not [name for name in PACKAGES[1:] if (commands / name).exists()]
+    assert "ModuleNotFoundError" in run([commands / "python", "-c", "import client"], tmp_path)[2]
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_commands_without_their_extra_name_it(install, repository, tmp_path):
+    """Without extras, a repository can be looked after; what needs more says which extra brings it."""
+    commands = install("clipweld-exporter")
+    assert run([commands / "trainer", "--version"], tmp_path) == run([commands / "exporter", "--version"], tmp_path)
+    code, out, err = run([commands / "exporter", "versions", "--offline", "--repository", repository], tmp_path)
+    assert (code, err) == (0, "")
+    assert "digits" in out
+    for command, extra in (
+        (["trainer", "fit", "--model", "mini", "--task", "digits"], "train"),
+        (["exporter", "merge", "--to", "onnx", "--model", "mini"], "export"),
+        (["exporter", "serve", "--repository", repository], "serve"),
+    ):
+        code, out, err = run([commands / command[0], *command[1:]], tmp_path)
+        assert (code, out) == (1, "")
+        assert re.fullmatch(rf"{command[0]}: .*pip install 'clipweld\[{extra}\]'\n", err), err

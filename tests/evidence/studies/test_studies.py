@@ -1,0 +1,80 @@
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from clipweld.trainer import commands
+from clipweld.trainer.config import train_config
+from clipweld.trainer.sequence.run import run_sequence
+from clipweld.trainer.tasks import load_task
+from evidence.studies import mini, scale, towers
+
+
+def chains(part, length):
+    """The commands of a part, as the trainer reads them."""
+    return [commands.parse(shlex.split(line)[1:]) for line in mini.PARTS[part](Path("out", part), length)]
+
+
+@pytest.mark.parametrize("length", mini.LENGTHS)
+def test_every_run_of_the_study_is_a_command_that_can_be_read(length):
+    found = [command for part in mini.PARTS for command in chains(part, length)]
+    assert len({command.out for command in found}) == len(found)
+    assert all(isinstance(command, commands.Sequence) and command.tasks == ("mini",) for command in found)
+    assert {command.train.iterations for command in found} == {{"long": 300, "short": 100}[length]}
+
+
+@pytest.mark.parametrize("length", mini.LENGTHS)
+def test_settings_are_searched_on_validation_images_only(length):
+    assert all(command.validate for command in chains("search", length))
+    assert not any(command.validate for part in ("methods", "ablations", "orders") for command in chains(part, length))
+
+
+@pytest.mark.parametrize("length", mini.LENGTHS)
+def test_methods_and_orders_make_every_pair_of_seed_and_order(length):
+    found = chains("methods", length) + chains("orders", length)
+    for method in ("pool", "lora", "finetune"):
+        pairs = [(command.train.seed, command.order_seed) for command in found if command.method == method]
+        assert sorted(pairs) == [(seed, order) for seed in mini.SEEDS for order in mini.ORDERS]
+
+
+@pytest.mark.parametrize("length", mini.LENGTHS)
+def test_a_baseline_runs_at_one_of_the_rates_searched(length):
+    for command in chains("methods", length):
+        if command.method != "pool":
+            assert command.train.lr in mini.RATES[length][command.method]
+
+
+def test_an_ablation_changes_its_flag_and_nothing_else():
+    (base,) = (c.train for c in chains("methods", "short") if c.method == "pool" and c.train.seed == 0)
+    for command in chains("ablations", "short"):
+        if command.out.parent.name == "firmer" and command.train.seed == 0:
+            assert command.train == replace(base, anchor_weight=4.0, drift_weight=400.0)
+
+
+@pytest.mark.slow
+def test_scale_compares_the_last_task_with_the_second(tmp_path, capsys):
+    scale.main(scale.Scale(tasks=3, iterations=1, pairs=1, out=tmp_path))
+    assert "The last of 3 tasks" in capsys.readouterr().out
+    result = json.loads((tmp_path / "scale.json").read_text())
+    assert [row["tasks_before"] for row in result["rows"]] == [0, 1, 2]
+    assert result["ratio_last_to_second"] > 0
+
+
+@pytest.mark.slow
+def test_halves_of_an_update_are_tested_apart(mini, tmp_path, capsys):
+    tasks = [load_task("emoji"), load_task("flags")]
+    config = train_config("mini", iterations=3, shots=2, lr=5e-2, anchor_weight=1.0)
+    result = run_sequence(tasks, mini, config, tmp_path / "run")["task"]
+    towers.main((tmp_path / "run",), out=tmp_path / "towers.json")
+    measured = json.loads((tmp_path / "towers.json").read_text())[0]
+    assert measured["learned"] == "emoji"
+    nothing, image, text, both = (list(row.values()) for row in measured["accuracy"].values())
+    assert nothing == result.zero_shot
+    assert both == result.matrix[0]
+    assert image != text
+    printed = capsys.readouterr().out
+    towers.main(out=tmp_path / "towers.json")
+    assert capsys.readouterr().out == printed
+    assert "| emoji | 1 | text tower |" in printed

@@ -1,0 +1,52 @@
+"""What is installed is pinned and listed, and known vulnerabilities would be named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from contextlib import suppress
+from importlib.metadata import distributions
+
+import pytest
+import typer
+
+from evidence.trust import dependencies
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """A function that checks this environment against given pins; the record."""
+
+    def check(constraints):
+        (tmp_path / "constraints.txt").write_text(constraints)
+        monkeypatch.setattr(dependencies, "CONSTRAINTS", tmp_path / "constraints.txt")
+        monkeypatch.setattr(dependencies, "audit", lambda: (0, []))
+        with suppress(typer.Exit):
+            dependencies.main(tmp_path / "sbom.json", tmp_path / "record.json")
+        return json.loads((tmp_path / "record.json").read_text())
+
+    return check
+
+
+def test_what_is_pinned_is_listed(check, tmp_path):
+    pins = sorted(f"{found.name}=={found.version}" for found in distributions())
+    record = check("\n".join(["# pins", *pins]))
+    assert record["broken"] == []
+    assert record["figures"]["installed"] == record["figures"]["listed"] > 100
+    listed = {part["name"]: part["version"] for part in json.loads((tmp_path / "sbom.json").read_text())["components"]}
+    assert listed["pillow"].count(".") == 2
+
+
+def test_what_is_not_pinned_is_named(check):
+    pins = [f"{found.name}=={found.version}" for found in distributions() if found.name != "numpy"]
+    (line,) = check("\n".join([*pins, "numpy==0.1"]))["broken"]
+    assert line.startswith("numpy 1.26")
+    assert line.endswith("constraints.txt has 0.1")
+
+
+def test_a_known_vulnerability_is_named(monkeypatch):
+    """Data on vulnerabilities can't be had without a network: pip-audit's answer is written by hand."""
+    vulnerable = {"name": "p", "version": "1.0", "vulns": [{"id": "PYSEC-1", "fix_versions": ["1.1"]}]}
+    found = {"dependencies": [vulnerable, {"name": "q", "skip_reason": "not found"}]}
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, json.dumps(found), ""))
+    assert dependencies.audit() == (1, ["p 1.0: PYSEC-1, fixed in 1.1"])

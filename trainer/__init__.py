@@ -1,1 +1,0 @@
-"""Learn image domains one after another, each as a small adapter that merges into CLIP's own weights."""

@@ -1,5 +1,0 @@
-"""The report of continual-learning runs: one page that stands alone, and its figures."""
-
-from trainer.report.write import write_report
-
-__all__ = ["write_report"]

@@ -1,0 +1,1 @@
+"""Adapters: the files that learning leaves behind, the folders that they lie in, and merging them."""

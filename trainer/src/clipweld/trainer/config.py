@@ -1,0 +1,148 @@
+"""The settings of every command: the one source of flags, defaults, help, and the record kept in an adapter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from clipweld.trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """One expert pool. Defaults are the published ones (arXiv 2601.22828)."""
+
+    rank: int = 12
+    """Rank-1 experts in every layer's pool."""
+    k_active: int = 8
+    """Experts that serve a batch."""
+    k_merge: int = 4
+    """Experts that a task leaves behind."""
+    alpha: float = 1.0
+    """An expert is scaled by alpha / rank."""
+    dropout: float = 0.2
+    """Dropout on a pool's input."""
+    router: Literal["learned", "fixed", "none"] = "learned"
+    """How experts are picked: by a router that learns, by one that keeps its random start, or always the first ones."""
+    router_per: Literal["layer", "block"] = "layer"
+    """One router for every layer, or one for the layers of a block."""
+    route_on: Literal["cls", "first"] = "cls"
+    """What a text is routed on: its EOT token, as CLIP reads it, or token 0; an image always on its [CLS]."""
+
+    def __post_init__(self) -> None:
+        _raise_faults(self._faults())
+
+    def _faults(self) -> list[str]:
+        faults = []
+        if not 1 <= self.k_active <= self.rank:
+            faults.append(f"k_active {self.k_active} must lie between 1 and rank {self.rank}")
+        if not 1 <= self.k_merge <= self.k_active:
+            faults.append(f"k_merge {self.k_merge} must lie between 1 and k_active {self.k_active}")
+        if not 0 < self.alpha < math.inf:
+            faults.append(f"alpha {self.alpha} must be a number above 0")
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout {self.dropout} must lie in [0, 1)")
+        return faults
+
+
+@dataclass(frozen=True)
+class TrainConfig(PoolConfig):
+    """How one task is learned. Defaults are the published ones; ``PRESETS`` has those of single models."""
+
+    shots: int = 5
+    """Training images a class, drawn by the seed; 0 takes all."""
+    iterations: int = 500
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Images a step."""
+    lr: float = 2e-3
+    """AdamW's learning rate at the start of a cosine to 1e-6."""
+    consolidate: float = 0.0
+    """Share of the steps, at the end, that train only the experts that will be merged."""
+    weight_decay: float = 1e-2
+    """AdamW's weight decay."""
+    ago: Literal["sum", "mean", "off"] = "sum"
+    """How the orthogonality to earlier tasks adds up within a layer."""
+    ago_weight: float = 0.1
+    """Weight of the orthogonality loss."""
+    drift_weight: float = 0.0
+    """Weight of the loss that keeps layers' outputs in place on what earlier tasks feed into them."""
+    drift_directions: int = 16
+    """Directions of a layer's input that an adapter carries along for later tasks' drift loss."""
+    anchor_weight: float = 0.0
+    """Weight of the loss that holds common words, and the images as words describe them, where they were."""
+    seed: int = 42
+    """Draws shots, batches, prompts, dropout and the pools' start."""
+
+    def _faults(self) -> list[str]:
+        positive = {name: getattr(self, name) for name in ("iterations", "batch_size", "lr", "drift_directions")}
+        faults = [
+            f"{name} {value} must be a number above 0" for name, value in positive.items() if not 0 < value < math.inf
+        ]
+        not_negative = {
+            name: getattr(self, name)
+            for name in ("shots", "weight_decay", "ago_weight", "drift_weight", "anchor_weight", "seed")
+        }
+        faults += [
+            f"{name} {value} must be a number from 0 on"
+            for name, value in not_negative.items()
+            if not 0 <= value < math.inf
+        ]
+        if not 0 <= self.consolidate < 1:
+            faults.append(f"consolidate {self.consolidate} must lie in [0, 1)")
+        return super()._faults() + faults
+
+
+Method = Literal["pool", "lora", "finetune", "joint"]
+METHODS = get_args(Method)
+# Among which class names an image is classified: those of its own task, or those of all tasks at hand.
+LabelSpace = Literal["task", "union"]
+LABEL_SPACES = get_args(LabelSpace)
+# What a sequence of tasks comes to (clipweld.trainer.sequence.metrics).
+MEASURES = ("transfer", "average", "last", "forgetting")
+
+# What differs from the published settings: where all weights are trained, and where a model is better off otherwise.
+ALL_WEIGHTS = {"lr": 1e-5}
+MINI = {"shots": 16, "iterations": 300, "dropout": 0.0}
+PRESETS: dict[str, dict[Method, dict[str, Any]]] = {
+    "": {"finetune": ALL_WEIGHTS, "joint": ALL_WEIGHTS},
+    "mini": {
+        "pool": {
+            **MINI,
+            "lr": 1e-2,
+            "router": "none",
+            "consolidate": 0.5,
+            "ago": "off",
+            "drift_weight": 1600.0,
+            "anchor_weight": 4.0,
+        },
+        "lora": {**MINI, "lr": 2.5e-4},
+        "finetune": {**MINI, "lr": 1e-4},
+        "joint": {**MINI, "lr": 3e-4},
+    },
+}
+
+
+def train_config(model_name: str, method: Method = "pool", **chosen: Any) -> TrainConfig:
+    """The preset of a model and a method with the settings that were chosen (those not None) on top.
+
+    Raises:
+        ConfigError: names every fault at once.
+    """
+    preset = PRESETS.get(model_name, PRESETS[""]).get(method, {})
+    config = replace(TrainConfig(**preset), **{name: value for name, value in chosen.items() if value is not None})
+    return config if method == "pool" else without_pool(config)
+
+
+def without_pool(config: TrainConfig) -> TrainConfig:
+    """The same settings for another method than the pool: all experts serve, all are kept, nothing holds back."""
+    return replace(
+        config, router="none", k_active=config.rank, k_merge=config.rank, consolidate=0.0, ago="off", drift_weight=0.0,
+        anchor_weight=0.0,
+    )  # fmt: skip
+
+
+def _raise_faults(faults: list[str]) -> None:
+    if faults:
+        raise ConfigError("; ".join(faults))

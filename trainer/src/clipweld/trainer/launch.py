@@ -1,0 +1,75 @@
+"""The processes of a command: one, or one a device, which the trainer starts itself.
+
+Launchers (Slurm, MPI, torchrun) leave variables in a shell that make a library believe that it is one process of many.
+A command is what its arguments say, so those variables are forgotten before anything reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from clipweld.trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+# In the environment of the processes that this trainer started: the number of the process that did.
+STARTED_BY = "CLIPWELD_STARTED_BY"
+PATIENCE_S = 3.0  # for the first process to end from an error that all have
+
+LAUNCHERS = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_", "TORCHELASTIC_", "LSB_", "JSM_", "LT_")
+RANKS = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "STANDALONE_PORT",
+)  # fmt: skip
+
+
+def process_number() -> int:
+    """Which of a command's processes this is: 0 is the one that the user started."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if os.environ.get(STARTED_BY) == str(os.getppid()) else 0
+
+
+def forget_launchers() -> None:
+    """Remove launchers' variables from the environment of a command's first process."""
+    if process_number() == 0:
+        for name in [name for name in os.environ if name in RANKS or name.startswith(LAUNCHERS)]:
+            del os.environ[name]
+
+
+def speaks() -> bool:
+    """Whether this process reports its error: the first does, another one where the first has not ended from the same.
+
+    Waits a moment for that. An error that all processes share is then said once, and one that a single process has met
+    is said before the others are ended.
+    """
+    started_by, patience = os.getppid(), time.monotonic() + PATIENCE_S
+    if process_number() == 0:
+        return True
+    while os.getppid() == started_by and time.monotonic() < patience:
+        time.sleep(0.05)
+    return os.getppid() == started_by
+
+
+def fabric(accelerator: str, devices: int, precision: str) -> Fabric:
+    """The devices of a command, not launched yet; with several, launching starts the command again for each.
+
+    Raises:
+        ConfigError: there is no such accelerator here, or fewer devices.
+    """
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    from clipweld.trainer.schemas import one_line
+
+    if devices > 1 and process_number() == 0:
+        os.environ[STARTED_BY] = str(os.getpid())
+    try:
+        return Fabric(accelerator=accelerator, devices=devices, precision=precision, plugins=LightningEnvironment())
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as exc:  # Fabric's for what isn't here
+        raise ConfigError(
+            f"--accelerator {accelerator} --devices {devices}: not here ({one_line(str(exc))}); give others, such as "
+            "--accelerator cpu --devices 1"
+        ) from exc

@@ -1,0 +1,92 @@
+"""How big and how long learning a task will be, from its first three steps."""
+
+from __future__ import annotations
+
+import re
+import resource
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+
+from clipweld.trainer.adapters.adapter import Adapter
+from clipweld.trainer.base.backbone import Backbone
+from clipweld.trainer.config import TrainConfig
+from clipweld.trainer.learning.fit import fit
+from clipweld.trainer.method import PoolSet, attach_pools, detach_pools
+from clipweld.trainer.tasks import Task
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What learning a task takes.
+
+    Attributes:
+        trainable_parameters: how many numbers are trained.
+        parts: the same by tower, experts and routers apart.
+        kept_parameters: how many numbers the task leaves behind.
+        kept_bytes: what they take on disk, float32.
+        memory_bytes: the most memory held in three steps: of the GPU, or of the whole process on a CPU.
+        seconds_per_step: median of three steps.
+    """
+
+    trainable_parameters: int
+    parts: dict[str, int]
+    kept_parameters: int
+    kept_bytes: int
+    memory_bytes: int
+    seconds_per_step: float
+
+
+def dry_run(
+    task: Task, base: Backbone, lineage: Sequence[Adapter], config: TrainConfig, fabric: Fabric | None = None
+) -> DryRun:
+    """Take three of the steps that ``fit`` would take, and forget them.
+
+    Raises:
+        TaskAlreadyLearned: the lineage has an adapter of this task.
+    """
+    pools = attach_pools(base.model, config)
+    parts = parts_of(pools)
+    detach_pools(pools)
+    seconds: list[float] = []
+    if base.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(base.device)
+    few = replace(config, iterations=STEPS, consolidate=0.0)
+    fitted = fit(
+        task, base, lineage, few, test_on=[], before={"task": {}, "union": {}}, fabric=fabric,
+        on_step=lambda step: seconds.append(config.batch_size / step.images_per_s),
+    )  # fmt: skip
+    return DryRun(
+        trainable_parameters=fitted.trainable_parameters,
+        parts=parts,
+        kept_parameters=fitted.adapter.num_parameters,
+        kept_bytes=sum(tensor.nbytes for tensor in fitted.adapter.tensors.values()),
+        memory_bytes=peak_memory(base.device),
+        seconds_per_step=round(statistics.median(seconds), 4),
+    )
+
+
+def parts_of(pools: PoolSet) -> dict[str, int]:
+    """How many numbers are trained in each tower, experts and routers apart."""
+    parts = dict.fromkeys(("image_experts", "image_routers", "text_experts", "text_routers"), 0)
+    for name, tensor in pools.state().items():
+        if tensor.requires_grad:
+            tower = "image" if name.startswith("visual.") else "text"
+            parts[f"{tower}_{'routers' if '.router.' in name else 'experts'}"] += tensor.numel()
+    return parts
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: on a GPU by torch, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, whose getrusage counts what the parent process held, too
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"))[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

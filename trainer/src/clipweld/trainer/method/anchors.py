@@ -1,0 +1,87 @@
+"""Words as anchors: hold what a model knows in place while it learns, without an image or a name of earlier tasks.
+
+A thousand common words (ImageNet's class names, which come with open_clip) stand in for everything the model is not
+being taught. Two things must stay as they were before the task: the features of the words themselves (text tower), and
+how the words describe the task's own images (image tower). The first is feature distillation, the second *Learning
+without Forgetting* (arXiv 1606.09282) with words in the place of classes. Both count in logits: a cosine that is off by
+0.01 moves a logit by one, so at a scale of 100 it is no trifle. A step's words pass through the text tower beside its
+prompts, so they hold the very experts that the prompts train; their votes count like any.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipweld.trainer.base.backbone import Backbone
+from clipweld.trainer.base.batches import Batch, Batches
+from clipweld.trainer.base.cls_block import cut_to_longest, encode_text
+from clipweld.trainer.text import prompt_of
+
+TEMPLATE = "a photo of a {}"
+WORDS_PER_STEP = 32
+CHUNK = 256
+# From cosines to logits: the scale of the published CLIPs, whatever the model at hand has.
+LOGIT_SCALE = 100.0
+
+
+class WordAnchors:
+    """A model as it was before a task, seen through words.
+
+    Args:
+        backbone: that model, before its first step; few-shot images are described here and now, and where there are too
+            many to keep, a copy of the model stays.
+        batches: the task's images.
+    """
+
+    @torch.no_grad()
+    def __init__(self, backbone: Backbone, batches: Batches, seed: int) -> None:
+        self._seed = seed
+        prompts = [prompt_of(TEMPLATE, word) for word in open_clip.IMAGENET_CLASSNAMES]
+        self._tokens = backbone.tokenizer(prompts).to(backbone.device)
+        model = (backbone.model if batches.few_shot else copy.deepcopy(backbone.model)).eval()
+        features = [encode_text(model, cut_to_longest(chunk)) for chunk in self._tokens.split(CHUNK)]
+        self._words = F.normalize(torch.cat(features), dim=-1)
+        self._model = model
+        self._images = None
+        if batches.few_shot:
+            chunks = torch.arange(len(batches)).split(CHUNK)
+            pixels = (batches.pixels(chunk.tolist()).to(backbone.device) for chunk in chunks)
+            self._images = torch.cat([self._encode(chunk) for chunk in pixels])
+            self._model = None
+
+    def tokens(self, number: int) -> Tensor:
+        """The words of a step: int64 (WORDS_PER_STEP, context_length)."""
+        return self._tokens[self._drawn(number)]
+
+    def loss(self, number: int, batch: Batch, image_features: Tensor, word_features: Tensor) -> Tensor:
+        """How far a model in training has moved, as a scalar.
+
+        Args:
+            number: the step, which drew the words.
+            batch: its images are those of this process.
+            image_features: (share, embed_dim), what the model in training makes of them, L2-normalised.
+            word_features: (WORDS_PER_STEP, embed_dim), what it makes of the step's words, L2-normalised.
+
+        Returns:
+            KL divergence from the old to the new description of the images, mean over the share, plus how much of
+            its logit a word loses on its own old features, mean over the step's words.
+        """
+        before = self._encode(batch.pixels) if self._images is None else self._images[batch.indices]
+        described = (LOGIT_SCALE * before @ self._words.T).softmax(dim=-1)
+        now = (LOGIT_SCALE * image_features @ self._words.T).log_softmax(dim=-1)
+        cosines = (word_features * self._words[self._drawn(number)]).sum(dim=-1)
+        return F.kl_div(now, described, reduction="batchmean") + LOGIT_SCALE * (1 - cosines).mean()
+
+    def _drawn(self, number: int) -> list[int]:
+        return random.Random(f"words {self._seed} {number}").sample(range(len(self._words)), WORDS_PER_STEP)
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Features (batch, embed_dim) of images as the model saw them before the task, L2-normalised."""
+        return F.normalize(self._model.encode_image(pixels), dim=-1)

@@ -1,0 +1,74 @@
+"""The attention of open_clip's blocks as four linear layers, so that each can carry a pool.
+
+open_clip has two: torch's nn.MultiheadAttention, and its own ``Attention``, which may normalise queries and keys, scale
+heads and normalise what goes into the last layer. Both keep q, k and v stacked in one matrix.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from open_clip.transformer import Attention
+from torch import Tensor, nn
+
+from clipweld.trainer.method.experts import ExpertPool
+
+
+class SplitAttention(nn.Module):
+    """Self-attention with q, k, v and out as layers of their own; called as nn.MultiheadAttention is."""
+
+    def __init__(self, attention: nn.MultiheadAttention | Attention) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        biases = attention.in_proj_bias.chunk(3) if attention.in_proj_bias is not None else (None,) * 3
+        self.q_proj, self.k_proj, self.v_proj = (
+            _linear(weight, bias) for weight, bias in zip(attention.in_proj_weight.chunk(3), biases, strict=True)
+        )
+        self.out_proj = attention.out_proj
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """query, key, value (batch, seq_len, width); attn_mask (seq_len, seq_len), added to the scores."""
+        out = F.scaled_dot_product_attention(*self._heads(query, key, value), attn_mask=attn_mask)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+    def _heads(self, *inputs: Tensor) -> list[Tensor]:
+        """q, k and v, each (batch, heads, seq_len, head_dim). Pools that see one input share its dropout."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if all(isinstance(layer, ExpertPool) for layer in layers):
+            dropped = {x: self.q_proj.dropout(x) for x in set(inputs)}
+            outputs = [layer(x, dropped[x]) for layer, x in zip(layers, inputs, strict=True)]
+        else:
+            outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+        return [out.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for out in outputs]
+
+
+class SplitOwnAttention(SplitAttention):
+    """The same for open_clip's own ``Attention``, called as that is, with all it may do besides."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__(attention)
+        self.ln_q, self.ln_k, self.ln_inner = attention.ln_q, attention.ln_k, attention.ln_inner
+        self.head_scale = attention.head_scale
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """x (batch, seq_len, width); attn_mask (seq_len, seq_len), added to the scores."""
+        q, k, v = self._heads(x, x, x)
+        out = F.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, attn_mask=attn_mask)
+        if self.head_scale is not None:
+            out = out * self.head_scale
+        return self.out_proj(self.ln_inner(out.transpose(1, 2).flatten(2)))
+
+
+def split_attention(attention: nn.MultiheadAttention | Attention) -> SplitAttention:
+    """What computes the same with q, k, v and out as layers of their own; weights are used in place, not copied."""
+    return SplitOwnAttention(attention) if isinstance(attention, Attention) else SplitAttention(attention)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen linear layer around existing tensors."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer

@@ -1,0 +1,5 @@
+"""The small CLIP and its six small tasks, shipped with the package; `evidence.mini_recipe` rebuilds them."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent

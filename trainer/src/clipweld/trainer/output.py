@@ -1,0 +1,145 @@
+"""What the command lines print, wherever their streams go: a file, a pipe, a full disk, nowhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from clipweld.trainer.errors import OutputError
+from clipweld.trainer.os_errors import next_step
+
+NARROWEST = 40  # columns
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output whose failures can be told from all others."""
+
+    def write(self, text: str) -> int:
+        with self._errors():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._errors():
+            super().flush()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            _to_nowhere(self.fileno())
+            self.fail(exc)
+
+    def fail(self, exc: OSError) -> None:
+        """What a failure comes to."""
+        if isinstance(exc, BrokenPipeError):  # whoever read it has read enough
+            raise SystemExit(1) from exc
+        raise OutputError(
+            f"standard output: can't be written ({exc.strerror}); {next_step(exc)}, or print elsewhere"
+        ) from exc
+
+
+class _Messages(_Output):
+    """Standard error: where it can't be written, nobody can be told, and the command goes on."""
+
+    def fail(self, exc: OSError) -> None:
+        pass
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Have standard streams that are closed lead nowhere, and standard error never stop the block.
+
+    A closed one would be the next file that is opened: what is printed would end up in it.
+    """
+    before = sys.stdin, sys.stdout, sys.stderr
+    for number in range(3):
+        _open_if_closed(number)
+    streams = [
+        stream or os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)
+        for number, stream in enumerate(before)
+    ]
+    sys.stdin, sys.stdout, _ = streams
+    _widen()
+    try:
+        with ExitStack() as stack:
+            sys.stderr = _wrapped(_Messages, streams[2], stack)
+            yield
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Have all that the block prints arrive where standard output goes; what it has no characters for is escaped.
+
+    Raises:
+        OutputError: it can't be written there, to a full disk for example.
+    """
+    before = sys.stdout
+    try:
+        with ExitStack() as stack:
+            sys.stdout = _wrapped(_Output, before, stack)
+            yield
+    finally:
+        sys.stdout = before
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """Print JSON, escaped where standard output has other characters only."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent)
+    print(text)
+
+
+def console() -> Console:
+    """Standard output for tables, whose lines are drawn with the characters that it has."""
+    return Console(file=sys.stdout)
+
+
+def _wrapped(kind: type[_Output], stream: Any, stack: ExitStack) -> Any:
+    """A stream of another kind onto the same place; the stream itself where it is none of the system's."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    output = kind(
+        stream.buffer,
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+    stack.callback(output.detach)
+    stack.callback(output.flush)
+    return output
+
+
+def _open_if_closed(number: int) -> None:
+    try:
+        os.fstat(number)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+        os.set_inheritable(number, True)
+
+
+def _widen() -> None:
+    """Have libraries lay out help and tables for a width in which they can: some never end in one column."""
+    if shutil.get_terminal_size().columns < NARROWEST or not os.environ.get("COLUMNS", "80").strip("0").isdigit():
+        os.environ["COLUMNS"] = str(max(NARROWEST, shutil.get_terminal_size().columns))
+
+
+def _to_nowhere(number: int) -> None:
+    """For what is still buffered."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)

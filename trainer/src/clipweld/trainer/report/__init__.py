@@ -1,0 +1,5 @@
+"""The report of continual-learning runs: one page that stands alone, and its figures."""
+
+from clipweld.trainer.report.write import write_report
+
+__all__ = ["write_report"]

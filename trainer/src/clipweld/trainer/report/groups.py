@@ -1,0 +1,220 @@
+"""Runs that may be averaged: the same model, tasks, method and settings, whatever the seed and the order."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from statistics import mean, stdev
+from typing import Any
+
+from clipweld.trainer.config import LABEL_SPACES, METHODS, train_config
+from clipweld.trainer.report.runs import Run
+
+NOT_SETTINGS = {"seed", "order_seed"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of several runs: their mean and, from two on, their standard deviation (n - 1 in the denominator)."""
+
+    values: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        return mean(self.values)
+
+    @property
+    def sd(self) -> float | None:
+        return stdev(self.values) if self.n > 1 else None
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Of the values that are defined; None where none is."""
+    defined = tuple(value for value in values if value is not None)
+    return Spread(defined) if defined else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one method with one set of settings.
+
+    Attributes:
+        label: the method, and each setting in which the group differs from the method's reference group.
+        is_reference: the group of its method with the settings that the model has by default; where none has, that
+            which differs least from all others, as what ablations are made of does; of equals the one with most runs,
+            then the one that ends best.
+        runs: by seed and order.
+    """
+
+    method: str
+    label: str
+    is_reference: bool
+    runs: tuple[Run, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings that all runs of the group share."""
+        return _settings(self.runs[0])
+
+    @property
+    def seeds(self) -> set[int]:
+        return {run.seed for run in self.runs}
+
+    @property
+    def orders(self) -> set[tuple[str, ...]]:
+        return {run.order for run in self.runs}
+
+    @property
+    def repeats(self) -> int:
+        """Runs that share seed and order with another one of the group: they say nothing about the spread."""
+        return len(self.runs) - len({(run.seed, run.order) for run in self.runs})
+
+    @property
+    def kept_parameters(self) -> float:
+        """Numbers that a task leaves behind, mean over runs."""
+        return mean(run.result.kept_parameters for run in self.runs)
+
+    def measure(self, space: str, name: str) -> Spread | None:
+        """A measure over the group's runs, in percent; None where no run defines it."""
+        return spread(run.measure(space, name) for run in self.runs)
+
+    def gain(self, space: str) -> Spread | None:
+        """Transfer minus zero-shot on the same tasks, each run by its own order, in percent points."""
+        return spread(run.gain(space) for run in self.runs)
+
+    def zero_shot(self, space: str, name: str) -> Spread | None:
+        """What a measure would be if learning had changed nothing, over the group's orders; None for forgetting."""
+        runs = [run for run in self.runs if run.measure(space, name) is not None]
+        if name == "forgetting" or not runs:
+            return None
+        return spread(run.zero_shot_transfer(space) if name == "transfer" else run.zero_shot(space) for run in runs)
+
+    def against(self, other: Group, space: str, name: str) -> Spread | None:
+        """By how much a measure differs from another group's, over runs of the same seed and order."""
+        theirs = {(run.seed, run.order): run.measure(space, name) for run in other.runs}
+        pairs = [(run.measure(space, name), theirs.get((run.seed, run.order))) for run in self.runs]
+        return spread(mine - its for mine, its in pairs if mine is not None and its is not None)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Groups that may be compared: one model that learned one set of tasks, tested on one kind of images.
+
+    Attributes:
+        validation: measured on training images that were held out, not on test images.
+        groups: the pool first; in every method its reference group first.
+    """
+
+    model: str
+    pretrained: str
+    validation: bool
+    groups: tuple[Group, ...]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for group in self.groups for run in group.runs]
+
+    @property
+    def spaces(self) -> list[str]:
+        """Label spaces that all runs were measured in; the union only where it is one of the same tasks for all."""
+        measured = set.intersection(*(set(run.results) for run in self.runs))
+        if len({frozenset(run.result.tested) for run in self.runs}) > 1:
+            measured.discard("union")
+        return [space for space in LABEL_SPACES if space in measured]
+
+    @property
+    def watched(self) -> list[str]:
+        """Tasks that a run tested but never learned."""
+        return sorted({task for run in self.runs for task in run.result.tested} - set(self.order))
+
+    @cached_property
+    def order(self) -> tuple[str, ...]:
+        """The order of tasks that most groups were run in; of equals the given one, then the lowest order seed."""
+        shared = Counter(order for group in self.groups for order in group.orders)
+        seeds = {run.order: run.order_seed for run in reversed(self.runs)}
+        return min(shared, key=lambda order: (-shared[order], seeds[order] is not None, seeds[order] or 0, order))
+
+    @property
+    def orders(self) -> list[tuple[str, ...]]:
+        """Every order that a method which learns task after task was run in, the reference order first."""
+        found = dict.fromkeys(run.order for run in self.runs if len(run.result.matrix) > 1 or len(run.order) == 1)
+        return sorted(found or [self.order], key=lambda order: order != self.order)
+
+    @property
+    def reference(self) -> Group:
+        """The group that the others are held against."""
+        return self.groups[0]
+
+    def representative(self, group: Group) -> Run:
+        """One run that stands for a group in figures of a single run: the reference order, then the lowest seed."""
+        return min(group.runs, key=lambda run: (run.order != self.order, run.seed))
+
+    def zero_shot(self, space: str) -> Spread:
+        """Mean over the learned tasks before anything was learned: one value, unless machines disagree."""
+        return Spread(tuple(sorted({round(run.zero_shot(space), 4) for run in self.runs})))
+
+    def zero_shot_transfer(self, space: str) -> Spread | None:
+        """What Transfer would be if learning changed nothing, one value for each order."""
+        found = {run.order: run.zero_shot_transfer(space) for run in self.runs}
+        return spread(found[order] for order in self.orders)
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """Runs by model, kind of test images and set of learned tasks, in the order in which they come."""
+    found: dict[tuple, list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.model, run.pretrained, run.validation, frozenset(run.order)), []).append(run)
+    return [Section(*key[:3], _groups(some)) for key, some in found.items()]
+
+
+def _groups(runs: Sequence[Run]) -> tuple[Group, ...]:
+    by_method: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        settings = json.dumps(_settings(run), sort_keys=True)
+        by_method.setdefault(run.method, {}).setdefault(settings, []).append(run)
+    known = {method: place for place, method in enumerate(METHODS)}
+    groups = []
+    for method in sorted(by_method, key=lambda name: (known.get(name, len(known)), name)):
+        candidates = list(by_method[method].values())
+        reference = max(candidates, key=lambda some: _standing(some, candidates))
+        rest = [some for some in candidates if some is not reference]
+        labelled = sorted((_label(method, some[0], reference[0]), some) for some in rest)
+        for label, some in [(method, reference), *labelled]:
+            ordered = sorted(some, key=lambda run: (run.seed, run.order_seed or 0, run.name))
+            groups.append(Group(method, label, some is reference, tuple(ordered)))
+    return tuple(groups)
+
+
+def _by_default(run: Run) -> bool:
+    """Whether a run has the settings that its model and method have when none are given."""
+    default = asdict(train_config(run.model, run.method))
+    return all(run.config.get(name) == value for name, value in default.items() if name not in NOT_SETTINGS)
+
+
+def _standing(some: list[Run], candidates: list[list[Run]]) -> tuple:
+    """The higher, the better a reference: see ``Group.is_reference``."""
+    apart = sum(len(_differing(some[0], others[0])) for others in candidates)
+    return _by_default(some[0]), -apart, len(some), mean(run.result.last for run in some)
+
+
+def _label(method: str, run: Run, reference: Run) -> str:
+    mine = _settings(run)
+    return ", ".join([method, *(f"{name}={mine.get(name, 'unset')}" for name in _differing(run, reference))])
+
+
+def _differing(run: Run, reference: Run) -> list[str]:
+    """Settings in which two runs differ, in the reference's order."""
+    mine, theirs = _settings(run), _settings(reference)
+    names = [*theirs, *(name for name in mine if name not in theirs)]
+    return [name for name in names if mine.get(name, "unset") != theirs.get(name, "unset")]
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in run.config.items() if name not in NOT_SETTINGS}

@@ -1,0 +1,139 @@
+"""The records that ``trainer sequence`` leaves behind, read and checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from clipweld.trainer.adapters.adapter import Adapter, load_adapter
+from clipweld.trainer.errors import ReportError
+from clipweld.trainer.schemas import Json, one_line, read_json, read_json_file
+from clipweld.trainer.sequence.folder import Finished, SequenceResult
+
+RECORD = "sequence.json"
+VALIDATION = ", validation"  # what clipweld.trainer.tasks.validation adds to a task's source
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sequence of tasks, learned once.
+
+    Attributes:
+        name: its folder, relative to the folder that is reported on.
+        order_seed: what drew the order of the tasks; None where it was given.
+        validation: measured on training images that were held out, not on test images.
+        config: the settings of the run, the number of devices and their precision among them.
+        results: by label space: "task" (an image's classes are those of its own task), and "union" (of all tasks).
+    """
+
+    name: str
+    folder: Path
+    model: str
+    pretrained: str
+    order_seed: int | None
+    validation: bool
+    config: dict[str, Any]
+    results: dict[str, SequenceResult]
+
+    @property
+    def result(self) -> SequenceResult:
+        """In the label space that every record has; what is not accuracy is the same in all."""
+        return self.results["task"]
+
+    @property
+    def method(self) -> str:
+        return self.result.method
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The learned tasks, first to last."""
+        return tuple(self.result.tasks)
+
+    @property
+    def seed(self) -> int:
+        return self.result.seed
+
+    def measure(self, space: str, name: str) -> float | None:
+        """Transfer, average, last or forgetting in percent; None where it is not defined."""
+        return getattr(self.results[space], name)
+
+    def zero_shot(self, space: str) -> float:
+        """Mean over the learned tasks before anything was learned."""
+        return mean(self.results[space].zero_shot[: len(self.order)])
+
+    def zero_shot_transfer(self, space: str) -> float | None:
+        """What Transfer would be if learning changed nothing: the mean over all learned tasks but the first."""
+        return mean(self.results[space].zero_shot[1 : len(self.order)]) if len(self.order) > 1 else None
+
+    def gain(self, space: str) -> float | None:
+        """Transfer minus zero-shot on the same tasks."""
+        transfer = self.measure(space, "transfer")
+        return None if transfer is None else transfer - self.zero_shot_transfer(space)
+
+    def adapters(self) -> list[Adapter]:
+        """What the learned tasks left behind, in the order they were learned; empty for methods that leave none.
+
+        Raises:
+            AdapterError: one is not what was written.
+        """
+        found = {
+            adapter.task: adapter for adapter in map(load_adapter, sorted(self.folder.glob("adapters/*.safetensors")))
+        }
+        return [found[task] for task in self.order if task in found]
+
+
+def read_runs(root: Path) -> list[Run]:
+    """Every run at any depth below a folder, by name.
+
+    Raises:
+        ReportError: no such folder, no record below it, or a record that can't be read.
+    """
+    if not root.is_dir():
+        raise ReportError(f"{root}: no such folder; give one that 'trainer sequence --out' wrote to")
+    paths = sorted(root.rglob(RECORD))
+    if not paths:
+        raise ReportError(f"{root}: no {RECORD} in it or below it; 'trainer sequence --out {root}' writes one")
+    return [_read(path, root) for path in paths]
+
+
+def _read(path: Path, root: Path) -> Run:
+    try:
+        record = {"precision": None, **read_json_file(Json, path)}  # the first ones don't say theirs
+        found = read_json(Finished, json.dumps(record))
+        if "task" not in found.results:
+            raise ValueError("its results lack the label space 'task'")
+        for result in found.results.values():
+            _check(found, result)
+    except (OSError, ValueError) as exc:
+        raise ReportError(
+            f"{path}: not a record that this trainer can read ({one_line(str(exc))}); remove it, or run "
+            "'trainer sequence' again"
+        ) from exc
+    precision = {} if found.precision is None else {"precision": found.precision}
+    return Run(
+        name=path.parent.relative_to(root).as_posix(),
+        folder=path.parent,
+        model=found.model,
+        pretrained=found.pretrained,
+        order_seed=found.order_seed,
+        validation=any(source.endswith(VALIDATION) for source in found.sources),
+        config={**found.config, "devices": found.devices, **precision},
+        results=found.results,
+    )
+
+
+def _check(found: Finished, result: SequenceResult) -> None:
+    """Raises:
+    ValueError: a result is of other tasks than its run, or its rows are too many, too few or too short.
+    """
+    if (result.method, result.tasks) != (found.method, found.tasks):
+        raise ValueError("its results are not of its method and its tasks")
+    if not result.tasks or result.tested[: len(result.tasks)] != result.tasks:
+        raise ValueError("the tested tasks do not begin with the learned ones")
+    if len(result.matrix) not in (1, len(result.tasks)):
+        raise ValueError(f"{len(result.matrix)} rows of accuracies for {len(result.tasks)} learned tasks")
+    if any(len(row) != len(result.tested) for row in (result.zero_shot, *result.matrix)):
+        raise ValueError(f"a row of accuracies is not as long as the {len(result.tested)} tested tasks")

@@ -1,0 +1,181 @@
+"""Task after task: each is learned on top of the last, and all are tested after each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from lightning_fabric import Fabric
+
+from clipweld.trainer.base.backbone import Backbone
+from clipweld.trainer.base.batches import check_batch_size
+from clipweld.trainer.config import LABEL_SPACES, LabelSpace, Method, TrainConfig, without_pool
+from clipweld.trainer.errors import ConfigError
+from clipweld.trainer.files import check_writable, output_errors
+from clipweld.trainer.learning.evaluate import Accuracies, evaluate
+from clipweld.trainer.learning.fit import Step, one_device
+from clipweld.trainer.sequence.folder import (
+    FINISHED,
+    LEFT_BEHIND,
+    PROGRESS,
+    Finished,
+    Identity,
+    Progress,
+    SequenceResult,
+    read_record,
+    write_record,
+)
+from clipweld.trainer.sequence.methods import LEARNERS, Learned, Run
+from clipweld.trainer.sequence.metrics import average, forgetting, last, transfer
+from clipweld.trainer.tasks import Task, check_distinct, check_prompts
+
+
+def run_sequence(
+    tasks: Sequence[Task],
+    base: Backbone,
+    config: TrainConfig,
+    out: Path,
+    *,
+    method: Method = "pool",
+    watch: Sequence[Task] = (),
+    order_seed: int | None = None,
+    fabric: Fabric | None = None,
+    resume: bool = False,
+    on_stage: Callable[[Sequence[Task]], Callable[[Step], None]] = lambda tasks: lambda step: None,
+) -> dict[LabelSpace, SequenceResult]:
+    """Learn tasks one after another, each on top of the last, and test all of them after each.
+
+    Writes ``sequence.json`` below ``out``, and what the method leaves behind. Until the run is finished,
+    ``progress.json`` and ``unfinished.safetensors`` say how far it is.
+
+    Args:
+        method: ``joint`` learns all tasks at once.
+        watch: tasks that are tested but never learned.
+        order_seed: shuffles ``tasks``; None leaves them in the order given.
+        resume: go on with the run in ``out`` where it was interrupted; start it where there is none.
+        on_stage: told of the tasks that are learned next; what it returns is told of every step.
+
+    Raises:
+        ConfigError: a task is listed twice, batches of one image, or ``out`` holds a run and ``resume`` isn't set.
+        TaskInvalid: two classes of a task are the same tokens.
+        CheckpointError: ``out`` holds a run with other settings.
+        OutputError: ``out`` can't be written; what is there can be gone on with.
+    """
+    fabric = fabric or one_device(base)
+    config = config if method == "pool" else without_pool(config)
+    if order_seed is not None:
+        tasks = random.Random(order_seed).sample(tasks, len(tasks))
+    tested = [*tasks, *watch]
+    _check(tested, base, config, fabric)
+    identity = _identity(tasks, watch, base, config, method, order_seed, fabric)
+    if not resume and any((out / name).exists() for name in LEFT_BEHIND):
+        raise ConfigError(f"{out} holds a run already; --resume goes on with it, or give another --out")
+    if (out / FINISHED).exists():
+        finished = read_record(out / FINISHED, Finished, asdict(identity)).results
+        if fabric.is_global_zero:
+            (out / PROGRESS).unlink(missing_ok=True)
+        return finished
+    check_writable(out)
+    progress = _begin(out, identity, base, tested, fabric)
+    learned = _learn(Run(base, config, out, tested, fabric), tasks, progress, resume, on_stage)
+    results = {space: _result(space, identity, tested, progress.zero_shot, learned) for space in LABEL_SPACES}
+    if fabric.is_global_zero:
+        write_record(out / FINISHED, Finished(**vars(identity), results=results))
+        with output_errors(out):
+            (out / PROGRESS).unlink()
+    return results
+
+
+def _check(tested: Sequence[Task], base: Backbone, config: TrainConfig, fabric: Fabric) -> None:
+    check_distinct(tested)
+    check_batch_size(config, fabric.world_size)
+    for task in tested:
+        check_prompts(task, base.tokenizer)
+
+
+def _identity(
+    tasks: Sequence[Task],
+    watch: Sequence[Task],
+    base: Backbone,
+    config: TrainConfig,
+    method: Method,
+    order_seed: int | None,
+    fabric: Fabric,
+) -> Identity:
+    return Identity(
+        model=base.model_name,
+        pretrained=base.pretrained,
+        base_fingerprint=base.fingerprint,
+        method=method,
+        tasks=[task.name for task in tasks],
+        watch=[task.name for task in watch],
+        sources=[task.source for task in (*tasks, *watch)],
+        order_seed=order_seed,
+        devices=fabric.world_size,
+        precision=fabric.strategy.precision.precision,
+        config=asdict(config),
+    )
+
+
+def _begin(out: Path, identity: Identity, base: Backbone, tested: Sequence[Task], fabric: Fabric) -> Progress:
+    """How far the run in a folder is; where there is none, how good the base is."""
+    wanted = asdict(identity) | {
+        "class_names": {task.name: list(task.class_names) for task in tested},
+        "templates": {task.name: list(task.templates) for task in tested},
+    }
+    if (out / PROGRESS).exists():
+        return read_record(out / PROGRESS, Progress, wanted)
+    return Progress(**wanted, zero_shot=evaluate(base, tested, fabric), stages=[])
+
+
+def _learn(
+    run: Run,
+    tasks: Sequence[Task],
+    progress: Progress,
+    resume: bool,
+    on_stage: Callable[[Sequence[Task]], Callable[[Step], None]],
+) -> list[Learned]:
+    """Learn what is left of a run, with its progress on record after every stage."""
+    first = run.fabric.is_global_zero
+    stages = [tasks] if progress.method == "joint" else [[task] for task in tasks]
+    learned = list(progress.stages)
+    learner = LEARNERS[progress.method](run)
+    learner.restore([task for stage in stages[: len(learned)] for task in stage])
+    if first:
+        learner.clear()
+    for stage in stages[len(learned) :]:
+        before = learned[-1].accuracies if learned else progress.zero_shot
+        learned.append(learner.learn(stage, before, resume=resume, on_step=on_stage(stage)))
+        if first:
+            with output_errors(run.out):
+                run.unfinished.unlink(missing_ok=True)  # before the task is on record: the next can't go on with it
+            write_record(run.out / PROGRESS, replace(progress, stages=learned))
+            with output_errors(run.out):
+                learner.clear()
+    return learned
+
+
+def _result(
+    space: LabelSpace, identity: Identity, tested: Sequence[Task], zero_shot: Accuracies, learned: Sequence[Learned]
+) -> SequenceResult:
+    """What the stages came to, seen in one label space."""
+    rows = [[stage.accuracies[space][task.name] for task in tested] for stage in learned]
+    square = [row[: len(identity.tasks)] for row in rows]
+    return SequenceResult(
+        method=identity.method,
+        tasks=identity.tasks,
+        tested=[task.name for task in tested],
+        label_space=space,
+        seed=identity.config["seed"],
+        zero_shot=[zero_shot[space][task.name] for task in tested],
+        matrix=rows,
+        transfer=transfer(square),
+        average=average(square),
+        last=last(square),
+        forgetting=forgetting(square),
+        trainable_parameters=learned[-1].trainable_parameters,
+        kept_parameters=learned[-1].kept_parameters,
+        seconds_per_task=[round(stage.seconds, 2) for stage in learned],
+    )

@@ -1,0 +1,125 @@
+"""What the trainer's commands print for people: a table or a few lines of each result."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from clipweld.trainer.config import MEASURES
+from clipweld.trainer.output import console
+
+if TYPE_CHECKING:  # heavy: the help needs none of it
+    from clipweld.trainer.adapters.adapter import Adapter
+    from clipweld.trainer.base.backbone import Backbone
+    from clipweld.trainer.learning.bench import BenchResult
+    from clipweld.trainer.learning.dry_run import DryRun
+    from clipweld.trainer.learning.fit import Fitted
+    from clipweld.trainer.sequence.folder import SequenceResult
+    from clipweld.trainer.tasks import Availability
+
+
+def show_tasks(known: Sequence[Availability]) -> None:
+    """What can be learned here, a task a row."""
+    table = Table("task", "classes", "train", "test", "where", "missing", title="What can be learned here")
+    for entry in known:
+        counts = ("", "", "") if entry.missing else (f"{n:,}" for n in (entry.classes, entry.train, entry.test))
+        style = "dim" if entry.missing else None
+        table.add_row(entry.name, *counts, escape(entry.source), entry.missing, style=style)
+    console().print(table)
+    console().print("Your own images: trainer fit --task FOLDER, with FOLDER/train/CLASS/* and FOLDER/test/CLASS/*")
+
+
+def show_fitted(fitted: Fitted, lineage: Sequence[Adapter], path: Path) -> None:
+    """Accuracies before and after a task was learned."""
+    learned = fitted.adapter
+    table = Table("task", "before", "after", "change", title=f"Accuracy on test images, % (learned: {learned.task})")
+    for adapter in (*lineage, learned):
+        before, after = (learned.accuracy[when].get(adapter.task) for when in ("before", "after"))
+        cells = (
+            (f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
+            if before is not None
+            else ("no images here", "", "")
+        )
+        table.add_row(adapter.task, *cells, style="bold" if adapter is learned else None)
+    console().print(table)
+    console().print(
+        f"{path}: {learned.num_parameters:,} numbers kept of {fitted.trainable_parameters:,} trained, "
+        f"{fitted.seconds:.0f} s. Next: exporter merge --to onnx --model {learned.model_name}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def show_dry_run(found: DryRun, task: str, base: Backbone, iterations: int) -> None:
+    """What learning a task would take."""
+    table = Table("trained", "numbers", title=f"{task} on {base.model_name}")
+    for name, count in (*found.parts.items(), ("all", found.trainable_parameters)):
+        table.add_row(name.replace("_", " "), f"{count:,}")
+    console().print(table)
+    console().print(
+        f"Kept: {found.kept_parameters:,} numbers, {found.kept_bytes / 1e6:.1f} MB. "
+        f"Memory: {found.memory_bytes / 1e9:.1f} GB on {base.device.type}. "
+        f"Time: {iterations} steps of {found.seconds_per_step:.2f} s, "
+        f"{iterations * found.seconds_per_step / 60:.1f} minutes, testing not counted. Nothing was written.",
+        soft_wrap=True,
+    )
+
+
+def show_accuracies(model_name: str, learned: Sequence[str], accuracies: dict[str, float]) -> None:
+    """Test accuracies, a task a row."""
+    table = Table("task", "accuracy %", title=f"{model_name}, learned: {', '.join(learned) or 'nothing'}")
+    for name, value in accuracies.items():
+        table.add_row(name, f"{value:.1f}")
+    console().print(table)
+
+
+def show_bench(found: BenchResult) -> None:
+    """Steps of each kind, and the floor."""
+    title = f"A training step of {found.model}, {found.batch_size} images, {found.device}"
+    table = Table("step", "seconds", "images/s", "memory, GB", "time / pool's", title=title)
+    for name, seconds, memory, ratio in (
+        (f"pool, {found.precision}", found.pool_seconds, f"{found.pool_bytes / 1e9:.2f}", 1.0),
+        ("naive, 32-true", found.naive_seconds, f"{found.naive_bytes / 1e9:.2f}", found.speedup),
+        ("floor", found.floor_seconds, "", 1 / found.times_floor),
+    ):
+        table.add_row(name, f"{seconds:.3g}", f"{found.batch_size / seconds:.1f}", memory, f"{ratio:.2f}")
+    console().print(table)
+    console().print(
+        f"Floor: {found.floor_flops / 1e9:,.1f} billion operations of the frozen towers at "
+        f"{found.flops_per_second / 1e9:,.1f} billion a second, as matrix products of that size run here; the naive "
+        f"step's are {found.naive_flops / found.floor_flops:.2f} times as many. In float32 losses differ by "
+        f"{found.loss_difference:.0e}, gradients by {found.gradient_difference:.0e} of their size.",
+        soft_wrap=True,
+    )
+    if found.warning:
+        console().print(f"Warning: {found.warning}", style="yellow", soft_wrap=True, markup=False)
+
+
+def show_matrix(result: SequenceResult) -> None:
+    """One run: the accuracy matrix and its four measures."""
+    among = "the classes of their own task" if result.label_space == "task" else "the classes of all tasks"
+    title = f"{result.method}, seed {result.seed}: accuracy on test images among {among}, %"
+    table = Table("after learning", *result.tested, title=title)
+    learned = result.tasks if len(result.matrix) == len(result.tasks) else ("all at once",)
+    for name, row in zip(("nothing", *learned), (result.zero_shot, *result.matrix), strict=True):
+        table.add_row(name, *(f"{cell:.1f}" for cell in row))
+    console().print(table)
+    for name in MEASURES:
+        value = getattr(result, name)
+        console().print(f"{name.capitalize():<11}{'not defined by one row' if value is None else f'{value:.1f}'}")
+
+
+def show_spread(results: Sequence[SequenceResult]) -> None:
+    """Mean and standard deviation over seeds."""
+    table = Table("over seeds", "mean", "standard deviation")
+    for name in MEASURES:
+        values = [getattr(result, name) for result in results]
+        if None not in values:
+            spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "one seed"
+            table.add_row(name.capitalize(), f"{statistics.mean(values):.2f}", spread)
+    console().print(table)

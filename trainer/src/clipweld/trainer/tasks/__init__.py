@@ -1,0 +1,206 @@
+"""What can be learned: the small tasks that ship, the eleven of MTIL, and a user's own folder of images."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from clipweld.trainer.errors import ConfigError, TaskDataMissing, TaskError, TaskInvalid, UnknownTask
+from clipweld.trainer.schemas import one_line
+from clipweld.trainer.tasks import folder, shipped
+from clipweld.trainer.tasks.lists import LISTS, MTIL
+from clipweld.trainer.tasks.prompts import check_prompts
+from clipweld.trainer.tasks.split import validation
+from clipweld.trainer.tasks.summary import Summary, summarise
+from clipweld.trainer.tasks.task import Images, Task, skip_unreadable
+
+if TYPE_CHECKING:
+    from clipweld.trainer.adapters.adapter import Adapter
+
+__all__ = [
+    "Availability",
+    "Images",
+    "Summary",
+    "Task",
+    "catalogue",
+    "check_distinct",
+    "check_prompts",
+    "find_learned",
+    "load_task",
+    "load_tasks",
+    "sample",
+    "shipped_tasks",
+    "skip_unreadable",
+    "summarise",
+    "task_lists",
+    "validation",
+]
+
+DATA = Path("data")
+
+
+def load_task(
+    name: str,
+    data: Path = DATA,
+    *,
+    download: bool = False,
+    rename: str | None = None,
+    templates: tuple[str, ...] = (),
+) -> Task:
+    """The task of a name, or of a folder of images.
+
+    Args:
+        name: a shipped task, one of MTIL's, or the path of a folder (anything with a separator, or a folder here);
+            ``NAME=FOLDER`` is a folder's task by another name.
+        data: where MTIL's data sets lie.
+        download: fetch what is missing, where torchvision still can.
+        rename, templates: what to call a folder's task, and its prompts.
+
+    Raises:
+        UnknownTask: neither a name nor a folder; gives near names.
+        TaskInvalid: the folder makes no task, or a name or templates were given for what has its own.
+        TaskDataMissing: known, but its images are not here.
+    """
+    if name in (*shipped.names(), *MTIL):
+        if rename is not None or templates:
+            raise TaskInvalid(
+                f"task {name!r}: its name and templates are its own; --name and --template are for folders"
+            )
+        return shipped.load(name) if name in shipped.names() else _benchmark(name, data, download)
+    if name and (os.path.isdir(name) or (os.sep in name and "=" not in name)):
+        return folder.load(Path(name), rename, templates)
+    new_name, equals, place = name.partition("=")
+    if equals and new_name and place:
+        if rename is not None:
+            raise TaskInvalid(
+                f"task folder {one_line(place)}: named both {one_line(new_name)!r} and {rename!r}; name it once"
+            )
+        return folder.load(Path(place), new_name, templates)
+    known = (*shipped.names(), *MTIL)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    what = f"{name!r} is a file, no task" if os.path.isfile(name) else f"unknown task {one_line(name)!r}"
+    raise UnknownTask(
+        f"{what}; {'near names: ' + ', '.join(near) if near else 'known: ' + ', '.join(known)}; "
+        "or give the path of a folder of images"
+    )
+
+
+def _benchmark(name: str, data: Path, download: bool) -> Task:
+    """One of MTIL's tasks.
+
+    Raises:
+        TaskDataMissing: says how to get it, or that a folder here has its name.
+    """
+    from clipweld.trainer.tasks import mtil  # and torchvision, which imports torch
+
+    try:
+        return mtil.load(name, data, download)
+    except TaskDataMissing as exc:
+        if not os.path.isdir(name):
+            raise
+        raise TaskDataMissing(f"{exc}; for the folder of that name here give .{os.sep}{name}") from exc
+
+
+def find_learned(adapter: Adapter, data: Path = DATA) -> Task | None:
+    """The task of an adapter, if its images are still to be found; a folder's task remembers its folder.
+
+    The adapter may come from anyone: below the folder that it names nothing is looked at unless the class folders there
+    are its own.
+    """
+    source, known = adapter.config.get("source"), {*shipped.names(), *MTIL}
+    for reference in filter(None, (source if isinstance(source, str) else None, adapter.task)):
+        try:
+            if reference in known:
+                task = load_task(reference, data)
+            elif os.path.isdir(reference) and folder.class_names(Path(reference)) == adapter.class_names:
+                task = folder.load(Path(reference), adapter.task, adapter.templates)
+            else:
+                continue
+        except (TaskError, OSError, ValueError):  # a name that no folder can have raises the last two
+            continue
+        if task.class_names == adapter.class_names:
+            return task
+    return None
+
+
+def load_tasks(names: Sequence[str], data: Path = DATA, *, download: bool = False) -> list[Task]:
+    """The tasks of several names; the name of a list of tasks stands for all of its tasks, in their order.
+
+    Raises:
+        ConfigError: two are of one name.
+    """
+    single = [name for given in names for name in task_lists().get(given, (given,))]
+    tasks = [load_task(name, data, download=download) for name in single]
+    check_distinct(tasks)
+    return tasks
+
+
+def check_distinct(tasks: Sequence[Task]) -> None:
+    """Refuse two tasks of one name, for figures are kept by names.
+
+    Raises:
+        ConfigError: names them all, and what two of one name are made of.
+    """
+    sources = defaultdict(list)
+    for task in tasks:
+        sources[task.name].append(task.source)
+    for name, own in sources.items():
+        if len(own) > 1:
+            raise ConfigError(
+                f"a task is listed twice in: {' '.join(task.name for task in tasks)}; {name!r} is "
+                f"{' and '.join(own)}: name each once; a folder of images gets another name as NAME=FOLDER"
+            )
+
+
+def shipped_tasks() -> list[Task]:
+    """The small ones that need no download."""
+    return [shipped.load(name) for name in shipped.names()]
+
+
+def task_lists() -> dict[str, tuple[str, ...]]:
+    """Names that stand for several tasks: ``mini``, the shipped ones; MTIL's two orders, and X-TAIL's."""
+    return {"mini": shipped.names(), **LISTS}
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a task can be learned here: ``missing`` says what is not, and how to get it; it is empty when all is."""
+
+    name: str
+    classes: int
+    train: int
+    test: int
+    source: str
+    missing: str
+
+
+def catalogue(data: Path = DATA) -> list[Availability]:
+    """Every known task, learnable here or not."""
+    return [_availability(name, data) for name in (*shipped.names(), *MTIL)]
+
+
+def _availability(name: str, data: Path) -> Availability:
+    try:
+        task = load_task(name, data)
+    except TaskDataMissing:
+        from clipweld.trainer.tasks import mtil
+
+        step = "provide the folder, its download is dead" if mtil.SOURCES[name].dead else "--download fetches it"
+        return Availability(name, 0, 0, 0, str(data / mtil.SOURCES[name].folder), step)
+    return Availability(name, len(task.class_names), len(task.load("train")), len(task.load("test")), task.source, "")
+
+
+def sample(count: int) -> tuple[list[Image.Image], list[str]]:
+    """Real images of the shipped tasks, in turn, and prompts of all their classes: what a check can run on."""
+    tasks = shipped_tasks()
+    tests = [task.load("test") for task in tasks]
+    images = [tests[i % len(tests)][(i // len(tests)) * 7 % len(tests[i % len(tests)])][0] for i in range(count)]
+    prompts = [prompt for task in tasks for prompt in task.prompts()]
+    return images, prompts

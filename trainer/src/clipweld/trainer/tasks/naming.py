@@ -1,0 +1,81 @@
+"""What class folders are called in prompts: by their own names, or by ``classes.txt``."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipweld.trainer.errors import TaskInvalid
+from clipweld.trainer.tasks.text_file import read_lines
+from clipweld.trainer.tasks.tree import listed
+
+LISTS = ("classes.txt", "templates.txt")
+MAX_PAIRS = 12  # of folders with their names, in a warning
+
+
+def names_of(folder: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """What class folders stand for in prompts, and what is doubtful about it.
+
+    Raises:
+        TaskInvalid: two become one, or ``classes.txt`` has another number of names.
+    """
+    written = lines_of(folder, "classes.txt")
+    if not written:
+        names = tuple(map(spaced, classes))
+        for name, count in Counter(names).items():
+            if count > 1 or not name:
+                alike = [own for own, other in zip(classes, names, strict=True) if other == name]
+                raise TaskInvalid(
+                    f"task folder {folder}: class folder {listed(alike)} would become class name {name!r}; rename one, "
+                    "or give all their names in classes.txt"
+                )
+        return names, []
+    if len(written) != len(classes):
+        raise TaskInvalid(
+            f"{folder / 'classes.txt'}: {len(written)} class names for {len(classes)} class folders; give one line a "
+            "class"
+        )
+    keys, lines = ([folded(name) for name in names] for names in (classes, written))
+    by_key = dict(zip(lines, written, strict=True))
+    if by_key.keys() == set(keys) and len(by_key) == len(keys):  # the folders' own names, in any order
+        return tuple(by_key[key] for key in keys), []
+    misplaced = any(key in by_key and key != line for key, line in zip(keys, lines, strict=True))
+    if not misplaced and sorted(classes, key=_natural) == list(classes):
+        return written, []
+    pairs = [f"{own!r} -> {name!r}" for own, name in zip(classes, written, strict=True)]
+    more = f" and {len(pairs) - MAX_PAIRS} more" if len(pairs) > MAX_PAIRS else ""
+    return written, [f"classes.txt names the folders in sorted order: {', '.join(pairs[:MAX_PAIRS])}{more}; check them"]
+
+
+def spaced(name: str) -> str:
+    """A folder's name as a prompt should have it."""
+    return " ".join(name.replace("_", " ").replace("-", " ").split())
+
+
+def folded(name: str) -> str:
+    """What spellings of one class name have in common."""
+    return spaced(unicodedata.normalize("NFKC", name)).casefold()
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """For sorting as people do: 2 before 10, whatever the case."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts if part]
+
+
+def lines_of(folder: Path, name: str) -> tuple[str, ...]:
+    """The lines of an optional file of a task's folder, whatever the case of its name.
+
+    Raises:
+        TaskInvalid: it is no list of lines, or there are two.
+    """
+    found = sorted(entry for entry in os.listdir(folder) if entry.lower() == name)
+    if len(found) > 1:
+        raise TaskInvalid(f"task folder {folder}: {found[0]} and {found[1]} are both its {name}; remove one")
+    if not found and (slip := [entry for entry in os.listdir(folder) if entry.lower() == f"{name}.txt"]):
+        raise TaskInvalid(f"task folder {folder}: {slip[0]} has its suffix twice; rename it to {name}, or remove it")
+    return read_lines(folder / found[0]) if found else ()

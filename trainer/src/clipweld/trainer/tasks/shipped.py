@@ -1,0 +1,51 @@
+"""The small tasks that ship with clipweld: real images of 64 pixels, zipped, no download."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import zipfile
+from pathlib import Path
+
+from PIL import Image
+
+from clipweld.trainer import mini
+from clipweld.trainer.tasks.task import Images, Task
+
+FOLDER = mini.FOLDER / "tasks"
+
+
+@functools.cache
+def _catalogue() -> dict[str, dict]:
+    return json.loads((FOLDER / "tasks.json").read_text(encoding="utf-8"))
+
+
+def names() -> tuple[str, ...]:
+    """Names of the shipped tasks."""
+    return tuple(_catalogue())
+
+
+def load(name: str) -> Task:
+    """A shipped task by name."""
+    entry = _catalogue()[name]
+    class_names = tuple(entry["class_names"])
+    return Task(
+        name=name,
+        class_names=class_names,
+        templates=tuple(entry["templates"]),
+        load=lambda split: _images(FOLDER / f"{name}.zip", split, class_names),
+        source="shipped",
+    )
+
+
+def _images(path: Path, split: str, class_names: tuple[str, ...]) -> Images:
+    """Members ``<split>/<class>/<file>`` of an archive, read into memory at once: it is small."""
+    with zipfile.ZipFile(path) as archive:
+        members = sorted(name for name in archive.namelist() if name.startswith(f"{split}/") and not name.endswith("/"))
+        encoded = [archive.read(name) for name in members]
+    return Images(
+        labels=[class_names.index(name.split("/")[1]) for name in members],
+        open=lambda index: Image.open(io.BytesIO(encoded[index])),
+        name_of=lambda index: f"{path}:{members[index]}",
+    )
