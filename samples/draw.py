@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from trainer.tasks import load_task
+from clipweld.trainer.tasks import load_task
 
 HERE = Path(__file__).parent
 SEED = 0

@@ -1,4 +1,4 @@
-"""Every command in the README, run as it stands there, in order.
+"""Every command in the README and in the guides, run as it stands there, in order.
 
 Three changes make that possible without a network: ``--download`` is left out and a tiny aircraft data set in
 torchvision's layout is there instead; the real ViT-B-16 has random weights, few steps and small batches; ports are free
@@ -22,13 +22,16 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SETUP = {"make demo", "make test", "make audit", "source .venv/bin/activate"}
+GUIDES = ("client", "real-clip", "folders", "releases", "measuring")
+SETUP = {"make demo", "make test", "source .venv/bin/activate"}
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def commands(section):
-    """The shell lines of one section, without comments."""
-    text = README.split(f"## {section}\n")[1].split("\n## ")[0]
+def commands(page, section=""):
+    """The shell lines of a page or of one of its sections, without comments."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if section:
+        text = text.split(f"## {section}\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and line not in SETUP]
@@ -81,20 +84,18 @@ def folder(tmp_path):
 
 def test_setup_commands_are_the_makefile_s():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in ("demo", "test", "audit"):
+    for target in ("demo", "test"):
         assert f"make {target} " in README
         assert re.search(rf"^{target}: install", makefile, re.M)
 
 
-def test_no_section_with_commands_is_forgotten():
-    sections = [s for s in re.findall(r"^## (.+)$", README, re.M) if commands(s)]
-    assert sections == [
-        "First steps, offline",
-        "The real CLIP",
+def test_no_commands_are_forgotten():
+    assert [name for name in re.findall(r"^## (.+)$", README, re.M) if commands("README.md", name)] == [
+        "First steps",
         "Your own images",
-        "Releases, and the way back",
-        "Does it work? Measure it",
     ]
+    others = {"without-the-client"}  # tests/test_docs.py
+    assert {page.stem for page in ROOT.glob("docs/*.md") if commands(page)} == {*GUIDES, *others}
 
 
 def test_pictures_and_pages_that_the_documents_name_exist():
@@ -112,29 +113,37 @@ def test_pictures_in_help_screens_exist(command, folder):
     assert all((folder / name).exists() for name in named), named
 
 
-@pytest.mark.slow
-def test_first_steps(folder):
-    lines = [offline(line) for line in commands("First steps, offline")]
-    learn, ask = lines[: lines.index("exporter serve")], lines[lines.index("exporter serve") + 1 :]
-    for line in learn:
+@pytest.fixture
+def learned(folder):
+    """That folder after the first steps."""
+    lines = [offline(line) for line in commands("README.md", "First steps")]
+    serve = next(line for line in lines if line.startswith("exporter serve"))
+    for line in lines[: lines.index(serve)]:
         run(line, folder)
-    for line in ask[:-1]:
-        run(f"exporter serve --port 0 -- {line}", folder)
-    assert '"seven"' in run(ask[-1], folder)
+    assert "seven" in run(serve, folder)
+    return folder
 
-    server = subprocess.Popen(["exporter", "serve"], cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+@pytest.mark.slow
+def test_first_steps_and_the_client(learned):
+    """One after the other on one server, as a reader has it."""
+    server = subprocess.Popen(["exporter", "serve"], cwd=learned, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     try:
         while "Ctrl-C" not in (line := server.stderr.readline()):
             assert line, "exporter serve ended before it was ready"
-        examples = re.findall(r"```python\n(.*?)```", README, re.S)
-        said = [
-            subprocess.run(
-                [sys.executable, "-c", example], cwd=folder, capture_output=True, text=True, check=True
-            ).stdout
-            for example in examples
-        ]
-        assert "%" in said[0]
-        assert len(said[1].splitlines()) == 5
+        for line in (*commands("README.md", "First steps"), *commands("docs/client.md")):
+            if line.startswith("client"):
+                assert run(line, learned)
+        assert len((learned / "answers.csv").read_text().splitlines()) == 26  # five labels for each image
+        for page, answers in (("README.md", [5]), ("docs/client.md", [1, 5])):
+            examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+            said = [
+                subprocess.run(
+                    [sys.executable, "-c", example], cwd=learned, capture_output=True, text=True, check=True
+                ).stdout
+                for example in examples
+            ]
+            assert [len(text.splitlines()) for text in said] == answers
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 0
@@ -142,28 +151,36 @@ def test_first_steps(folder):
 
 
 @pytest.mark.slow
+def test_your_own_images_after_the_first_steps(learned):
+    """The model is that of the adapters that are there."""
+    said = {}
+    for line in commands("README.md", "Your own images"):
+        quick = " --iterations 3" if line.startswith("trainer fit") else ""
+        said[line] = run(line.replace("serve --", "serve --port 0 --") + quick, learned)
+    assert "version 3 is served (before: 2)" in said["exporter promote"]
+
+
+@pytest.mark.slow
 def test_the_real_clip_and_your_own_images(folder):
-    """Both sections as one story: learn everything first, then merge once, then ask; a ViT-B-16 is slow to export."""
-    lines = dict.fromkeys(commands("The real CLIP") + commands("Your own images"))
-    for step in ("trainer", "exporter merge", "exporter serve"):
+    """Both as one story: learn everything first, then merge once, then ask; a ViT-B-16 is slow to export."""
+    lines = dict.fromkeys(commands("docs/real-clip.md") + commands("README.md", "Your own images"))
+    for step in ("trainer", "exporter merge", "exporter promote", "exporter serve"):
         for line in lines:
             if line.startswith(step):
                 run(offline(line), folder)
 
 
 @pytest.mark.slow
-def test_releases(folder):
-    run(offline("trainer fit --model mini --task digits"), folder)
-    run("exporter merge --to onnx --model mini", folder)
-    said = {line: run(offline(line), folder) for line in commands("Releases, and the way back")}
+def test_releases(learned):
+    said = {line: run(offline(line), learned) for line in commands("docs/releases.md")}
     assert "version 3 is served (before: 2)" in said["exporter promote 3"]
     assert "version 2 is served (before: 3)" in said["exporter rollback"]
     assert said["exporter prune --keep 3"].startswith("clip: removed none; kept 1, 2, 3; no server of it was found")
 
 
 @pytest.mark.slow
-def test_measure_it(folder):
-    for line in commands("Does it work? Measure it"):
-        run(offline(line), folder)
-    assert "lora" in (folder / "runs/two/report.html").read_text(encoding="utf-8")
-    assert (folder / "adapters/letters.safetensors").is_file()
+def test_measuring_and_folders(learned):
+    for line in commands("docs/measuring.md") + commands("docs/folders.md"):
+        run(offline(line), learned)
+    assert "lora" in (learned / "runs/two/report.html").read_text(encoding="utf-8")
+    assert (learned / "adapters/letters.safetensors").is_file()
