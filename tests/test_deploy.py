@@ -157,6 +157,7 @@ def test_kubectl_renders_the_same(overlay):
     assert ours == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [("compose.yaml",), ("compose.gpu.yaml",), ("compose.yaml", "compose.gpu.yaml")])
 def test_compose_matches_its_specification(files, tmp_path):
     (tmp_path / "compose.yaml").write_text(yaml.safe_dump(compose(*files)))

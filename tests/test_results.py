@@ -21,6 +21,7 @@ def test_there_are_tables():
     assert len(TABLES) == TEXT.count("<!-- python -m") > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "table"), TABLES, ids=[command for command, _ in TABLES])
 def test_table_is_what_the_command_prints(command, table):
     arguments = [sys.executable, *shlex.split(command)[1:]]

@@ -59,6 +59,7 @@ def test_a_deleted_working_folder_is_named(command, tmp_path):
     assert done.stderr == f"{command}: the working folder has been deleted; change to another one\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", MODULES)
 def test_a_name_that_is_not_utf_8_is_refused(command, tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")

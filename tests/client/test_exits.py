@@ -84,6 +84,7 @@ def check(done, way):
     assert not [line for line in said if "gnored" in line or "never" in line or "nclosed" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
 @pytest.mark.parametrize("kind", ["ZeroShotClassifier", "AsyncZeroShotClassifier"])
 def test_the_interpreter_ends_while_a_silent_server_is_waited_for(silent_port, scheme, kind):

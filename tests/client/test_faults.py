@@ -158,6 +158,7 @@ def test_card_that_this_client_cannot_serve_is_refused(fake, clip, change, messa
         clip.card()
 
 
+@pytest.mark.slow
 def test_slow_answer_is_a_timeout(fake, picture, connect):
     with connect(fake.url, timeout_s=0.5) as clip:
         clip.card()
@@ -273,6 +274,7 @@ def test_card_that_is_none_is_refused(fake, clip, change):
         clip.card()
 
 
+@pytest.mark.slow
 def test_a_deadline_holds_for_those_who_wait_for_others(fake, picture):
     with ZeroShotClassifier(fake.url, timeout_s=10, retries=0) as clip:
         fake.before_infer = lambda *_: time.sleep(3)

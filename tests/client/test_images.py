@@ -87,6 +87,7 @@ def test_pixels_equal_open_clip(mode, resize_mode, interpolation):
         assert_equals_open_clip(random_image(mode, size), SIZE, resize_mode, interpolation)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(("RGB", "L", "RGBA", "P")),

@@ -2,6 +2,8 @@ import inspect
 import subprocess
 import sys
 
+import pytest
+
 from clipweld import client
 
 OTHERS = {"clipweld.trainer", "clipweld.exporter"}
@@ -32,6 +34,7 @@ def loaded_after(statement: str) -> set[str]:
     return {name.partition(".")[0] for name in found} | OTHERS.intersection(found)
 
 
+@pytest.mark.slow
 def test_import_and_help_load_nothing_heavy():
     heavy = {"torch", "torchvision", "open_clip", "onnx", "onnxruntime", *OTHERS, "tritonclient", "grpc"}
     heavy |= {"gevent", "tokenizers", "ftfy"}
@@ -39,6 +42,7 @@ def test_import_and_help_load_nothing_heavy():
     assert not loaded_after("import clipweld.client.cli") & heavy
 
 
+@pytest.mark.slow
 def test_a_whole_classification_needs_neither_torch_nor_the_other_packages(fake):
     call = (
         "import numpy; from clipweld.client import ZeroShotClassifier; "

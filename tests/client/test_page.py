@@ -259,6 +259,7 @@ def test_port_that_is_taken_is_one_line():
     assert done.stderr == f"client: {expected}\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_page_whose_server_hangs():
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

@@ -213,6 +213,7 @@ def test_only_what_got_no_answer_is_asked_again(fake, connect, status, attempts)
         assert asked[0] == attempts
 
 
+@pytest.mark.slow
 def test_a_deadline_holds_for_the_whole_call(fake, connect):
     with connect(fake.url, timeout_s=10) as clip:
         clip.card()
@@ -225,6 +226,7 @@ def test_a_deadline_holds_for_the_whole_call(fake, connect):
             clip.versions(deadline_s=0)
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_retries(fake, connect):
     with connect(fake.url, retries=1000) as clip:
         clip.card()
@@ -233,6 +235,7 @@ def test_a_deadline_ends_retries(fake, connect):
             clip.image_features(picture(0), deadline_s=1)
 
 
+@pytest.mark.slow
 def test_a_thousand_labels_with_seven_templates_are_encoded_once(fake, clip):
     labels = [f"label number {i} {'word ' * (i % 9)}" for i in range(1000)]
     templates = [f"{'a ' * i}photo of {{}}" for i in range(7)]

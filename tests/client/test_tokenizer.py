@@ -47,6 +47,7 @@ def widened(tokens: np.ndarray, context_length: int) -> np.ndarray:
     return np.pad(tokens, ((0, 0), (0, context_length - tokens.shape[1])))
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(text)
 def test_tokens_equal_open_clip(value):

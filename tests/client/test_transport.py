@@ -79,6 +79,7 @@ def test_no_server(closed_port, scheme, connect):
     assert caught.value.__cause__ is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
 def test_silent_server_is_a_timeout(silent_port, scheme, connect):
     with (
@@ -155,6 +156,7 @@ print("closed")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["done", "halfway"])
 def test_garbage_is_collected_in_the_thread_that_brings_answers(fake, silent_port, what):
     """Another classifier is garbage, while this one's closing waits for that thread, with gRPC's lock in its hands."""

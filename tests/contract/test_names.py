@@ -50,6 +50,7 @@ def run(command, folder, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, {"PYTHONPATH": "."}], ids=["plain", "PYTHONPATH=."])
 @pytest.mark.parametrize(
     "way", [["test_mine.py"], ["-m", "test_mine"], ["-m", "pytest", "-q", "-p", "no:cacheprovider"]]
@@ -67,6 +68,7 @@ def test_commands_run_there(folder, name, environment):
     assert done.stdout.startswith("clipweld ")
 
 
+@pytest.mark.slow
 def test_a_type_checker_finds_every_import_from_outside(tmp_path):
     """Without a path made by hand: from an editable checkout, as from an installed wheel."""
     (tmp_path / "mine.py").write_text(

@@ -56,6 +56,7 @@ def run(call, shell="{}", **variables):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_no_stream_ends_a_program_in_a_traceback(call):
     with ThreadPoolExecutor(2) as pool:

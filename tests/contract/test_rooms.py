@@ -64,6 +64,7 @@ def test_imports_go_down(room):
     assert len(seen) > 30
 
 
+@pytest.mark.slow
 def test_modules_of_one_wing_form_no_circle():
     for room in ("trainer", "exporter", "client"):
         modules = {}

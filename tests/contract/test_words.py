@@ -46,6 +46,7 @@ def printed(path):
             yield node.lineno, text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("never", NEVER, ids=NEVER.values())
 def test_no_word_of_the_glossary_s_is_left(never):
     word = re.compile(rf"\b(?:{never})\b", re.IGNORECASE)

@@ -68,6 +68,7 @@ def test_with_the_key_code_would_run(keyed, tmp_path):
     urllib.request.urlopen(urllib.request.Request(f"{address}/unload", b"{}", headers), timeout=30)
 
 
+@pytest.mark.slow
 def test_who_may_write_the_repository_switches_it_without_being_told_a_key(keyed):
     repository, server = keyed
     before = repository.served

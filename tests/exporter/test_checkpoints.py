@@ -54,6 +54,7 @@ def test_weights_trained_with_quick_gelu_are_loaded_by_the_name_that_has_it(tmp_
     assert save_open_clip(backbone, [], tmp_path / "quick.safetensors") == "ViT-B-32-quickgelu"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("quick", [False, True])
 def test_transformers_computes_the_same_features(mini, make_adapter, tmp_path, samples, quick):
@@ -118,6 +119,7 @@ def test_what_transformers_has_no_place_for_is_named_and_nothing_is_left(mini, t
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_something_is_left_alone(mini, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "notes.txt").write_text("mine")

@@ -47,6 +47,7 @@ def test_where_files_can_not_be_linked_they_are_copied(repository, monkeypatch, 
     assert sorted(os.listdir(repository.path.parent)) == ["model_repository", "model_repository.store"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_a_first_merge_needs_no_links(tmp_path, mini, make_adapter, samples, monkeypatch):
     monkeypatch.setattr(os, "link", failing(errno.EPERM))

@@ -42,6 +42,7 @@ def test_serving_needs_no_torch():
     assert output == "set()\n"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_merge_writes_the_lineage_in_order(make_adapter, tmp_path, monkeypatch, capsys):
     first = make_adapter("zebras")

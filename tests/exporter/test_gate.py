@@ -110,6 +110,7 @@ def test_accuracy_in_onnx_runtime_is_the_trainers(mini, released):
     assert measured.before == measured.after == evaluate(mini, [emoji])["task"]["emoji"]
 
 
+@pytest.mark.slow
 def test_agreement_with_pytorch_is_full_for_its_own_weights_and_not_for_others(mini, released):
     tasks = [load_task("emoji"), load_task("clipart")]
     same = measure_agreement(mini, in_onnx_runtime(mini, *towers(released[0].store / "1")), tasks, quiet)
@@ -139,6 +140,7 @@ def test_a_merge_that_harms_a_validation_set_is_refused_unless_forced(mini, make
     assert [entry["task"] for entry in manifest["accuracy"]] == ["cars", "emoji"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_the_command_shows_what_was_measured_and_why_it_was_refused(make_adapter, tmp_path, monkeypatch, capsys):
     def merge(*more):

@@ -89,6 +89,7 @@ def test_graph_does_not_depend_on_the_values_of_weights(mini, graphs, value):
         assert [(t.name, t.dims) for t in ours.initializer] == [(t.name, t.dims) for t in others.initializer]
 
 
+@pytest.mark.slow
 def test_tracing_again_gives_the_same_bytes_whatever_the_weights(mini, graphs):
     model = mini.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -84,6 +84,7 @@ def test_weights_are_beside_the_graph_in_the_manifest_and_among_what_stands(made
         check_files(repository, version)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_every_precision_is_proven_from_its_files(made, samples, version):
     assert verify(made[0], version, *samples).graph_identical_to_base

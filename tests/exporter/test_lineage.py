@@ -26,6 +26,7 @@ def merges(monkeypatch):
     return tasks
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_only_the_new_adapter_is_merged_and_the_files_are_those_of_a_rebuild(
     released, mini, make_adapter, samples, tmp_path, merges

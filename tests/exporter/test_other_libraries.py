@@ -124,6 +124,7 @@ def test_the_line_that_is_printed_gives_our_answers(target, name, mini, learned,
         assert torch.equal(found, ours)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["squash", "longest"])
 @pytest.mark.parametrize(
@@ -147,6 +148,7 @@ def test_every_preprocessing_goes_along(target, name, mode, mini, emoji, tmp_pat
     assert (theirs(target, line, (task, files), tmp_path) != ours).sum() <= (0 if target == "open_clip" else 1)
 
 
+@pytest.mark.slow
 def test_transformers_reads_prompts_alike(mini, tmp_path):
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer

@@ -103,6 +103,7 @@ def test_configurations_are_those_of_float32(cast):
         assert len(texts) == 1
 
 
+@pytest.mark.slow
 def test_the_quantised_graph_does_not_depend_on_weights_and_its_bytes_are_the_same_again(mini, graphs, tmp_path):
     models = []
     for name, change in (
@@ -167,6 +168,7 @@ def test_too_little_agreement_is_refused_and_forced_on_request(mini, make_adapte
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_they_are_proven_again_by_their_own_files(cast, samples):
     repository, (half, quantized) = cast
     for result in (half, quantized):
@@ -187,6 +189,7 @@ def test_files_that_are_not_served_are_verified_too(cast, samples, tmp_path):
         verify(repository, 4, *samples)
 
 
+@pytest.mark.slow
 def test_a_cast_further_off_than_recorded_is_refused(cast, samples, monkeypatch):
     recorded = cast[0].manifest(4)
     recorded["cast"]["parity"]["image_max_abs"] = 1e-6
@@ -195,6 +198,7 @@ def test_a_cast_further_off_than_recorded_is_refused(cast, samples, monkeypatch)
         verify(cast[0], 4, *samples)
 
 
+@pytest.mark.slow
 def test_base_alone_can_be_cast(mini, samples, tmp_path, take_traced, monkeypatch):
     take_traced(monkeypatch)
     repository = Repository(tmp_path / "model_repository", "clip")
@@ -203,6 +207,7 @@ def test_base_alone_can_be_cast(mini, samples, tmp_path, take_traced, monkeypatc
     assert [repository.manifest(v)["precision"] for v in (1, 2)] == ["fp32", "int8"]
 
 
+@pytest.mark.slow
 def test_versions_of_all_precisions_are_served_side_by_side(cast, samples, tmp_path):
     shutil.copytree(cast[0].path.parent, tmp_path, dirs_exist_ok=True)
     repository = Repository(tmp_path / "model_repository", "clip")

@@ -107,6 +107,7 @@ def test_a_failing_merge_leaves_nothing(mini, make_adapter, samples, repository,
     assert sorted(os.listdir(repository.path.parent)) == FOLDERS
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("at", [1, 3, 4, 6])
 def test_a_first_merge_that_fails_as_it_is_put_in_can_be_run_again(

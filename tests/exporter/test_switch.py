@@ -221,6 +221,7 @@ def live(four, tmp_path_factory):
         yield repository, server
 
 
+@pytest.mark.slow
 def test_prune_keeps_what_a_running_server_has_loaded(live):
     repository, server = live
     promote(repository, 3, [server.url])

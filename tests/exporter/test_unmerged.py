@@ -104,6 +104,7 @@ def test_nothing_of_the_normal_model_is_touched(apart):
     assert (repository.standing(), repository.served, repository.history()) == ([1, 2], 2, [1, 2])
 
 
+@pytest.mark.slow
 def test_base_merged_and_unmerged_are_served_side_by_side(apart, samples):
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
@@ -132,6 +133,7 @@ def test_base_merged_and_unmerged_are_served_side_by_side(apart, samples):
             assert [p.label for p in merged.predictions] == [p.label for p in unmerged.predictions]
 
 
+@pytest.mark.slow
 def test_versions_of_the_normal_model_come_and_go_beside_it(mini, lineage, samples, changeable):
     sibling = sibling_of(changeable)
     before = {name: content for name, content in contents(changeable.path.parent).items() if "unmerged" in name}
@@ -145,6 +147,7 @@ def test_versions_of_the_normal_model_come_and_go_beside_it(mini, lineage, sampl
     assert prune(sibling, 1).removed == []
 
 
+@pytest.mark.slow
 def test_the_next_one_takes_its_place(mini, lineage, samples, changeable):
     normal = {name: content for name, content in contents(changeable.path.parent).items() if "unmerged" not in name}
     result = release_unmerged(mini, lineage, changeable, *samples)
@@ -155,6 +158,7 @@ def test_the_next_one_takes_its_place(mini, lineage, samples, changeable):
     assert {name: content for name, content in after.items() if "unmerged" not in name} == normal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [AnswersDiffer("no"), OSError("disk full")])
 def test_one_that_fails_leaves_the_one_before(mini, lineage, samples, changeable, monkeypatch, error):
     before = contents(changeable.path.parent)
@@ -168,6 +172,7 @@ def test_one_that_fails_leaves_the_one_before(mini, lineage, samples, changeable
     assert contents(changeable.path.parent) == before
 
 
+@pytest.mark.slow
 def test_one_that_fails_while_it_takes_the_place_of_the_one_before_leaves_that(
     mini, lineage, samples, changeable, monkeypatch
 ):
@@ -227,6 +232,7 @@ def test_merged_versions_of_that_name_are_not_replaced(mini, lineage, samples, r
     assert contents(repository.path.parent) == before
 
 
+@pytest.mark.slow
 def test_the_command(released, lineage, tmp_path, monkeypatch, capsys):
     shutil.copytree(released[0].path.parent, tmp_path, dirs_exist_ok=True)
     for adapter in lineage[:2]:

@@ -47,6 +47,7 @@ def test_a_manifest_says_where_a_version_comes_from(released, mini, make_adapter
     assert repository.manifest(1)["lineage"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_the_same_adapters_give_the_same_files(released, mini, make_adapter, samples, tmp_path):
     first = make_adapter("digits")
@@ -102,6 +103,7 @@ def test_another_graph_is_found_even_where_the_hashes_fit(repository, samples):
         verify(repository, 2, *samples)
 
 
+@pytest.mark.slow
 def test_the_command(released, tmp_path, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["exporter", "verify", *arguments])

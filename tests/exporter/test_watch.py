@@ -114,6 +114,7 @@ def test_a_killed_process_is_started_again_and_the_other_version_loses_no_reques
     assert sorted(watched.repository.path.rglob("*")) == listing
 
 
+@pytest.mark.slow
 def test_the_only_version_is_loaded_again(watched):
     promote(watched.repository, 1, [watched.server.url])
     assert watched.repository.standing() == [1]
@@ -127,6 +128,7 @@ def test_the_only_version_is_loaded_again(watched):
         promote(watched.repository, 2, [watched.server.url])
 
 
+@pytest.mark.slow
 def test_a_version_that_is_taken_out_is_not_taken_for_a_dead_one(watched):
     for _ in range(2):
         rollback(watched.repository, [watched.server.url])
@@ -136,6 +138,7 @@ def test_a_version_that_is_taken_out_is_not_taken_for_a_dead_one(watched):
     assert watched.reports == []
 
 
+@pytest.mark.slow
 def test_a_switch_after_a_reload_is_seen_by_triton(watched):
     watched.kill("clip_text", 1)
     wait_for(lambda: len(watched.reports) == 2)
@@ -144,6 +147,7 @@ def test_a_switch_after_a_reload_is_seen_by_triton(watched):
     watched.features(2)
 
 
+@pytest.mark.slow
 def test_what_dies_again_and_again_ends_the_server_and_the_command(released, tmp_path):
     repository, reports = copy_of(released, tmp_path), []
     with serve(repository.path, report=reports.append) as server:
@@ -165,6 +169,7 @@ def test_what_dies_again_and_again_ends_the_server_and_the_command(released, tmp
     assert len([line for line in reports if line.endswith("loading it again")]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restart", [True, False])
 def test_a_triton_that_ends_is_started_again_where_that_is_wanted(released, tmp_path, restart):
     repository, reports = copy_of(released, tmp_path), []

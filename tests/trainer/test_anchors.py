@@ -52,6 +52,7 @@ def test_a_model_that_has_not_moved_loses_nothing(anchors, batches, mini):
     assert abs(float(loss)) < 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_loss_equals_the_sum_written_out(anchors, batches, mini, moved):
     """Over all words: what the towers said before and say now, from open_clip's own functions."""
@@ -70,6 +71,7 @@ def test_loss_equals_the_sum_written_out(anchors, batches, mini, moved):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_images_that_are_too_many_to_keep_are_described_as_they_come(mini, digits, moved):
     all_images = Batches(digits, mini, train_config("mini", shots=0, batch_size=4, seed=3))
@@ -79,6 +81,7 @@ def test_images_that_are_too_many_to_keep_are_described_as_they_come(mini, digit
     assert loss_of(many, moved, 1, batch) > 0.01
 
 
+@pytest.mark.slow
 def test_anchors_hold_what_is_not_being_learned(mini):
     """A few steps at a high rate: with anchors, less is lost of what the model knew."""
     watched = [load_task("emoji"), load_task("clipart")]

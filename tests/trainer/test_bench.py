@@ -54,11 +54,13 @@ def test_the_floor_counts_the_frozen_products_forward_and_back(mini):
     assert 0 < text_only < image
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own():
     ballast = torch.ones(2**29)  # two gigabytes that the other process never holds
     assert _peak(partial(Steps, "mini", "random", 4, "cpu", "32-true"), "pool") < ballast.nbytes
 
 
+@pytest.mark.slow
 def test_bench_prints_what_it_measured(capsys):
     main(["bench", "--model", "mini", "--batch-size", "4", "--pairs", "2", "--json"])
     found = json.loads(capsys.readouterr().out)

@@ -131,6 +131,7 @@ def interrupted(mini, tmp_path, saved_each_step):
     return path, config
 
 
+@pytest.mark.slow
 def test_resuming_takes_only_the_steps_that_are_left(mini, interrupted):
     path, config = interrupted
     steps = []
@@ -139,6 +140,7 @@ def test_resuming_takes_only_the_steps_that_are_left(mini, interrupted):
     assert again.adapter.sha256 == fit(load_task("emoji"), mini, [], config, test_on=[]).adapter.sha256
 
 
+@pytest.mark.slow
 def test_without_resume_training_starts_anew(mini, interrupted):
     path, config = interrupted
     steps = []
@@ -146,6 +148,7 @@ def test_without_resume_training_starts_anew(mini, interrupted):
     assert [step.number for step in steps] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_other_settings_and_other_tasks_are_refused_by_name(mini, interrupted):
     path, _ = interrupted
     other = train_config("mini", iterations=4, shots=2, batch_size=8, lr=0.1)
@@ -213,6 +216,7 @@ def test_other_precision_is_refused(mini, interrupted):
         fit(load_task("emoji"), mini, [], config, test_on=[], fabric=fabric, unfinished=path, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saved_each_step")
 def test_float16_goes_on_with_the_scale_of_its_losses(mini, tmp_path):
     config = train_config("mini", iterations=4, shots=2, batch_size=8)
@@ -240,6 +244,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(mini, interrupted, damage):
         fit(load_task("emoji"), mini, [], config, test_on=[], unfinished=path, resume=True)
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_of_a_checkpoint_is_refused(mini, interrupted):
     path, config = interrupted
     whole, draw = path.read_bytes(), random.Random(0)
@@ -271,6 +276,7 @@ def test_saving_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
     assert saved[1] == saved[2] != saved[3]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saved_each_step")
 def test_training_goes_on_where_it_cannot_be_saved(mini, tmp_path, caplog):
     (tmp_path / "a file").touch()
@@ -293,6 +299,7 @@ def test_a_run_that_is_finished_is_not_run_again(mini, tmp_path):
         run_sequence([load_task("emoji")], mini, config, tmp_path, method="joint")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saved_each_step")
 @pytest.mark.parametrize("change", ["class_names", "templates"])
 def test_a_sequence_does_not_go_on_with_other_words(mini, tmp_path, change):

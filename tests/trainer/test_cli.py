@@ -59,6 +59,7 @@ def test_tasks_lists_what_is_here_and_what_is_missing(capsys, tmp_path):
     assert "trainer fit --task FOLDER" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fit_then_fit_again_then_evaluate(capsys, tmp_path):
     adapters = str(tmp_path / "adapters")
     main(["fit", "--task", "emoji", "--adapters", adapters, *QUICK, "--json"])
@@ -81,6 +82,7 @@ def test_fit_then_fit_again_then_evaluate(capsys, tmp_path):
     assert sorted(p.name for p in (tmp_path / "adapters").iterdir()) == ["clipart.safetensors", "emoji.safetensors"]
 
 
+@pytest.mark.slow
 def test_sequence_prints_and_saves_the_matrix(capsys, tmp_path):
     out = tmp_path / "run"
     main(["sequence", "--tasks", "emoji", "clipart", "--watch", "flags", "--out", str(out), *QUICK])
@@ -95,6 +97,7 @@ RESULT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sequence_prints_one_result_or_a_list_for_several_seeds(capsys, tmp_path):
     arguments = ["sequence", "--tasks", "emoji", "clipart", "--method", "lora", "--label-space", "union", "--json"]
     main([*arguments, "--seed", "3", "--out", str(tmp_path / "one"), *QUICK])
@@ -113,6 +116,7 @@ def test_sequence_prints_one_result_or_a_list_for_several_seeds(capsys, tmp_path
     assert printed["figures"]
 
 
+@pytest.mark.slow
 def test_sequence_shows_the_spread_over_seeds(capsys, tmp_path):
     main(["sequence", "--tasks", "emoji", "clipart", "--seeds", "0", "1", "--out", str(tmp_path / "run"), *QUICK])
     shown = capsys.readouterr().out
@@ -120,6 +124,7 @@ def test_sequence_shows_the_spread_over_seeds(capsys, tmp_path):
     assert f"trainer report {tmp_path / 'run'}" in shown
 
 
+@pytest.mark.slow
 def test_validation_never_touches_a_test_image(capsys, tmp_path, monkeypatch):
     from clipweld.trainer.tasks import shipped
 
@@ -143,6 +148,7 @@ def test_defaults_of_a_method_are_its_own(capsys):
     assert rates["pool"] != rates["lora"]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten(capsys, tmp_path):
     arguments = ["sequence", "--tasks", "emoji", "--out", str(tmp_path / "run"), *QUICK]
     main(arguments)
@@ -231,6 +237,7 @@ def test_towers_train_in_bfloat16_where_a_gpu_has_it(monkeypatch, asked, acceler
     assert _precision(commands.Bench(precision=asked, accelerator=accelerator)) == precision
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_how_big_and_how_long_and_writes_nothing(capsys, tmp_path):
     adapters = tmp_path / "adapters"
     arguments = ["fit", *QUICK, "--task", "digits", "--router", "learned", "--adapters", str(adapters)]

@@ -146,6 +146,7 @@ def test_merge_names_adapter_and_layer(mini, fitted):
         merge(half, [dataclasses.replace(fitted.adapter, scaling=1e9)])
 
 
+@pytest.mark.slow
 def test_accuracy_of_features_without_a_direction_is_refused(mini, broken, digits):
     with pytest.raises(NotFinite, match=r"prompt .*: expected features of a finite length above 0, got length nan"):
         evaluate(broken("ln_final.weight"), [digits])

@@ -45,6 +45,7 @@ def bolts(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_whose_name_is_no_tasks_name_is_asked_for_another(tmp_path):
     folder = bolts(tmp_path / "bolts (new)")
     said = fails_without_torch("fit", "--model", "mini", "--task", folder, "--adapters", tmp_path / "adapters")
@@ -77,6 +78,7 @@ def test_what_was_given_is_checked_before_torch_is_imported(tmp_path, arguments,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["fit", "--task"], ["evaluate", "--tasks"], ["sequence", "--out", "out", "--tasks"]]
 )
@@ -106,6 +108,7 @@ def test_the_default_weights_are_looked_for_where_open_clip_fetches_them():
     assert get_pretrained_cfg(DEFAULT_MODEL, "openai")["hf_hub"] == f"{hub.REPOSITORY}/"
 
 
+@pytest.mark.slow
 def test_the_printed_loss_is_the_contrastive_one_and_says_so(capsys, tmp_path, mini, monkeypatch):
     from clipweld.trainer.learning import fit
 

@@ -25,6 +25,7 @@ def test_accuracy_recorded_is_that_of_base_and_adapter_merged(mini, fitted, digi
     assert evaluate(merged, [digits])["task"] == fitted.adapter.accuracy["after"]
 
 
+@pytest.mark.slow
 def test_same_seed_same_adapter_and_another_seed_another(mini):
     task = load_task("emoji")
 
@@ -34,6 +35,7 @@ def test_same_seed_same_adapter_and_another_seed_another(mini):
     assert sha(1) == sha(1) != sha(2)
 
 
+@pytest.mark.slow
 def test_fit_leaves_the_base_and_the_global_seed_alone(mini):
     before = {name: weight.clone() for name, weight in mini.model.state_dict().items()}
     state = torch.get_rng_state()
@@ -69,6 +71,7 @@ def test_a_task_is_learned_once(mini, fitted, digits):
         fit(digits, mini, [fitted.adapter], train_config("mini", **QUICK), test_on=[])
 
 
+@pytest.mark.slow
 def test_what_could_not_be_read_again_is_refused_before_training(mini, digits):
     config = train_config("mini", rank=10_000, **QUICK)
     with pytest.raises(AdapterError, match=r"'digits': .* read again \(JSON of .* lower rank$"):

@@ -31,6 +31,7 @@ def pools(mini, first):
     detach_pools(attached)
 
 
+@pytest.mark.slow
 def test_inputs_are_the_principal_part_of_the_second_moment(mini):
     """With as many directions as there are, rows' outer products are the whole moment; checked on one layer each."""
     task, config = load_task("emoji"), train_config("mini", **QUICK)
@@ -62,6 +63,7 @@ def principal_inputs_of(mini, task, batches, config, directions):
     return rows
 
 
+@pytest.mark.slow
 def test_texts_count_up_to_their_eot(mini):
     """A moment of prompts doesn't change when they stand in a batch with a longer one."""
     task, config = load_task("emoji"), train_config("mini", **QUICK)
@@ -117,6 +119,7 @@ def test_moments_of_several_tasks_add_up_and_stay_of_one_size(first, pools):
     assert past_inputs([], pools) == {}
 
 
+@pytest.mark.slow
 def test_a_task_learned_with_drift_loss_moves_earlier_outputs_less(mini, first):
     task, probe = load_task("flags"), load_task("emoji")
     pixels = Batches(probe, mini, train_config("mini", **QUICK)).pixels(range(16))

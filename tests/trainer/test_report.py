@@ -200,6 +200,7 @@ def test_overlap_is_shown_with_and_without_ago(run, page):
     assert float(row[3].partition(" ")[0]) == pytest.approx(found.mean_product, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_written_again_it_is_the_same_and_replaces_its_own_figures_alone(tmp_path):
     root = write_run(tmp_path / "one", "finetune", ("digits",), union=False)
     write_report(root)

@@ -71,6 +71,7 @@ def learn(mini, out, method, **settings):
     return run_sequence([load_task("emoji"), load_task("clipart")], mini, config, out, method=method)["task"]
 
 
+@pytest.mark.slow
 def test_lora_trains_and_keeps_one_plain_lora(mini, tmp_path):
     result = learn(mini, tmp_path, "lora")
     assert result.trainable_parameters == result.kept_parameters
@@ -82,6 +83,7 @@ def test_lora_trains_and_keeps_one_plain_lora(mini, tmp_path):
     assert not any(any(counts) for counts in adapters[0].activation_counts.values()), "nothing votes"
 
 
+@pytest.mark.slow
 def test_finetune_moves_all_weights_task_after_task(mini, tmp_path):
     result = learn(mini, tmp_path, "finetune")
     everything = sum(value.numel() for name, value in mini.model.named_parameters() if name != "logit_scale")
@@ -95,6 +97,7 @@ def test_finetune_moves_all_weights_task_after_task(mini, tmp_path):
     assert not any(parameter.requires_grad for parameter in mini.model.parameters())
 
 
+@pytest.mark.slow
 def test_joint_learns_all_tasks_at_once(mini, tmp_path):
     result = learn(mini, tmp_path, "joint")
     assert len(result.matrix) == 1
@@ -102,6 +105,7 @@ def test_joint_learns_all_tasks_at_once(mini, tmp_path):
     assert result.average == result.last == round(sum(result.matrix[0]) / 2, 2)
 
 
+@pytest.mark.slow
 def test_joint_takes_every_task_in_turn(mini, tmp_path):
     numbers = []
     config = train_config("mini", "joint", **QUICK)
@@ -117,6 +121,7 @@ def test_joint_takes_every_task_in_turn(mini, tmp_path):
     assert numbers == [1, 2, 3, 4], "as many steps as the tasks one after another"
 
 
+@pytest.mark.slow
 def test_order_seed_shuffles_the_tasks_and_nothing_else(mini, tmp_path):
     names = ["emoji", "clipart", "digits"]
     tasks = [dataclasses.replace(load_task(name), load=few(load_task(name))) for name in names]

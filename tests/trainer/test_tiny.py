@@ -30,6 +30,7 @@ def lay(folder: Path, train: list[int], test: list[int]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("train", "test", "settings"),
     [

@@ -256,6 +256,7 @@ def samples_image(digits):
     return digits.load("test")[0][0].convert("RGB").resize((90, 70))
 
 
+@pytest.mark.slow
 def test_without_a_configuration_openai_s_preprocessing_is_taken_and_that_is_said(mini, tmp_path, capsys):
     file = shutil.copy(SHIPPED, tmp_path / "weights.safetensors")
     found = load_backbone("mini", str(file))

@@ -17,6 +17,7 @@ def chains(part, length):
     return [commands.parse(shlex.split(line)[1:]) for line in mini.PARTS[part](Path("out", part), length)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", mini.LENGTHS)
 def test_every_run_of_the_study_is_a_command_that_can_be_read(length):
     found = [command for part in mini.PARTS for command in chains(part, length)]
@@ -25,6 +26,7 @@ def test_every_run_of_the_study_is_a_command_that_can_be_read(length):
     assert {command.train.iterations for command in found} == {{"long": 300, "short": 100}[length]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", mini.LENGTHS)
 def test_settings_are_searched_on_validation_images_only(length):
     assert all(command.validate for command in chains("search", length))
@@ -46,6 +48,7 @@ def test_a_baseline_runs_at_one_of_the_rates_searched(length):
             assert command.train.lr in mini.RATES[length][command.method]
 
 
+@pytest.mark.slow
 def test_an_ablation_changes_its_flag_and_nothing_else():
     (base,) = (c.train for c in chains("methods", "short") if c.method == "pool" and c.train.seed == 0)
     for command in chains("ablations", "short"):

@@ -32,6 +32,7 @@ def test_two_at_once(copy, tmp_path):
     assert record.figures["pairs"] == 2
 
 
+@pytest.mark.slow
 def test_what_is_not_whole_is_seen(copy):
     with serve(copy.path) as server:
         assert concurrent_exporters.faults(copy, server.url) == []

@@ -28,6 +28,7 @@ def check(tmp_path, monkeypatch):
     return check
 
 
+@pytest.mark.slow
 def test_what_is_pinned_is_listed(check, tmp_path):
     pins = sorted(f"{found.name}=={found.version}" for found in distributions())
     record = check("\n".join(["# pins", *pins]))
@@ -37,6 +38,7 @@ def test_what_is_pinned_is_listed(check, tmp_path):
     assert listed["pillow"].count(".") == 2
 
 
+@pytest.mark.slow
 def test_what_is_not_pinned_is_named(check):
     pins = [f"{found.name}=={found.version}" for found in distributions() if found.name != "numpy"]
     (line,) = check("\n".join([*pins, "numpy==0.1"]))["broken"]

@@ -73,6 +73,7 @@ def test_an_answer_of_another_version_is_seen(urls, images, answers):
     assert "test, " in asked.faults[0]
 
 
+@pytest.mark.slow
 def test_old_answers_are_wrong_once_the_server_has_changed(urls, images, answers):
     truth = Truth({3: answers[2]})
     truth.change(answers)

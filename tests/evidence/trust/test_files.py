@@ -25,6 +25,7 @@ from evidence.trust.readers import READERS, Adapters, Folders, Manifests, Models
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_a_short_run_breaks_nothing(tmp_path):
     out = tmp_path / "files.json"
     flags = ["--adapters", "600", "--manifests", "200", "--others", "40", "--atheris", "500", "--processes", "1"]
@@ -76,6 +77,7 @@ def raise_(error):
     raise error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("read", "says"),
     [
@@ -121,6 +123,7 @@ def test_a_check_that_is_left_out_is_missed(cases, monkeypatch, kind, check, sta
     assert cases(kind, 400) != ""
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_named_and_followed_by_another(tmp_path):
     found, progress = files.Found(), Counter()
     arguments = ([Job("histories", 0, 1, 400)], 0, tmp_path / "work", tmp_path / "kept", progress, found)

@@ -40,6 +40,7 @@ def picture(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_nothing_breaks(record, made, tmp_path):
     figures = read_all(record, range(-len(made), 80), 1, 0, tmp_path)
     assert record.broken == []
@@ -59,6 +60,7 @@ def test_a_file_is_its_seed_and_number(made):
     assert file_of(7, 3, made) == file_of(7, 3, seeds(sample(60)[0])) != file_of(7, 4, made)
 
 
+@pytest.mark.slow
 def test_every_way_of_damage_changes_files(made):
     draw = random.Random(0)
     for kind, data in made:
@@ -88,6 +90,7 @@ print(images.judge(Path(sys.argv[1]), random.Random(0))["problems"])
 """
 
 
+@pytest.mark.slow
 def test_memory_would_be_reported(picture):
     """In a process of its own: one that has been large gives pages back at any time."""
     done = subprocess.run([sys.executable, "-c", GREEDY, picture], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -112,6 +115,7 @@ Image.open = faulty
 """
 
 
+@pytest.mark.slow
 def test_what_is_refused_wrongly_or_ends_or_hangs_a_worker_is_named_and_kept(record, made, tmp_path, monkeypatch):
     refused, ending, hanging = (file_of(number, 0, made)[2] for number in (-1, 1, 2))
     (tmp_path / "sitecustomize.py").write_text(FAULTS.format(refused=refused, ending=ending, hanging=hanging))

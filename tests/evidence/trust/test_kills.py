@@ -57,6 +57,7 @@ def killed(program: str, tmp_path: Path) -> Record:
     return record
 
 
+@pytest.mark.slow
 def test_a_careful_command_has_no_faults(tmp_path):
     record = killed(CAREFUL, tmp_path)
     assert record.broken == []
@@ -67,6 +68,7 @@ def test_a_careful_command_has_no_faults(tmp_path):
     assert len(kills) == record.figures["kills"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["half a file", "left for good", "another end"])
 def test_faults_are_seen(tmp_path, name):
     program, fault = FAULTS[name]

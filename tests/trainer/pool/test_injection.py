@@ -34,6 +34,7 @@ def train_a_little(model, pools, inputs):
     model.eval()
 
 
+@pytest.mark.slow
 def test_trainable_parameters_of_vit_b_16_are_those_published():
     pools = attach_pools(load_backbone("ViT-B-16", "random").model, PoolConfig())
     routers = sum(p.numel() for pool in pools.pools.values() for p in pool.router.parameters())

@@ -136,6 +136,7 @@ def test_files_that_are_not_equal_to_the_last_byte_are_not_equal(tmp_path):
     assert equal_files([two, one], [again]).found == ((again, one),)
 
 
+@pytest.mark.slow
 def test_commands_say_it_on_stderr_before_they_train(tmp_path, capsys):
     folder = lay(tmp_path / "bolts", a=(40, 2), b=(2, 2))
     main(["fit", "--task", str(folder), "--shots", "3", "--adapters", str(tmp_path / "adapters"), *QUICK, "--json"])
