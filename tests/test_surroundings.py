@@ -78,7 +78,10 @@ def test_a_name_that_is_not_utf_8_is_refused(command, tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="making every temporary folder read-only takes root")
 @pytest.mark.parametrize("command", MODULES)
 def test_without_a_temporary_folder_the_variable_to_set_is_named(command, tmp_path):
-    hide = " && ".join(f"mount -t tmpfs -o ro none {place}" for place in ("/tmp", "/var/tmp"))
+    hidden = ("/tmp", "/var/tmp")
+    if sys.executable.startswith(hidden):
+        pytest.skip("this Python lies in what is to be hidden")
+    hide = " && ".join(f"mount -t tmpfs -o ro none {place}" for place in hidden)
     line = f'{hide} && cd /proc/sys && exec "{sys.executable}" "{BIN / command}" {first(command)}'
     environment = {name: value for name, value in os.environ.items() if name not in ("TMPDIR", "TEMP", "TMP")}
     done = subprocess.run(

@@ -262,19 +262,22 @@ class Guard:
 
     def __init__(self, folder: Path) -> None:
         self._on = False
+        self._others: set[int | None] = set()
         self._folder = str(folder)
         libraries = {*sys.path, sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), *SYSTEM}
         self._free = tuple(os.path.realpath(path) for path in (folder, *libraries) if path)
         sys.addaudithook(self._see)
 
     def __enter__(self) -> None:
+        # Threads that are there already are no reader's; those that it starts are watched.
+        self._others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
         self._on = True
 
     def __exit__(self, *_: object) -> None:
         self._on = False
 
     def _see(self, event: str, arguments: tuple) -> None:
-        if not self._on:
+        if not self._on or threading.get_ident() in self._others:
             return
         if event in PROGRAMS:
             raise Escaped(f"{event} {arguments!r:.100}")
