@@ -22,6 +22,8 @@ $(VENV)/.installed: $(PACKAGES:=/pyproject.toml) pyproject.toml constraints.txt
 	    "give another: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'pip>=25.1' # the first that knows dependency groups
+	@# Before there were four distributions, the commands were clipweld's: removed last, it would take theirs along.
+	$(BIN)/pip uninstall --quiet --yes clipweld
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PACKAGES:%=-e %) -e '.[all]' --group dev
 	@touch $@
 
@@ -46,8 +48,10 @@ mini: install
 	$(BIN)/python -m evidence.mini_recipe build --work runs/mini --out runs/mini/out --minutes $(MINUTES)
 
 # A file of tests goes to one process, which has a server of its own; each computes on one core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
 
 # What is installed: pinned, listed (runs/trust/sbom.json), held against known vulnerabilities where they can be had.
 audit: install
@@ -55,7 +59,7 @@ audit: install
 
 # What a change is checked with first: under three minutes on two cores.
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow and not network"
+	$(PYTEST) -m "not slow and not network"
 
 # The client as people install it, without the rest: any Python from 3.10 on.
 check-client:

@@ -124,8 +124,12 @@ class BlockingRuntime:
         return _InThread(coroutine)
 
     async def finish(self, started: list[Awaitable[Any]]) -> None:
-        for work in started:
-            aside(work.give_up)  # type: ignore[attr-defined]  # what start gave
+        def give_up() -> None:
+            for work in started:
+                work.give_up()  # type: ignore[attr-defined]  # what start gave
+
+        if started:
+            aside(give_up)
 
     async def result(self, future: Future[_T]) -> _T:
         _wait(future)

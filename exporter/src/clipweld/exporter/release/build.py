@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from clipweld.exporter import __version__
 from clipweld.exporter.checks.accuracy import in_onnx_runtime, measure_agreement
 from clipweld.exporter.checks.parity import check_parity, check_same_graph, measure_parity
 from clipweld.exporter.config import OPSET, Precision
@@ -41,7 +42,7 @@ from clipweld.trainer.base.backbone import Backbone
 from clipweld.trainer.schemas import sha256_of
 from clipweld.trainer.tasks import Task
 
-TOOLS = ("clipweld", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 
 @dataclass
@@ -206,7 +207,8 @@ def manifest(build: Build, architecture: str) -> Manifest:
         "parity": asdict(build.parity),
         "cast": asdict(build.cast) if build.cast else None,
         "files": {part: {"sha256": sha256_of(file), "bytes": file.stat().st_size} for part, file in files.items()},
-        "tools": {"python": platform.python_version(), **{tool: found for tool in TOOLS if (found := _version(tool))}},
+        "tools": {"python": platform.python_version(), "clipweld": __version__}
+        | {tool: found for tool in TOOLS if (found := _version(tool))},
     }
 
 

@@ -148,7 +148,8 @@ def _preflight(
     _check_repository(repository, backbone, adds, number)
     describe(repository.name, BASE_VERSION, backbone, adapters)  # refuses what clients can't follow
     validated = {task.name for task in checks.validation}
-    before = repository.manifest(repository.served)["accuracy"] if repository.served else []
+    served = repository.served
+    before = repository.manifest(served)["accuracy"] if served else []
     recorded = [found for found in recorded_accuracies(adapters, before) if found.task not in validated]
     earlier = {entry["task"] for entry in before} | validated
     checks.gate.check(recorded, earlier)
@@ -179,9 +180,10 @@ def _build(
         builder.cast(build, base, checks.compared_on)
     build.accuracies = known.recorded
     if checks.validation:
-        if repository.served:
-            check_files(repository, repository.served)
-        before = repository.store / str(repository.served) if repository.served else base
+        served = repository.served
+        if served:
+            check_files(repository, served)
+        before = repository.store / str(served) if served else base
         encoders = [in_onnx_runtime(merged, *towers(folder)) for folder in (before, build.folder)]
         measured = measure_accuracy(merged, *encoders, checks.validation, builder.report)
         build.accuracies = known.recorded + measured
