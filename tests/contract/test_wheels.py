@@ -1,5 +1,6 @@
 """What is installed: the wheels' contents, their size, and what their commands do in environments of their own."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -150,3 +151,21 @@ def test_commands_without_their_extra_name_it(install, repository, tmp_path):
         code, out, err = run([commands / command[0], *command[1:]], tmp_path)
         assert (code, out) == (1, "")
         assert re.fullmatch(rf"{command[0]}: .*pip install 'clipweld\[{extra}\]'\n", err), err
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_what_serves_needs_no_torch(install, repository, tmp_path):
+    """The extra of servers alone: versions are shown, served and asked."""
+    commands = install("clipweld[serve]")
+    assert not list(commands.parent.glob("lib/python*/site-packages/torch"))
+    for folder in ("", ".store"):  # files of both are the same, by hard links
+        shutil.copytree(f"{repository}{folder}", tmp_path / f"model_repository{folder}", copy_function=os.link)
+    shutil.copy(ROOT / "samples" / "seven.png", tmp_path)
+    code, out, err = run([commands / "exporter", "versions"], tmp_path)
+    assert (code, err) == (0, "")
+    assert "digits" in out
+    ask = [commands / "client", "classify", "seven.png", "--task", "digits"]
+    code, out, err = run([commands / "exporter", "serve", "--port", "0", "--", *ask], tmp_path)
+    assert code == 0, err
+    assert "seven" in out
