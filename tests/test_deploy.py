@@ -340,7 +340,7 @@ def test_readme_names_every_file():
 def test_promotion_needs_neither_torch_nor_onnxruntime(tmp_path):
     """What exporter.Dockerfile leaves out is not missed; that there is nothing to promote is."""
     heavy = ("torch", "torchvision", "open_clip", "onnxruntime", "onnxscript", "pytriton", "lightning", "scipy")
-    heavy += ("lightning_fabric", "jinja2", "tyro", "matplotlib")
+    heavy += ("lightning_fabric", "jinja2", "matplotlib")
     image = (DEPLOY / "exporter.Dockerfile").read_text(encoding="utf-8")
     assert re.search(r"pip install .* /src/trainer /src/exporter ", image), "without extras"
     code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); from clipweld.exporter.cli import main; main()"

@@ -12,7 +12,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from clipweld.trainer.adapters.adapter import load_adapter, load_lineage, save_adapter
 from clipweld.trainer.adapters.folder import adapter_files, held
@@ -76,11 +75,12 @@ def test_an_absent_folder_that_was_named_is_an_error(capsys, tmp_path, command):
         line = fails(capsys, "evaluate", "--model", "mini", "--tasks", "emoji", "--adapters", tmp_path / "adaptors")
     else:
         from clipweld.exporter.cli import app
+        from clipweld.trainer.command_line import run
 
         merge = ["merge", "--to", "onnx", "--model", "mini", "--repository", tmp_path / "models"]
-        done = CliRunner().invoke(app, [*map(str, merge), "--adapters", str(tmp_path / "adaptors")])
-        assert isinstance(done.exception, AdapterError)
-        line = str(done.exception)
+        with pytest.raises(AdapterError) as caught:
+            run(app, [*map(str, merge), "--adapters", str(tmp_path / "adaptors")])
+        line = str(caught.value)
         assert not (tmp_path / "models").exists()
     assert f"adapters folder {tmp_path}/adaptors: no such folder" in line
 

@@ -11,13 +11,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.progress import track
 
-from clipweld.client import ClientError, ZeroShotClassifier, __version__
+from clipweld.client import ClientError, ZeroShotClassifier
 from clipweld.client import bench as run_bench
 from clipweld.client._classifier import DEFAULT_URL
+from clipweld.client._command_line import WrongUsage, application, run
 from clipweld.client._figure import draw
 from clipweld.client._folder_command import check_images, classify_into, image_names, say_left_out
 from clipweld.client._folders import Tally
@@ -25,90 +27,66 @@ from clipweld.client._label_lists import read_labels
 from clipweld.client._output import console, messages, print_json, printing, say
 from clipweld.client._tables import answers_table, bench_table, tasks_table, versions_table
 
-app = typer.Typer(
-    name="client",
-    help="Name what is on images, with a CLIP that a Triton server serves.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    add_completion=False,
+app = application(
+    "client",
+    """Name what is on images, with a CLIP that a Triton server serves.
+
+    Example: client classify samples/seven.png --labels "the number seven, a shoe"
+    """,
 )
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        print(f"clipweld {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
-    ] = False,
-) -> None:
-    """What goes before a command."""
-
 
 Url = Annotated[
     str,
-    typer.Option(
-        envvar="CLIPWELD_URL", help="host:port or grpc://host:port for gRPC, http://host:port for HTTP.", metavar="URL"
+    Parameter(
+        env_var="CLIPWELD_URL", help="host:port or grpc://host:port for gRPC, http://host:port for HTTP.", metavar="URL"
     ),
 ]
-Model = Annotated[str, typer.Option(help="Name of the served model.", metavar="NAME")]
+Model = Annotated[str, Parameter(help="Name of the served model.", metavar="NAME")]
 Version = Annotated[
-    int | None, typer.Option(min=1, help="Model version; the newest where not given.", metavar="N", show_default=False)
+    int | None, Parameter(validator=Number(gte=1), help="Model version; the newest where not given.", metavar="N")
 ]
-Timeout = Annotated[float, typer.Option(min=0.001, help="Longest wait for one request, in seconds.", metavar="SECONDS")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Timeout = Annotated[
+    float, Parameter(validator=Number(gte=0.001), help="Longest wait for one request, in seconds.", metavar="SECONDS")
+]
+Json = Annotated[bool, Parameter(name="--json", help="Print JSON.")]
 
 
-@app.command()
+@app.command
 def classify(
-    images: Annotated[
-        list[str], typer.Argument(help="Image files, and folders of them.", metavar="IMAGE", show_default=False)
-    ],
+    images: Annotated[list[str], Parameter(help="Image files, and folders of them.", metavar="IMAGE")],
+    /,
+    *,
     labels: Annotated[
         list[str] | None,
-        typer.Option(
+        Parameter(
             help='Labels, with commas between: "cat, dog". Or @FILE: one a line, or a .json of prompts: '
             '{"cat": "a photo of my cat"}. Again for more.',
             metavar="LABELS",
-            show_default=False,
         ),
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(
-            help="Labels and prompts of a task that the model has learned.", metavar="TASK", show_default=False
-        ),
+        Parameter(help="Labels and prompts of a task that the model has learned.", metavar="TASK"),
     ] = None,
     template: Annotated[
         list[str] | None,
-        typer.Option(
+        Parameter(
             help="Prompt with {} where the label goes; more than one are averaged. "
             'Where not given: those of the task, or "a photo of a {}".',
             metavar="TEXT",
-            show_default=False,
         ),
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Labels to show for an image.", metavar="K")] = 5,
+    top_k: Annotated[int, Parameter(validator=Number(gte=1), help="Labels to show for an image.", metavar="K")] = 5,
     out: Annotated[
         Path | None,
-        typer.Option(
+        Parameter(
             help="Write the answers to this .csv, .jsonl or .parquet. Resumes an earlier run, and skips images "
             "that cannot be read.",
             metavar="FILE",
-            show_default=False,
         ),
     ] = None,
-    allow_urls: Annotated[
-        bool, typer.Option("--allow-urls", help="Fetch images that are http:// or https:// addresses.")
-    ] = False,
-    no_exif_orientation: Annotated[
-        bool, typer.Option("--no-exif-orientation", help="Do not turn images upright as their Exif says.")
-    ] = False,
+    allow_urls: Annotated[bool, Parameter(help="Fetch images that are http:// or https:// addresses.")] = False,
+    no_exif_orientation: Annotated[bool, Parameter(help="Do not turn images upright as their Exif says.")] = False,
     version: Version = None,
     model: Model = "clip",
     url: Url = DEFAULT_URL,
@@ -117,23 +95,21 @@ def classify(
 ) -> None:
     """Rank labels for each image.
 
-    Examples:
+    Example: client classify samples/seven.png --labels "the number seven, a shoe"
 
-    client classify samples/seven.png --labels "the number seven, a shoe"
-
-    client classify samples/scans --task digits --top-k 1 --out answers.csv
+    Example: client classify samples/scans --task digits --top-k 1 --out answers.csv
     """
     if (not labels) == (task is None):
-        raise typer.BadParameter("give exactly one of --labels and --task", param_hint="'--labels' / '--task'")
+        raise WrongUsage("--labels and --task: give exactly one of --labels and --task.")
     names, repeated = read_labels(labels) if labels else (None, [])
     if labels and not names:
-        raise typer.BadParameter("no label in it", param_hint="'--labels'")
+        raise WrongUsage("--labels: no label in it.")
     if template and isinstance(names, dict):
-        raise typer.BadParameter("the labels bring their own prompts", param_hint="'--template'")
+        raise WrongUsage("--template: the labels bring their own prompts.")
     if repeated:
         say(f"{len(repeated)} labels are given more than once, and count once: {', '.join(repeated[:5])}")
     if any("{}" not in text for text in template or ()):
-        raise typer.BadParameter("expected {} where the label goes", param_hint="'--template'")
+        raise WrongUsage("--template: expected {} where the label goes.")
     check_images(images, allow_urls)
     question: dict[str, Any] = {"labels": names, "task": task, "templates": template or None, "top_k": top_k}
     with ZeroShotClassifier(
@@ -161,21 +137,34 @@ def classify(
         console().print(f"model {model} version {answers[-1].version}", style="dim", markup=False)
 
 
-@app.command()
+@app.command
 def bench(
-    versions: Annotated[
-        str, typer.Option(help="Base and merged version: 1,2.", metavar="BASE,MERGED", show_default=False)
-    ],
-    requests: Annotated[int, typer.Option(min=1, help="Requests to each, in each setting.", metavar="N")] = 200,
+    *,
+    versions: Annotated[str, Parameter(help="Base and merged version: 1,2.", metavar="BASE,MERGED")],
+    requests: Annotated[
+        int, Parameter(validator=Number(gte=1), help="Requests to each, in each setting.", metavar="N")
+    ] = 200,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Images in a request; again for more.  [default: 1]", metavar="B")
+        list[int] | None,
+        Parameter(
+            validator=Number(gte=1),
+            consume_multiple=True,
+            show_default="1",
+            help="Images in a request; one or more.",
+            metavar="B",
+        ),
     ] = None,
     concurrency: Annotated[
-        list[int] | None, typer.Option(min=1, help="Requests at a time; again for more.  [default: 1]", metavar="C")
+        list[int] | None,
+        Parameter(
+            validator=Number(gte=1),
+            consume_multiple=True,
+            show_default="1",
+            help="Requests at a time; one or more.",
+            metavar="C",
+        ),
     ] = None,
-    figure: Annotated[
-        Path | None, typer.Option(help="Draw it: a .svg or .png.", metavar="FILE", show_default=False)
-    ] = None,
+    figure: Annotated[Path | None, Parameter(help="Draw it: a .svg or .png.", metavar="FILE")] = None,
     model: Model = "clip",
     url: Url = DEFAULT_URL,
     timeout: Timeout = 30.0,
@@ -185,14 +174,12 @@ def bench(
 
     Where exporter merge --unmerged has put the same adapters beside them, left apart, those take part too.
 
-    Example:
-
-    client bench --versions 1,2 --batch 1 --batch 8 --concurrency 1 --concurrency 4 --figure overhead.svg
+    Example: client bench --versions 1,2 --batch 1 --batch 8 --concurrency 1 --concurrency 4 --figure overhead.svg
     """
     try:
         base, merged = (int(number) for number in versions.split(","))
     except ValueError as exc:
-        raise typer.BadParameter("expected two version numbers, such as 1,2", param_hint="'--versions'") from exc
+        raise WrongUsage("--versions: expected two version numbers, such as 1,2.") from exc
 
     def tracked(rounds: Iterable[int]) -> Iterable[int]:
         return track(rounds, "Measuring", console=Console(stderr=True), transient=True, update_period=1.0)
@@ -218,8 +205,9 @@ def bench(
         draw(result, figure)
 
 
-@app.command()
+@app.command
 def tasks(
+    *,
     version: Version = None,
     model: Model = "clip",
     url: Url = DEFAULT_URL,
@@ -228,9 +216,7 @@ def tasks(
 ) -> None:
     """List the tasks that a version has learned.
 
-    Example:
-
-    client tasks --version 2 --json
+    Example: client tasks --version 2 --json
     """
     with ZeroShotClassifier(url, model, version or "latest", timeout_s=timeout) as classifier:
         card = classifier.card()
@@ -242,13 +228,11 @@ def tasks(
         console().print(f"model {model} version {card.version}, base {base}", style="dim", markup=False)
 
 
-@app.command()
-def versions(model: Model = "clip", url: Url = DEFAULT_URL, timeout: Timeout = 30.0, as_json: Json = False) -> None:
+@app.command
+def versions(*, model: Model = "clip", url: Url = DEFAULT_URL, timeout: Timeout = 30.0, as_json: Json = False) -> None:
     """List the versions that are served, and what each has learned.
 
-    Example:
-
-    client versions --url localhost:8001
+    Example: client versions --url localhost:8001
     """
     with ZeroShotClassifier(url, model, timeout_s=timeout) as classifier:
         numbers = classifier.versions()
@@ -262,10 +246,13 @@ def versions(model: Model = "clip", url: Url = DEFAULT_URL, timeout: Timeout = 3
         console().print(versions_table(cards))
 
 
-@app.command()
+@app.command
 def demo(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")] = 7860,
-    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    *,
+    port: Annotated[
+        int, Parameter(validator=Number(gte=0, lte=65535), help="Port of the page; 0 takes a free one.")
+    ] = 7860,
+    browser: Annotated[bool, Parameter(negative="--no-browser", help="Open the page in the browser.")] = True,
     model: Model = "clip",
     url: Url = DEFAULT_URL,
 ) -> None:
@@ -273,9 +260,7 @@ def demo(
 
     The page is for this machine alone. Ctrl-C ends it.
 
-    Example:
-
-    client demo --port 0 --no-browser
+    Example: client demo --port 0 --no-browser
     """
     from clipweld.client._demo import Comparison
     from clipweld.client._page import PageServer
@@ -297,7 +282,8 @@ def main() -> None:
     with messages():
         try:
             with printing():
-                app(prog_name="client")
+                run(app, sys.argv[1:])
+                sys.exit(0)
         except ClientError as exc:
             say(str(exc))
             sys.exit(1)

@@ -7,18 +7,19 @@ import re
 import signal
 import sys
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.status import Status
 
-from clipweld.exporter import __version__, tables
+from clipweld.exporter import tables
 from clipweld.exporter.config import MODEL_NAME, Precision
 from clipweld.exporter.errors import ExporterError, GateClosed, StoreMissing
 from clipweld.trainer.adapters.folder import check_named
+from clipweld.trainer.command_line import Given, WrongUsage, application, run
 from clipweld.trainer.errors import TrainerError
 from clipweld.trainer.extras import missing
 from clipweld.trainer.files import check_surroundings
@@ -37,61 +38,38 @@ if TYPE_CHECKING:
     from clipweld.trainer.base.backbone import Backbone
     from clipweld.trainer.tasks import Task
 
-app = typer.Typer(
-    name="exporter",
-    help="Merge adapters into CLIP, write Triton model repositories, serve them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = application(
+    "exporter",
+    """Merge adapters into CLIP, write Triton model repositories, serve them.
+
+    Example: exporter merge --to onnx --model mini
+    """,
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        print(f"clipweld {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
-    ] = False,
-) -> None:
-    """What goes before a command."""
-
-
-def _model_name(name: str) -> str:
+def _check_name(_: type, name: str) -> None:
     if not re.fullmatch(MODEL_NAME, name):
-        raise typer.BadParameter(f"{name[:100]!r}: letters, digits, - and _ only")
-    return name
+        raise ValueError("letters, digits, - and _ only")
 
 
 REPOSITORY = Path("model_repository")
 FOR_A_VERSION = ("precision", "min_agreement", "min_accuracy", "max_drop", "validate", "data", "force")
 PARITY_IMAGES = 16
 
-RepositoryOption = Annotated[Path, typer.Option(help="The Triton model repository.")]
-NameOption = Annotated[str, typer.Option(help="Common name of the three models.", callback=_model_name)]
+Target = Literal["onnx", "open_clip", "transformers", "peft"]
+
+RepositoryOption = Annotated[Path, Parameter(help="The Triton model repository.")]
+NameOption = Annotated[str, Parameter(help="Common name of the three models.", validator=_check_name)]
 UrlOption = Annotated[
     list[str] | None,
-    typer.Option(
+    Parameter(
         help="A server of it, by gRPC or http://; again for more. Left out: $CLIPWELD_URL, else those that exporter "
         "serve has started, and one on port 8001."
     ),
 ]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Look at the files alone, not for running servers.")]
-TimeoutOption = Annotated[float, typer.Option(min=1, help="Seconds that loading may take.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-class Target(str, Enum):
-    """What a merge writes."""
-
-    onnx = "onnx"
-    open_clip = "open_clip"
-    transformers = "transformers"
-    peft = "peft"
+OfflineOption = Annotated[bool, Parameter(help="Look at the files alone, not for running servers.")]
+TimeoutOption = Annotated[float, Parameter(validator=Number(gte=1), help="Seconds that loading may take.")]
+JsonOption = Annotated[bool, Parameter(name="--json", help="Print JSON.")]
 
 
 def main() -> None:
@@ -100,7 +78,8 @@ def main() -> None:
         try:
             with to_stdout():
                 check_surroundings(sys.argv[1:])
-                app()
+                run(app, sys.argv[1:])
+                sys.exit(0)
         except (ExporterError, TrainerError) as exc:
             print(f"exporter: {' '.join(str(exc).split())}", file=sys.stderr)
             sys.exit(1)
@@ -109,52 +88,55 @@ def main() -> None:
             sys.exit(1)
 
 
-@app.command()
+@app.command
 def merge(
-    context: typer.Context,
-    to: Annotated[Target, typer.Option(help="What to write: the next version, or the weights for another library.")],
+    *,
+    to: Annotated[Target, Parameter(help="What to write: the next version, or the weights for another library.")],
     model: Annotated[
-        str | None, typer.Option(help="open_clip's name of the model, or mini; the adapters' if left out.")
+        str | None, Parameter(help="open_clip's name of the model, or mini; the adapters' if left out.")
     ] = None,
     pretrained: Annotated[
         str | None,
-        typer.Option(
-            help="open_clip's tag, or a checkpoint file; the adapters', else the model's default if left out."
-        ),
+        Parameter(help="open_clip's tag, or a checkpoint file; the adapters', else the model's default if left out."),
     ] = None,
-    adapters: Annotated[Path, typer.Option(help="Folder of adapter files.")] = Path("adapters"),
+    adapters: Annotated[Path, Parameter(help="Folder of adapter files.")] = Path("adapters"),
     repository: RepositoryOption = REPOSITORY,
     name: NameOption = "clip",
-    out: Annotated[
-        Path | None, typer.Option(help="Where to: a new folder; for open_clip also NAME.safetensors.")
-    ] = None,
+    out: Annotated[Path | None, Parameter(help="Where to: a new folder; for open_clip also NAME.safetensors.")] = None,
     precision: Annotated[
-        Precision, typer.Option(help="What it computes in: fp16 is for GPUs, int8 for CPUs.")
+        Precision, Parameter(help="What it computes in: fp16 is for GPUs, int8 for CPUs.")
     ] = Precision.fp32,
     min_agreement: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of images on which a lower precision must answer as fp32 does.")
+        float,
+        Parameter(
+            validator=Number(gte=0, lte=1), help="Share of images on which a lower precision must answer as fp32 does."
+        ),
     ] = 0.99,
     min_accuracy: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Percent that every task must reach.")
+        float | None, Parameter(validator=Number(gte=0, lte=100), help="Percent that every task must reach.")
     ] = None,
     max_drop: Annotated[
-        float | None, typer.Option(min=0, help="Points that a task may lose against the version served now.")
+        float | None,
+        Parameter(validator=Number(gte=0), help="Points that a task may lose against the version served now."),
     ] = None,
     validate: Annotated[
         list[str] | None,
-        typer.Option(help="Measure both versions on a task's or folder's (NAME=FOLDER's) test images; again for more."),
+        Parameter(
+            consume_multiple=True,
+            help="Measure both versions on a task's or folder's (NAME=FOLDER's) test images; again for more.",
+        ),
     ] = None,
-    data: Annotated[Path, typer.Option(help="Where the MTIL data sets lie.")] = Path("data"),
-    force: Annotated[bool, typer.Option("--force", help="Write it though it fails these, and record that.")] = False,
+    data: Annotated[Path, Parameter(help="Where the MTIL data sets lie.")] = Path("data"),
+    force: Annotated[bool, Parameter(help="Write it though it fails these, and record that.")] = False,
     unmerged: Annotated[
         bool,
-        typer.Option(
-            "--unmerged",
+        Parameter(
             help="Leave the adapters in the graph, to compare speed: model NAME-unmerged, whose version N has the "
             "first N of them, for 1, 4, 16, ... and all. Served beside NAME from the next start; replaces its last.",
         ),
     ] = False,
     as_json: JsonOption = False,
+    given: Given = frozenset(),
 ) -> None:
     """Merge all adapters, in the order they were learned, and check the result before it counts.
 
@@ -163,20 +145,20 @@ def merge(
 
     Example: exporter merge --to onnx --model mini --max-drop 2
     """
-    if (to is Target.onnx) != (out is None):
-        raise typer.BadParameter("--out belongs to all that is not --to onnx, and must be given there")
-    if to is not Target.onnx:
-        _refuse(context, f"--to {to.value} writes no version", "repository", "name", "unmerged", *FOR_A_VERSION)
+    if (to == "onnx") != (out is None):
+        raise WrongUsage("--out belongs to all that is not --to onnx, and must be given there.")
+    if to != "onnx":
+        _refuse(given, f"--to {to} writes no version", "repository", "name", "unmerged", *FOR_A_VERSION)
     elif unmerged:
-        _refuse(context, "--unmerged is in fp32, without a gate", *FOR_A_VERSION)
+        _refuse(given, "--unmerged is in fp32, without a gate", *FOR_A_VERSION)
     elif precision is Precision.fp32:
-        _refuse(context, "fp32 is what a lower --precision must agree with", "min_agreement")
-    if _given(context, "adapters"):
+        _refuse(given, "fp32 is what a lower --precision must agree with", "min_agreement")
+    if "adapters" in given:
         check_named(adapters)
     if out is not None:
         from clipweld.exporter.release.out import check_out
 
-        check_out(to.value, out)
+        check_out(to, out)
     from clipweld.trainer.base.hub import check_default_weights
     from clipweld.trainer.base.model_choice import choose_model, choose_weights
 
@@ -211,7 +193,7 @@ def _merge_elsewhere(
     from clipweld.exporter.release.checkpoints import save
 
     status.update("merging")
-    loads, step = save(to.value, backbone, lineage, out)
+    loads, step = save(to, backbone, lineage, out)
     tasks = [adapter.task for adapter in lineage]
     result = {"out": str(out), "model": loads, "tasks": tasks, "load": step}
     _print(result, as_json, f"{out}: {tables.learned(tasks)}. Load it with: {step}")
@@ -261,25 +243,26 @@ def _merge_version(
     _print(released.to_dict(), as_json, f"{folder}: {line}")
 
 
-@app.command()
+@app.command
 def serve(
-    command: Annotated[list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="Serve while it runs.")] = None,
+    command: Annotated[list[str] | None, Parameter(metavar="-- COMMAND...", help="Serve while it runs.")] = None,
+    /,
+    *,
     repository: RepositoryOption = REPOSITORY,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0 takes free ports.")] = 8001,
+    port: Annotated[int, Parameter(validator=Number(gte=0, lte=65535), help="gRPC port; 0 takes free ports.")] = 8001,
     http_port: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            max=65535,
+        Parameter(
+            validator=Number(gte=0, lte=65535),
             help="HTTP port; 0 takes a free one, as leaving it out with --port 0 does.",
             show_default="8000",
         ),
     ] = None,
     timeout: TimeoutOption = 120.0,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Start another Triton where one ends by itself, twice in ten minutes.")
+        bool, Parameter(help="Start another Triton where one ends by itself, twice in ten minutes.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show Triton's log.")] = False,
+    verbose: Annotated[bool, Parameter(name=("--verbose", "-v"), help="Show Triton's log.")] = False,
 ) -> None:
     """Run a local Triton on loopback until Ctrl-C, or while COMMAND runs, and exit with its status.
 
@@ -316,15 +299,16 @@ def serve(
             text = f"{server.url} and {server.http_url}: {served}; {server.description}"
             console.print(text, highlight=False, soft_wrap=True)
             if command:
-                raise typer.Exit(run_beside(server, command))
+                raise SystemExit(run_beside(server, command))
             console.print("Ctrl-C stops it", highlight=False)
             wait_until_stopped(server)
     except KeyboardInterrupt:
-        raise typer.Exit(0) from None
+        raise SystemExit(0) from None
 
 
-@app.command()
+@app.command
 def versions(
+    *,
     repository: RepositoryOption = REPOSITORY,
     url: UrlOption = None,
     offline: OfflineOption = False,
@@ -365,9 +349,11 @@ def versions(
             print(f"exporter: {exc}", file=sys.stderr)
 
 
-@app.command()
+@app.command
 def verify(
-    version: Annotated[int | None, typer.Argument(help="Which one; all of them if left out.")] = None,
+    version: Annotated[int | None, Parameter(help="Which one; all of them if left out.")] = None,
+    /,
+    *,
     repository: RepositoryOption = REPOSITORY,
     name: NameOption = "clip",
     url: UrlOption = None,
@@ -404,11 +390,13 @@ def verify(
     _print(proven, as_json, "\n".join(lines))
 
 
-@app.command()
+@app.command
 def promote(
     version: Annotated[
-        int | None, typer.Argument(help="Which one; the newest if left out. exporter versions shows them.")
+        int | None, Parameter(help="Which one; the newest if left out. exporter versions shows them.")
     ] = None,
+    /,
+    *,
     repository: RepositoryOption = REPOSITORY,
     name: NameOption = "clip",
     url: UrlOption = None,
@@ -433,8 +421,9 @@ def promote(
     _print_switched(result, servers, as_json)
 
 
-@app.command()
+@app.command
 def rollback(
+    *,
     repository: RepositoryOption = REPOSITORY,
     name: NameOption = "clip",
     url: UrlOption = None,
@@ -457,9 +446,10 @@ def rollback(
     _print_switched(result, servers, as_json)
 
 
-@app.command()
+@app.command
 def prune(
-    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions to keep.")],
+    *,
+    keep: Annotated[int, Parameter(validator=Number(gte=1), help="How many of the newest versions to keep.")],
     repository: RepositoryOption = REPOSITORY,
     name: NameOption = "clip",
     url: UrlOption = None,
@@ -482,17 +472,10 @@ def prune(
     _print(result.to_dict() | _search(servers), as_json, f"{name}: removed {removed}; kept {kept}; {asked}")
 
 
-def _refuse(context: typer.Context, why: str, *names: str) -> None:
-    """Have options that would change nothing be wrong usage."""
-    if given := _given(context, *names):
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise typer.BadParameter(f"{why}; leave out {options}")
-
-
-def _given(context: typer.Context, *names: str) -> list[str]:
-    """Those of some options that stand on the command line."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+def _refuse(given: frozenset[str], why: str, *names: str) -> None:
+    """Options that would change nothing are wrong usage."""
+    if useless := [f"--{name.replace('_', '-')}" for name in names if name in given]:
+        raise WrongUsage(f"{why}; leave out {', '.join(useless)}.")
 
 
 def _load_tasks(names: Sequence[str], data: Path) -> list[Task]:
@@ -533,7 +516,7 @@ def _servers(repositories: Sequence[Repository], urls: list[str] | None, offline
     from clipweld.exporter.serving.servers import Found, find_servers
 
     if offline and urls:
-        raise typer.BadParameter("--offline looks for no server; leave out --url")
+        raise WrongUsage("--offline looks for no server; leave out --url.")
     if offline:
         return Found([], [], offline=True)
     named = urls or [url for url in [os.environ.get("CLIPWELD_URL")] if url]

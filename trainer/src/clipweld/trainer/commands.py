@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-import tyro
+from cyclopts import Group, Parameter
 
+from clipweld.trainer import command_line
 from clipweld.trainer.adapters.folder import check_named
 from clipweld.trainer.base.model_choice import DEFAULT_MODEL, choose_model
 from clipweld.trainer.config import LabelSpace, Method, TrainConfig, train_config
@@ -17,8 +19,18 @@ from clipweld.trainer.config import LabelSpace, Method, TrainConfig, train_confi
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 
+HELP = """Learn image domains one after another, each as a small adapter that merges into CLIP.
 
-@dataclass(frozen=True)
+Example: trainer fit --model mini --task digits
+"""
+
+# Rare flags stand in groups below those that every user needs.
+Training = Parameter(name="*", group=Group("Training", help="Defaults are those of the model.", sort_key=3))
+Data = Parameter(group=Group("Model and data", sort_key=1))
+Hardware = Parameter(group=Group("Hardware", sort_key=2))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tasks:
     """What can be learned here, and what is missing where.
 
@@ -33,26 +45,24 @@ class Tasks:
 
 @dataclass(frozen=True, kw_only=True)
 class WithModel:
-    model: str = DEFAULT_MODEL
+    model: Annotated[str, Data] = DEFAULT_MODEL
     """An open_clip ViT model, or 'mini', the small CLIP that ships. Default: that of the adapters."""
-    pretrained: str | None = None
+    pretrained: Annotated[str | None, Data] = None
     """Weights: an open_clip tag, a checkpoint file, or 'random'. Default: the adapters', else the model's own (openai;
     mini: shipped)."""
-    data: Path = Path("data")
+    data: Annotated[Path, Data] = Path("data")
     """Where the MTIL data sets lie."""
-    download: bool = False
+    download: Annotated[bool, Data] = False
     """Fetch a data set that is missing."""
-    skip_unreadable: bool = False
+    skip_unreadable: Annotated[bool, Data] = False
     """Name images that can't be decoded and leave them out, instead of stopping; looks through all of them first."""
-    accelerator: Accelerator = "auto"
+    accelerator: Annotated[Accelerator, Hardware] = "auto"
     """What to run on."""
-    devices: int = 1
+    devices: Annotated[int, Hardware] = 1
     """How many of it; each sees its own --batch-size images a step. The trainer starts a process for each itself: srun,
     mpirun and torchrun are not needed, and their variables are ignored."""
-    precision: Precision = "auto"
+    precision: Annotated[Precision, Hardware] = "auto"
     """Of the towers in training: bf16-mixed on a GPU that has it, else 32-true. Weights and adapters are float32."""
-    json: bool = False
-    """Print JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +73,7 @@ class Fit(WithModel):
     """
 
     task: str
-    """A name that 'trainer tasks' lists, or a folder of images (train/CLASS/*, test/CLASS/*)."""
+    """A name that 'trainer tasks' lists, or a folder of images (`train/CLASS/*`, `test/CLASS/*`)."""
     name: str | None = None
     """What to call the task of a folder. Default: the folder's name."""
     template: tuple[str, ...] = ()
@@ -74,8 +84,9 @@ class Fit(WithModel):
     """Say how big and how long it will be, from three steps; learn nothing, write nothing."""
     resume: bool = False
     """Resume the same command after an interruption."""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """How to learn. Defaults are those of the model."""
+    json: bool = False
+    """Print JSON."""
+    train: Annotated[TrainConfig, Training] = field(default_factory=TrainConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +115,9 @@ class Sequence(WithModel):
     """Shuffle the tasks by this seed."""
     resume: bool = False
     """Resume the same command after an interruption."""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """How to learn. Defaults are those of the model."""
+    json: bool = False
+    """Print JSON."""
+    train: Annotated[TrainConfig, Training] = field(default_factory=TrainConfig)
 
 
 @dataclass(frozen=True)
@@ -115,8 +127,9 @@ class Report:
     Example: trainer report runs/three
     """
 
-    run: tyro.conf.Positional[Path]
+    run: Path
     """Folder that 'trainer sequence --out' wrote, or one that holds several of them."""
+    _: KW_ONLY
     json: bool = False
     """Print JSON."""
 
@@ -133,9 +146,11 @@ class Evaluate(WithModel):
     of theirs."""
     adapters: Path = Path("adapters")
     """Adapters to merge; an empty folder tests the base model, and so does leaving this out where there is none."""
+    json: bool = False
+    """Print JSON."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """Time training steps beside naive ones, and beside the least that this machine could need.
 
@@ -158,7 +173,10 @@ class Bench:
     """Print JSON."""
 
 
-def parse(args: list[str] | None = None) -> Tasks | Fit | Sequence | Evaluate | Report | Bench:
+Command = Tasks | Fit | Sequence | Evaluate | Report | Bench
+
+
+def parse(args: list[str] | None = None) -> Command:
     """The command of a command line; exits with 2 on one that can't be read.
 
     A model and a method have their own training defaults, so they are looked up first: ``--help`` shows what will be
@@ -180,22 +198,51 @@ def parse(args: list[str] | None = None) -> Tasks | Fit | Sequence | Evaluate | 
         check_named(Path(found.adapters))
     model = choose_model(found.model, Path(found.adapters) if reads_adapters else None)
     method = found.method if found.method in get_args(Method) else "pool"
-    fit = Fit(task=tyro.MISSING, model=model, train=train_config(model))
-    evaluate = Evaluate(tasks=tyro.MISSING, model=model)
-    sequence = Sequence(tasks=tyro.MISSING, out=tyro.MISSING, model=model, train=train_config(model, method))
-    command = (
-        Annotated[Tasks, tyro.conf.subcommand("tasks")]
-        | Annotated[Fit, tyro.conf.subcommand("fit", default=fit)]
-        | Annotated[Sequence, tyro.conf.subcommand("sequence", default=sequence)]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate", default=evaluate)]
-        | Annotated[Report, tyro.conf.subcommand("report")]
-        | Annotated[Bench, tyro.conf.subcommand("bench")]
-    )
-    parsed = tyro.cli(
-        command,
-        prog="trainer",
-        description="Learn image domains one after another, each as a small adapter that merges into CLIP.",
-        args=args,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
-    return replace(parsed, model=model) if isinstance(parsed, (WithModel, Bench)) else parsed
+    chosen: dict[type[Command], dict[str, Any]] = {
+        Tasks: {},
+        Fit: {"model": model, "train": train_config(model)},
+        Sequence: {"model": model, "train": train_config(model, method)},
+        Evaluate: {"model": model},
+        Report: {},
+        Bench: {},
+    }
+    app = command_line.application("trainer", HELP, consume_multiple=True)
+    for command, defaults in chosen.items():
+        app.command(_reader(_with_defaults(command, defaults)), name=command.__name__.lower(), help=command.__doc__)
+    parsed = command_line.run(app, args)
+    if parsed is None:
+        raise SystemExit(0)  # it was help that was asked for
+    if isinstance(parsed, (Fit, Sequence)):
+        parsed = replace(parsed, train=TrainConfig(**asdict(parsed.train)))
+    plain = next(command for command in chosen if isinstance(parsed, command))
+    values = {setting.name: getattr(parsed, setting.name) for setting in fields(plain)}
+    if "model" in values:
+        values["model"] = model
+    return plain(**values)
+
+
+def _with_defaults(settings: type[Command], defaults: dict[str, Any]) -> type[Command]:
+    """The same settings with other defaults, down into the training settings: help shows the class's own."""
+    hints = get_type_hints(settings, include_extras=True)
+    changed: list[tuple[str, Any, Any]] = []
+    for name, default in defaults.items():
+        hint = hints[name]
+        if isinstance(default, TrainConfig):
+            hint = Annotated[_with_defaults(TrainConfig, asdict(default)), Training]
+            changed.append((name, hint, field(default_factory=hint.__origin__)))
+        else:
+            changed.append((name, hint, field(default=default)))
+    home = {"__module__": settings.__module__}  # else it would be a type of Python's own
+    return make_dataclass(settings.__name__, changed, bases=(settings,), namespace=home, frozen=True, kw_only=True)
+
+
+def _reader(settings: type[Command]) -> Callable[[Command], Command]:
+    """A function that has the fields as its parameters, and returns them."""
+
+    def read(command: Command) -> Command:
+        return command
+
+    read.__annotations__ = {"command": Annotated[settings, Parameter(name="*")]}
+    if all(default.default is not MISSING or default.default_factory is not MISSING for default in fields(settings)):
+        read.__defaults__ = (settings(),)
+    return read

@@ -1,0 +1,80 @@
+"""The command line's help, lists, completion and wrong usage."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+from clipweld.client import __version__
+
+Given = Annotated[frozenset[str], Parameter(parse=False)]
+
+
+def application(name: str, description: str, consume_multiple: bool = False) -> App:
+    """A command with subcommands, ``--version``, and ``--install-completion`` for bash, zsh and fish.
+
+    Args:
+        name: of the console script.
+        description: for its help: a sentence, and an example.
+        consume_multiple: whether lists take several values (``--tasks a b``); a flag that is repeated adds to its list
+            in any case. Not for subcommands with positional lists, which could end up in a flag before them.
+    """
+    app = App(
+        name=name,
+        help=description,
+        help_format="markdown",
+        group_parameters="Options",
+        version=f"clipweld {__version__}",
+        default_parameter=Parameter(negative="", consume_multiple=consume_multiple, show_default=_shown),
+    )
+    app.register_install_completion_command()
+    app["--install-completion"].group = app["--version"].group
+    return app
+
+
+def run(app: App, args: Sequence[str]) -> Any:
+    """What the subcommand of a command line returns; None after help.
+
+    A subcommand that has to tell a default from the same value on the command line declares ``given: Given``: it gets
+    the names of the parameters that were on the command line.
+
+    Raises:
+        SystemExit: with status 2, after one line on stderr, where the command line can't be understood.
+    """
+    try:
+        if not args:
+            app.help_print()
+            raise SystemExit(2)
+        command, bound, ours = app.parse_args(args, exit_on_error=False, print_error=False)
+        if "given" in ours:
+            bound.arguments["given"] = frozenset(bound.arguments)
+        return command(*bound.args, **bound.kwargs)
+    except CycloptsError as exc:
+        raise wrong_usage(app, args, exc) from exc
+
+
+def wrong_usage(app: App, args: Sequence[str], exc: CycloptsError) -> SystemExit:
+    """Say what is wrong with a command line; the exit with status 2."""
+    command = " ".join([*app.name, *args[: len(app.parse_commands(args)[0])]])
+    print(f"{app.name[0]}: {' '.join(str(exc).split())} See {command} --help", file=sys.stderr)
+    return SystemExit(2)
+
+
+class WrongUsage(CycloptsError):
+    """Arguments that do not go together."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(msg=message)
+
+
+def _shown(default: Any) -> Any:
+    """A default as help shows it: not those that say nothing."""
+    if default is None or default is False or default == ():
+        return None
+    if isinstance(default, Enum):
+        return default.value
+    return f"{default:g}" if isinstance(default, float) else default
