@@ -66,7 +66,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         copy(source, target)
 
 
-def copy(source: Path, target: Path) -> None:
+def copy(source: Path | str, target: Path | str) -> None:
     """Copy a regular file and flush it to disk.
 
     Raises:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from clipweld.exporter.checks.parity import TIE, check_unit, to_uint8
 from clipweld.exporter.results import Accuracy, Agreement
+from clipweld.exporter.store import schemas
 from clipweld.trainer.adapters.adapter import Adapter
 from clipweld.trainer.base.backbone import Backbone, encode_classes
 from clipweld.trainer.tasks import Images, Task
@@ -45,8 +46,9 @@ def in_onnx_runtime(backbone: Backbone, image_file: Path, text_file: Path) -> En
         parts = np.array_split(tokens, -(-len(tokens) // BATCH_SIZE))
         cut = (part[:, : int(part.argmax(axis=1).max()) + 1] for part in parts)
         features = np.concatenate([text(part) for part in cut]).reshape(len(class_names), len(templates), -1)
-        mean = features.mean(axis=1)
-        return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        mean: np.ndarray = features.mean(axis=1)
+        unit: np.ndarray = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        return unit
 
     return Encoder(image, classes)
 
@@ -76,7 +78,8 @@ def measure_accuracy(
         images = task.load("test")
         scores = _scores(backbone, (before, after), task, images, report)
         right = [(s.argmax(axis=1) == np.asarray(images.labels)).mean() for s in scores]
-        measured.append(Accuracy(task.name, *(round(100 * float(share), 2) for share in right), "merge"))
+        percent = [round(100 * float(share), 2) for share in right]
+        measured.append(Accuracy(task.name, percent[0], percent[1], "merge"))
     return measured
 
 
@@ -100,7 +103,7 @@ def measure_agreement(
     return measured
 
 
-def recorded_accuracies(adapters: Sequence[Adapter], served: Sequence[dict]) -> list[Accuracy]:
+def recorded_accuracies(adapters: Sequence[Adapter], served: Sequence[schemas.Accuracy]) -> list[Accuracy]:
     """What the trainer measured, which are these very weights: adapters are bound to their base by hash.
 
     What the version served now was measured on besides, nobody has measured yet.
@@ -138,7 +141,7 @@ def _scores(
     classes = [encoder.classes(task.class_names, task.templates) for encoder in encoders]
     for weights in classes:
         check_unit(weights, f"class names of {task.name}")
-    rows = [[] for _ in encoders]
+    rows: list[list[np.ndarray]] = [[] for _ in encoders]
     for done, pixels in _batches(backbone, images):
         report(f"{task.name}: {done:,} of {len(images):,} images")
         for encoder, weights, found in zip(encoders, classes, rows, strict=True):

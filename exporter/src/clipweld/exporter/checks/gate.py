@@ -58,8 +58,8 @@ class Gate:
     def _faults(self, accuracy: Accuracy, earlier: Collection[str]) -> list[str]:
         task, before, after = accuracy.task, accuracy.before, accuracy.after
         asked = self.min_accuracy is not None or (self.max_drop is not None and task in earlier)
-        if asked and after is None:
-            return [f"{task} has not been measured: give its images with --validate"]
+        if after is None:
+            return [f"{task} has not been measured: give its images with --validate"] if asked else []
         faults = []
         if self.min_accuracy is not None and not after >= self.min_accuracy:
             faults.append(f"{task} is at {after:.1f}% ({self.min_accuracy:g}% wanted)")

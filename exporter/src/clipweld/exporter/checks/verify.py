@@ -11,6 +11,7 @@ from clipweld.exporter.checks.parity import check_cast, check_parity, check_same
 from clipweld.exporter.errors import RepositoryError
 from clipweld.exporter.graph.trace import hollow
 from clipweld.exporter.results import Parity
+from clipweld.exporter.store import schemas
 from clipweld.exporter.store.lineage import on_weights, read_weights
 from clipweld.exporter.store.manifest import check_files
 from clipweld.exporter.store.repository import BASE_VERSION, TOWERS, Repository
@@ -32,7 +33,7 @@ class Verified:
     model: str
     version: int
     parity: Parity
-    recorded: dict
+    recorded: schemas.Parity
     cast: Parity | None
     graph_identical_to_base: bool | None
 
@@ -64,11 +65,12 @@ def verify(repository: Repository, version: int, images: Sequence[Image.Image], 
             base = hollow(repository.file(kind, BASE_VERSION), names)
             check_same_graph(base, hollow(files[kind], names), f"{kind} tower of version {version}")
         same_graph = True
-    parity = measure_parity(backbone, *files.values(), images, prompts)
+    parity = measure_parity(backbone, files["image"], files["text"], images, prompts)
     check_parity(parity, label)
     cast = None
     if manifest["cast"]:
-        cast = measure_parity(backbone, *(repository.file(kind, version) for kind in TOWERS), images, prompts)
+        image, text = (repository.file(kind, version) for kind in TOWERS)
+        cast = measure_parity(backbone, image, text, images, prompts)
         check_cast(cast, Parity(**manifest["cast"]["parity"]), label)
     return Verified(repository.name, version, parity, manifest["parity"], cast, same_graph)
 

@@ -32,12 +32,12 @@ def with_branches(graph: ModelProto, adapters: Sequence[Adapter]) -> ModelProto:
         return graph
     products, names = _products(graph.graph), {value.name for value in graph.graph.input}
     modules = {}
-    for module in dict.fromkeys(module for adapter in adapters for module in adapter.modules()):
-        weight = weight_of(module)
+    for layer in dict.fromkeys(module for adapter in adapters for module in adapter.modules()):
+        weight = weight_of(layer)
         if weight[0] in names:
             if weight not in products:
-                raise UnsupportedModel(f"layer {module}: no product of its own in the graph; merge without --unmerged")
-            modules[products[weight]] = module
+                raise UnsupportedModel(f"layer {layer}: no product of its own in the graph; merge without --unmerged")
+            modules[products[weight]] = layer
     branched = copy.deepcopy(graph)
     del branched.graph.node[:]
     for node in graph.graph.node:
@@ -89,7 +89,7 @@ def fold_branches(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _products(graph: GraphProto) -> dict[tuple[str, int | None], str]:
     """The output of each product by a weight, by that weight's name and its place where it is split: ``weight_of``."""
-    weights = {value.name: (value.name, None) for value in graph.input[1:]}
+    weights: dict[str, tuple[str, int | None]] = {value.name: (value.name, None) for value in graph.input[1:]}
     products = {}
     for node in graph.node:
         operands = [weights.get(name) for name in node.input]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 # The datatypes of CLIP's inputs and outputs, in Triton's words.
-TYPES = {
+TYPES: dict[int, str] = {
     TensorProto.UINT8: "TYPE_UINT8",
     TensorProto.INT32: "TYPE_INT32",
     TensorProto.FLOAT: "TYPE_FP32",

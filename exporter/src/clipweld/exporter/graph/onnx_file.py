@@ -30,7 +30,8 @@ def data_file(file: Path) -> Path:
 
 def to_bytes(model: ModelProto) -> bytes:
     """The file's content; the same model gives the same bytes."""
-    return model.SerializeToString(deterministic=True)
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
 def is_large(model: ModelProto) -> bool:

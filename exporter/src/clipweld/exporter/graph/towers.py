@@ -22,6 +22,9 @@ from clipweld.trainer.base.cls_block import encode_text
 class ImageTower(nn.Module):
     """Pixels -> image features; scaling, mean and std inside."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: open_clip.CLIP, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.visual = model.visual
@@ -54,7 +57,7 @@ class TextTower(nn.Module):
         Longer requests are cut to the context, ids clamped to the vocabulary: neither may be an internal error, nor
         disturb the requests that Triton batches with it.
         """
-        length = torch.sym_min(tokens.shape[1], self.context_length)
+        length = torch.sym_min(tokens.shape[1], self.context_length)  # type: ignore[no-untyped-call]  # torch's
         tokens = tokens.narrow(1, 0, length).clamp(0, self.vocab_size - 1)
         return F.normalize(encode_text(self, tokens).to(torch.float32), dim=-1)
 
@@ -73,7 +76,10 @@ class PlainAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """query, key, value (batch, seq_len, width); attn_mask (seq_len, seq_len), added to the scores."""
         layers = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        q, k, v = (F.linear(*layer).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in layers)
+        q, k, v = (
+            F.linear(*layer).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]  # torch's
+            for layer in layers
+        )
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if attn_mask is not None:
             scores = scores + attn_mask
@@ -96,6 +102,7 @@ def plain(model: open_clip.CLIP, dtype: torch.dtype) -> open_clip.CLIP:
     for block in transformer_blocks(copied):
         if isinstance(block.attn, nn.MultiheadAttention):
             block.attn = PlainAttention(block.attn)
-        if isinstance(block.mlp.gelu, nn.GELU) and block.mlp.gelu.approximate == "none":
-            block.mlp.gelu = PlainGELU()
+        mlp = block.get_submodule("mlp")
+        if isinstance(mlp.gelu, nn.GELU) and mlp.gelu.approximate == "none":
+            mlp.gelu = PlainGELU()
     return copied

@@ -73,7 +73,9 @@ def hollow(file: Path, names: Container[str]) -> ModelProto:
         model.graph.initializer.remove(tensor)
     for constant in model.graph.initializer:  # such as the text tower's mask
         onnx_file.take_inside(constant, file)
-    return ModelProto.FromString(model.SerializeToString())  # protobuf keeps the memory of what is removed
+    # A copy, because protobuf keeps the memory of what was removed from a message.
+    compact: ModelProto = ModelProto.FromString(model.SerializeToString())
+    return compact
 
 
 def fill(graph: ModelProto, state_dict: Mapping[str, Tensor]) -> ModelProto:
@@ -128,6 +130,7 @@ def _trace(tower: nn.Module, example: Tensor, shapes: dict, input_name: str, out
         raise UnsupportedModel(
             f"{type(tower).__name__} of this model can't be traced to ONNX: {reason}; try a plain ViT such as ViT-B-16"
         ) from exc
+    assert program is not None  # dynamo=True returns one
     model = program.model
     weights = set(tower.state_dict())
     for name in [name for name in model.graph.initializers if name in weights]:

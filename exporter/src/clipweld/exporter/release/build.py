@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from clipweld.exporter import __version__
 from clipweld.exporter.checks.accuracy import in_onnx_runtime, measure_agreement
@@ -114,7 +116,8 @@ class Builder:
         label = f"{self.repository.name} version {number}"
         self.report(f"{label}: writing")
         card = describe(self.repository.name, number, backbone, adapters)
-        weights, branches = backbone.model.state_dict(), ()
+        weights: Mapping[str, Tensor] = backbone.model.state_dict()
+        branches: Sequence[Adapter] = ()
         if unmerged:
             weights, branches = self._base.model.state_dict() | branch_weights(adapters), adapters
         for kind in KINDS:
@@ -160,6 +163,7 @@ class Builder:
             if model is None:
                 continue
             same = self._towers.cast(kind, base_weights, base / kind / MODEL_FILE)
+            assert same is not None  # of the same precision
             check_same_graph(same, model, f"{kind} tower in {self._precision.value}")
             kept = build.folder / EXACT / kind / MODEL_FILE
             with changing(kept):
@@ -199,17 +203,22 @@ def manifest(build: Build, architecture: str) -> Manifest:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "base": {**card["base"], "architecture": architecture},
         "lineage": [{"task": adapter.task, "sha256": adapter.sha256} for adapter in build.adapters],
-        "accuracy": [asdict(accuracy) for accuracy in build.accuracies],
+        "accuracy": [_plain(accuracy) for accuracy in build.accuracies],
         "forced": build.forced,
         "unmerged": build.unmerged,
         "precision": build.precision.value,
         "opset": OPSET,
-        "parity": asdict(build.parity),
-        "cast": asdict(build.cast) if build.cast else None,
+        "parity": _plain(build.parity),
+        "cast": _plain(build.cast) if build.cast else None,
         "files": {part: {"sha256": sha256_of(file), "bytes": file.stat().st_size} for part, file in files.items()},
         "tools": {"python": platform.python_version(), "clipweld": __version__}
         | {tool: found for tool in TOOLS if (found := _version(tool))},
     }
+
+
+def _plain(record: Accuracy | Parity | Cast) -> Any:
+    """The TypedDict of the same name in ``clipweld.exporter.store.schemas``."""
+    return asdict(record)
 
 
 def _version(tool: str) -> str | None:

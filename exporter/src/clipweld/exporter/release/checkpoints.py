@@ -124,7 +124,8 @@ def save_peft(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> Non
     if not adapters:
         raise CheckpointError("peft: no adapters to write; give the folder of 'trainer fit' with --adapters")
     base = dict(renamed(backbone.model.state_dict(), backbone.model_name))
-    tensors, targets = {}, []
+    tensors: dict[str, Tensor] = {}
+    targets = []
     for module in adapters[0].modules():
         lora_A, lora_B = zip(*(adapter.experts(module) for adapter in adapters), strict=True)  # noqa: N806
         scaled = [adapter.scaling * columns for adapter, columns in zip(adapters, lora_B, strict=True)]
@@ -181,7 +182,7 @@ def _staged(out: Path) -> Iterator[Path]:
 
 def _model_config(backbone: Backbone) -> dict:
     """The architecture as open_clip's configurations say it."""
-    config = open_clip.get_model_config(backbone.model_name)
+    config: dict = open_clip.get_model_config(backbone.model_name)
     return config | ({"quick_gelu": True} if has_quick_gelu(backbone) else {})
 
 

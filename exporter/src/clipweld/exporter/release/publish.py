@@ -124,14 +124,15 @@ def release(
         builder = Builder(repository, backbone, precision, images, prompts, report, traced)
         builds = _build(builder, staging, backbone, adapters, precision, checks, known)
         _publish(builder, builds, staging)
-    newest = builds[-1]
+    newest, served = builds[-1], repository.served
+    assert served is not None  # _publish puts the first versions in
     return Release(
         model=repository.name,
         version=newest.number,
         parity=newest.parity,
         graph_identical_to_base=True,
         seconds=time.perf_counter() - began,
-        served=repository.served,
+        served=served,
         precision=newest.precision,
         accuracy=newest.accuracies,
         cast=newest.cast,
@@ -184,10 +185,11 @@ def _build(
         if served:
             check_files(repository, served)
         before = repository.store / str(served) if served else base
-        encoders = [in_onnx_runtime(merged, *towers(folder)) for folder in (before, build.folder)]
-        measured = measure_accuracy(merged, *encoders, checks.validation, builder.report)
+        old, new = (in_onnx_runtime(merged, *towers(folder)) for folder in (before, build.folder))
+        measured = measure_accuracy(merged, old, new, checks.validation, builder.report)
         build.accuracies = known.recorded + measured
-    build.forced = checks.gate.check(build.accuracies, known.earlier, build.cast and build.cast.agreement)
+    agreements = build.cast.agreement if build.cast else None
+    build.forced = checks.gate.check(build.accuracies, known.earlier, agreements)
     return [*builds, build]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import open_clip
 from open_clip.tokenizer import SimpleTokenizer
@@ -110,7 +111,7 @@ def _no_place(name: str, model_name: str) -> UnsupportedModel:
 
 def has_quick_gelu(backbone: Backbone) -> bool:
     """Whether the towers compute OpenAI's approximation of GELU."""
-    return isinstance(transformer_blocks(backbone.model)[0].mlp.gelu, QuickGELU)
+    return isinstance(transformer_blocks(backbone.model)[0].get_submodule("mlp.gelu"), QuickGELU)
 
 
 def config(backbone: Backbone) -> dict:
@@ -195,7 +196,7 @@ def _vocabulary(backbone: Backbone) -> tuple[dict[str, int], list[tuple[str, str
     Raises:
         UnsupportedModel: the tokenizer is not CLIP's own.
     """
-    tokenizer = backbone.tokenizer
+    tokenizer: Any = backbone.tokenizer  # open_clip has no types
     if type(tokenizer) is not SimpleTokenizer or tokenizer.clean_fn is not SimpleTokenizer().clean_fn:
         raise UnsupportedModel(
             f"model {backbone.model_name}: transformers' CLIP has no tokenizer such as its "

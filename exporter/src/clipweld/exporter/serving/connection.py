@@ -93,7 +93,7 @@ class Connection:
                     return self.card(repository, version) == read_card(file)
         return False
 
-    def card(self, repository: Repository, version: int) -> Any:
+    def card(self, repository: Repository, version: int) -> object:
         """The card that is served.
 
         Raises:
@@ -109,7 +109,7 @@ class Connection:
             return set()
         return {int(version) for version in (found["versions"] if isinstance(found, dict) else found.versions)}
 
-    def _infer(self, model: Path, version: int, name: str, array: np.ndarray):
+    def _infer(self, model: Path, version: int, name: str, array: np.ndarray) -> Any:
         value = self._triton.InferInput(name, array.shape, {"uint8": "UINT8", "int32": "INT32"}[array.dtype.name])
         value.set_data_from_numpy(array)
         with self._errors(PromotionFailed, "see the server's log"):

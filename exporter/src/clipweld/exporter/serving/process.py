@@ -50,6 +50,8 @@ class Triton:
             start_new_session=True,  # Ctrl-C reaches us alone, and one signal reaches all of its processes
             preexec_fn=_prepare(),
         )
+        assert self.process.stdout is not None  # a pipe
+        self._output = self.process.stdout
         self._lines: deque[str] = deque(maxlen=2000)
         self._reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self._reader.start()
@@ -84,10 +86,10 @@ class Triton:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._reader.join(timeout=STOP_TIMEOUT_S)
-        self.process.stdout.close()
+        self._output.close()
 
     def _read(self, log: Callable[[str], None]) -> None:
-        for line in self.process.stdout:
+        for line in self._output:
             self._lines.append(line.rstrip("\n"))
             log(line.rstrip("\n"))
 

@@ -22,11 +22,11 @@ class Reloader:
 
     Args:
         repository: the real one.
-        link: what Triton takes for it; its folder is ours.
+        link: what Triton takes for it; its folder is ours. Also an attribute.
     """
 
     def __init__(self, repository: Path, link: Path, control: Control) -> None:
-        self._repository, self._link, self._control = repository.resolve(), link, control
+        self._repository, self.link, self._control = repository.resolve(), link, control
         self._numbers = itertools.count(1)
 
     def drop(self, model: str, version: str) -> None:
@@ -59,7 +59,7 @@ class Reloader:
     def _showing(self, model: str, without: str | None = None) -> Iterator[None]:
         """Let Triton see a model without a version while the block runs."""
         number = next(self._numbers)
-        view = self._link.with_name(f"view-{number}")
+        view = self.link.with_name(f"view-{number}")
         try:
             view.mkdir()
             for other in self._repository.iterdir():
@@ -80,9 +80,9 @@ class Reloader:
             shutil.rmtree(view, ignore_errors=True)
 
     def _point_to(self, place: Path) -> None:
-        new = self._link.with_name("next")
+        new = self.link.with_name("next")
         new.symlink_to(place)
-        os.replace(new, self._link)
+        os.replace(new, self.link)
 
     def _contents(self, model: str) -> tuple[list[str], int]:
         folder = self._repository / model

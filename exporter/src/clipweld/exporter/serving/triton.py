@@ -150,7 +150,7 @@ def run_beside(server: RunningTriton, command: Sequence[str]) -> int:
             with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
                 status = process.wait(LOOK_EVERY_S)
                 return status if status >= 0 else 128 - status
-        raise server.watch.failure
+        raise server.watch.reason
     finally:
         if process.poll() is None:
             process.terminate()
@@ -178,7 +178,7 @@ def wait_until_stopped(server: RunningTriton) -> None:
         TritonFailed: the server is gone for good.
     """
     server.watch.over.wait()
-    raise server.watch.failure
+    raise server.watch.reason
 
 
 def _arguments(found: Installation, repository: Path, port: int, http_port: int, prefix: str, key: str) -> list[str]:
@@ -221,7 +221,7 @@ def _claim_ports(*ports: int) -> list[int]:
                 held.bind((HOST, port))
             except OSError as exc:
                 raise PortTaken(
-                    f"port {port} on {HOST}: {exc.strerror.lower()}; give another, or 0 for a free one"
+                    f"port {port} on {HOST}: {(exc.strerror or str(exc)).lower()}; give another, or 0 for a free one"
                 ) from exc
             claimed.append(held.getsockname()[1])
         return claimed

@@ -65,40 +65,46 @@ class Watch(threading.Thread):
         super().__init__(name="triton-watch", daemon=True)
         self.failure: Exception | None = None
         self.over = threading.Event()
-        self._triton, self._repository, self._link, self._control = triton, repository, link, control
+        self._triton, self._repository, self._control = triton, repository, control
         self._restart, self._report = restart, report
         self._reloader = None if link is None else Reloader(repository, link, control)
         self._past: defaultdict[Version | None, deque[float]] = defaultdict(deque)
 
+    @property
+    def reason(self) -> Exception:
+        """The failure of a watch that gave up."""
+        assert self.failure is not None  # only ``serve`` sets ``over`` without one, once its block is left
+        return self.failure
+
     def run(self) -> None:
         """Look, several times a second."""
         known: dict[int, Version | int] | None = None  # None: look at once
-        list_again = 0.0
+        list_again, reloader = 0.0, self._reloader
         try:
             while not self.over.wait(LOOK_EVERY_S):
                 if (status := self._triton.process.poll()) is not None:
                     self._start_another(f"Triton ended by itself with {in_words(status)}")
                     known = None
-                elif self._link is not None and (known is None or time.monotonic() > list_again or _has_ended(known)):
-                    processes = processes_of(self._triton.process.pid, self._link)
+                elif reloader and (known is None or time.monotonic() > list_again or _has_ended(known)):
+                    processes = processes_of(self._triton.process.pid, reloader.link)
                     list_again = time.monotonic() + LIST_EVERY_S
                     if processes != known:
-                        known = processes if self._mend(processes) else None
+                        known = processes if self._mend(reloader, processes) else None
         except Exception as exc:  # a bug, too, ends the server; who waits for it raises this
             self.failure = exc
         finally:
             self.over.set()
 
-    def _mend(self, processes: dict[int, Version | int]) -> bool:
+    def _mend(self, reloader: Reloader, processes: dict[int, Version | int]) -> bool:
         """Load again what has lost a process; whether Triton was there to be asked."""
         try:
             lost, ended = self._lost(processes), [entry for entry in processes.values() if isinstance(entry, int)]
             # Without one that has ended, the list may have lacked some: the kernel makes it while they come and go.
             if lost and not ended and not self.over.wait(LOOK_EVERY_S):
-                processes = processes_of(self._triton.process.pid, self._link)
+                processes = processes_of(self._triton.process.pid, reloader.link)
                 lost &= self._lost(processes)
             for version in sorted(lost):
-                self._reload(version, [entry for entry in processes.values() if isinstance(entry, int)])
+                self._reload(reloader, version, [entry for entry in processes.values() if isinstance(entry, int)])
         except (OSError, HTTPException):
             return False
         return not lost
@@ -112,7 +118,7 @@ class Watch(threading.Thread):
             lost |= {(model, version) for version in ready if living[model, version] < wanted}
         return lost
 
-    def _reload(self, version: Version, statuses: Iterable[int]) -> None:
+    def _reload(self, reloader: Reloader, version: Version, statuses: Iterable[int]) -> None:
         model, number = version
         ends = sorted({in_words(status) for status in statuses if status})
         reason, dropped = " ".join(("its process ended", *(["with", " or ".join(ends)] if ends else ()))), False
@@ -121,9 +127,9 @@ class Watch(threading.Thread):
             began = time.monotonic()
             try:
                 if not dropped:
-                    self._reloader.drop(model, number)
+                    reloader.drop(model, number)
                     dropped = True
-                self._reloader.load(model)
+                reloader.load(model)
                 self._report(f"{model} version {number}: loaded again after {time.monotonic() - began:.1f} s")
                 return
             except (ModelNotLoaded, OSError, HTTPException) as exc:

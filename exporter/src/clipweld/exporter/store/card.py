@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -76,9 +76,13 @@ def tokenizer_sha256(backbone: Backbone) -> str:
     from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
     plain = SimpleTokenizer(context_length=backbone.context_length)
-    tokenizer = backbone.tokenizer
-    alike = type(tokenizer) is SimpleTokenizer and tokenizer.encoder == plain.encoder
-    if not alike or tokenizer.clean_fn is not plain.clean_fn or tokenizer.reduction_fn is not None:
+    tokenizer: Any = backbone.tokenizer  # open_clip has no types
+    if (
+        type(tokenizer) is not SimpleTokenizer
+        or tokenizer.encoder != plain.encoder
+        or tokenizer.clean_fn is not plain.clean_fn
+        or tokenizer.reduction_fn is not None
+    ):
         raise UnsupportedModel(
             f"model {backbone.model_name}: tokenizer {type(tokenizer).__name__}, clients have CLIP's own "
             "(SimpleTokenizer, lower case); take another model"
@@ -92,7 +96,7 @@ def card_model(card: Card) -> ModelProto:
     An index out of range is clamped: it may not fail the requests that Triton batches with it.
     """
     zero = numpy_helper.from_array(np.array(0, np.int32), "zero")
-    cards = helper.make_tensor(_TEXT, TensorProto.STRING, [1], [_to_text(card).encode()])
+    cards = helper.make_tensor(_TEXT, TensorProto.STRING, [1], [_to_text(card).encode()])  # type: ignore[list-item]  # bytes are taken too
     graph = helper.make_graph(
         [
             helper.make_node("Clip", [CARD_INPUT, "zero", "zero"], ["row"], name="only_row"),
@@ -138,6 +142,9 @@ def _task(adapter: Adapter) -> Task:
         "name": adapter.task,
         "class_names": list(adapter.class_names),
         "templates": list(adapter.templates),
-        "accuracy": {when: adapter.accuracy.get(when, {}).get(adapter.task) for when in ("before", "after")},
+        "accuracy": {
+            "before": adapter.accuracy.get("before", {}).get(adapter.task),
+            "after": adapter.accuracy.get("after", {}).get(adapter.task),
+        },
         "adapter_sha256": adapter.sha256,
     }

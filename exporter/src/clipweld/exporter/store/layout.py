@@ -24,7 +24,7 @@ from clipweld.exporter.errors import (
 )
 from clipweld.exporter.graph.onnx_file import DATA_FILE, data_file
 from clipweld.exporter.store.card import read_card
-from clipweld.exporter.store.schemas import History, Manifest
+from clipweld.exporter.store.schemas import Card, History, Manifest
 from clipweld.trainer.os_errors import cause, next_step
 from clipweld.trainer.schemas import one_line, read_json_file, sha256_of
 
@@ -229,7 +229,7 @@ class Layout:
             listed = ", ".join(map(str, there)) or "none"
             raise VersionMissing(f"{self.name} version {version}: not in {self.store}; versions there: {listed}")
 
-    def card(self, version: int) -> dict:
+    def card(self, version: int) -> Card:
         """What a version says of itself to clients."""
         return read_card(self.file("card", version))
 

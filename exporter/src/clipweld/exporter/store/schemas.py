@@ -78,7 +78,7 @@ class File(TypedDict):
 class Manifest(TypedDict):
     """``clipweld.exporter.store.manifest`` writes it."""
 
-    format: Literal[MANIFEST_FORMAT]
+    format: Literal[MANIFEST_FORMAT]  # type: ignore[valid-type]  # pydantic reads the constant
     model: ModelName
     version: Version
     date: Text
@@ -87,7 +87,7 @@ class Manifest(TypedDict):
     accuracy: Items[Accuracy]
     forced: Items[Text]
     unmerged: bool
-    precision: Literal[tuple(p.value for p in Precision)]
+    precision: Literal[tuple(p.value for p in Precision)]  # type: ignore[valid-type]  # likewise
     opset: Count
     parity: Parity
     cast: Cast | None
@@ -135,7 +135,7 @@ class Task(TypedDict):
 class Card(TypedDict):
     """``clipweld.exporter.store.card`` writes it."""
 
-    format: Literal[CARD_FORMAT]
+    format: Literal[CARD_FORMAT]  # type: ignore[valid-type]  # likewise
     model: ModelName
     version: Version
     image: Image
