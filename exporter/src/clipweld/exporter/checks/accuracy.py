@@ -1,4 +1,4 @@
-"""What a version answers on labelled images: right or wrong, and the same as PyTorch or not."""
+"""A version's accuracy on labelled images, and its agreement with PyTorch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from clipweld.trainer.tasks import Images, Task
 from clipweld.trainer.text import prompt_of
 
 BATCH_SIZE = 8
-AGREEMENT_IMAGES = 400  # of all tasks together: 99% is four of them
+AGREEMENT_IMAGES = 400  # of all tasks together: at 99%, four may differ
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A CLIP from outside: pixels as clients send them, and class names, to L2-normalised features.
+    """A CLIP as clients see it: pixels and class names to L2-normalised features.
 
     Attributes:
         images: uint8 (batch, image_size, image_size, 3) -> float32 (batch, embed_dim).
@@ -37,7 +37,7 @@ class Encoder:
 
 
 def in_onnx_runtime(backbone: Backbone, image_file: Path, text_file: Path) -> Encoder:
-    """Two towers' files on the CPU; of the backbone only the tokenizer is used."""
+    """Run two tower files on the CPU; the backbone provides only the tokenizer."""
     image, text = (_session(file) for file in (image_file, text_file))
 
     def classes(class_names: tuple[str, ...], templates: tuple[str, ...]) -> np.ndarray:
@@ -54,7 +54,7 @@ def in_onnx_runtime(backbone: Backbone, image_file: Path, text_file: Path) -> En
 
 
 def in_pytorch(backbone: Backbone) -> Encoder:
-    """The backbone itself, in float32."""
+    """Run the backbone itself, in float32."""
     mean, std = (torch.tensor(value).view(1, -1, 1, 1) for value in (backbone.mean, backbone.std))
 
     @torch.no_grad()
@@ -68,10 +68,10 @@ def in_pytorch(backbone: Backbone) -> Encoder:
 def measure_accuracy(
     backbone: Backbone, before: Encoder, after: Encoder, tasks: Sequence[Task], report: Callable[[str], None]
 ) -> list[Accuracy]:
-    """Of two versions on the test images of tasks, all of them.
+    """Measure the accuracy of two versions on all test images of the tasks.
 
     Args:
-        backbone: whose preprocessing both have.
+        backbone: provides the preprocessing of both.
     """
     measured = []
     for task in tasks:
@@ -86,7 +86,7 @@ def measure_accuracy(
 def measure_agreement(
     backbone: Backbone, served: Encoder, tasks: Sequence[Task], report: Callable[[str], None]
 ) -> list[Agreement]:
-    """Of a version's files with PyTorch, on some test images of every task.
+    """Measure how often a version's files agree with PyTorch, on some test images of every task.
 
     Args:
         backbone: the version in PyTorch.
@@ -104,13 +104,13 @@ def measure_agreement(
 
 
 def recorded_accuracies(adapters: Sequence[Adapter], served: Sequence[schemas.Accuracy]) -> list[Accuracy]:
-    """What the trainer measured, which are these very weights: adapters are bound to their base by hash.
+    """Return the accuracies that the trainer measured, valid here because adapters are bound to their base by hash.
 
-    What the version served now was measured on besides, nobody has measured yet.
+    Other tasks that the served version was measured on are included without an ``after``.
 
     Args:
         adapters: one lineage, in order.
-        served: what the manifest of the version that is served now says of its accuracies.
+        served: the accuracies in the manifest of the version that is served now.
     """
     before = {entry["task"]: entry["after"] for entry in served}
     after = adapters[-1].accuracy.get("after", {}) if adapters else {}
@@ -133,10 +133,10 @@ def recorded_accuracies(adapters: Sequence[Adapter], served: Sequence[schemas.Ac
 def _scores(
     backbone: Backbone, encoders: Sequence[Encoder], task: Task, images: Images, report: Callable[[str], None]
 ) -> list[np.ndarray]:
-    """Cosines (num_images, num_classes) of every encoder; each image is read once.
+    """Return cosines (num_images, num_classes) per encoder; each image is read once.
 
     Raises:
-        NotFinite: a feature is no unit vector.
+        NotFinite: a feature is not a unit vector.
     """
     classes = [encoder.classes(task.class_names, task.templates) for encoder in encoders]
     for weights in classes:

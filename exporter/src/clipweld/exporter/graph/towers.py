@@ -1,8 +1,8 @@
-"""The towers as they are exported: raw inputs, L2-normalised features, and the plainest operators, which run fastest.
+"""The towers as exported: raw inputs, L2-normalised features, and plain operators, which run fastest.
 
-What torch makes of its own attention and GELU in ONNX, ONNX Runtime can't fuse again. Written out as here it is a
-quarter of the nodes less, and ONNX Runtime finds BiasGelu and FusedMatMul by itself. Its contrib operator for
-attention, written into the file, was no faster on a CPU; ``evidence.studies.speed`` compares with other exports.
+ONNX Runtime can't fuse what torch exports for its own attention and GELU. Written out as here the graph has a quarter
+fewer nodes, and ONNX Runtime fuses BiasGelu and FusedMatMul by itself. Its contrib operator for attention was no faster
+on a CPU; ``evidence.studies.speed`` compares with other exports.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clipweld.trainer.base.cls_block import encode_text
 
 
 class ImageTower(nn.Module):
-    """Pixels -> image features; scaling, mean and std inside."""
+    """Pixels -> image features; scaling and normalisation by mean and std included."""
 
     mean: Tensor
     std: Tensor
@@ -54,8 +54,8 @@ class TextTower(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """int32 (batch, seq_len) -> float32 (batch, embed_dim), L2-normalised.
 
-        Longer requests are cut to the context, ids clamped to the vocabulary: neither may be an internal error, nor
-        disturb the requests that Triton batches with it.
+        Longer inputs are cut to the context and ids clamped to the vocabulary, because an error here would also fail
+        the other requests of Triton's batch.
         """
         length = torch.sym_min(tokens.shape[1], self.context_length)  # type: ignore[no-untyped-call]  # torch's
         tokens = tokens.narrow(1, 0, length).clamp(0, self.vocab_size - 1)
@@ -63,7 +63,7 @@ class TextTower(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """nn.MultiheadAttention, called as that is and with its weights, as products and a softmax."""
+    """Replacement for nn.MultiheadAttention, with its interface and weights, in matrix products and a softmax."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainGELU(nn.Module):
-    """The exact GELU in the order of operations that ONNX Runtime fuses."""
+    """The exact GELU, in the order of operations that ONNX Runtime fuses."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Elementwise."""
@@ -95,7 +95,7 @@ class PlainGELU(nn.Module):
 
 
 def plain(model: open_clip.CLIP, dtype: torch.dtype) -> open_clip.CLIP:
-    """A CLIP that computes the same, written in plain operators; tensors of the same dtype are shared, not copied."""
+    """Return an equivalent CLIP in plain operators; tensors that keep their dtype are shared, not copied."""
     parameters = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()}
     buffers = {id(b): b.to(dtype) for b in model.buffers()}
     copied = copy.deepcopy(model, parameters | buffers)

@@ -1,4 +1,4 @@
-"""A version in the making: written into a folder, compared with PyTorch, cast, and at last described."""
+"""Building a version: write it to a folder, compare it with PyTorch, cast it, and write its manifest."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "onnxr
 
 @dataclass
 class Build:
-    """One version.
+    """A version that is being built.
 
     Attributes:
-        folder: as it will stand in the store.
+        folder: staged, with the layout of the store.
         backbone: the version in PyTorch.
         parity: of its float32 towers.
         cast: None where it stays float32.
-        forced: what it fails at and is released in spite of.
+        forced: faults that ``--force`` overrides.
         unmerged: whether its adapters are branches in its graphs.
     """
 
@@ -74,11 +74,11 @@ class Build:
 
 
 class Builder:
-    """Builds the versions of one repository, all with the graphs of its version 1: traced once, by one torch.
+    """Build the versions of one repository, all on the graphs of version 1: traced once, by one version of torch.
 
     Args:
         backbone: the base.
-        images, prompts: what ONNX Runtime and PyTorch are compared on.
+        images, prompts: samples on which ONNX Runtime and PyTorch are compared.
         traced: the towers of version 1; None where there is none yet.
 
     Raises:
@@ -111,7 +111,7 @@ class Builder:
 
         Raises:
             AnswersDiffer: they disagree.
-            ConfigChanged: a model stands in the repository with another configuration.
+            ConfigChanged: a model in the repository has another configuration.
         """
         label = f"{self.repository.name} version {number}"
         self.report(f"{label}: writing")
@@ -126,31 +126,31 @@ class Builder:
             self.repository.check_config(kind, text)
             onnx_file.save(model, folder / kind / MODEL_FILE)
             write(folder / kind / CONFIG_FILE, text.encode())
-            del model  # of hundreds of megabytes
+            del model  # hundreds of megabytes
         self.report(f"{label}: comparing ONNX Runtime with PyTorch")
         parity = measure_parity(backbone, *towers(folder), *self._samples)
         check_parity(parity, label)
         return Build(number, folder, backbone, adapters, card, parity, unmerged=unmerged)
 
     def compare_graphs(self, build: Build, base: Path) -> None:
-        """Hold a float32 version's graphs against those of the base.
+        """Compare a float32 version's graphs with those of the base.
 
         Args:
             base: the folder of version 1.
 
         Raises:
-            GraphsDiffer: in more than weights.
+            GraphsDiffer: they differ in more than weights.
         """
         names = build.backbone.model.state_dict()
         for kind, ours, theirs in zip(TOWERS, towers(build.folder), towers(base), strict=True):
             check_same_graph(hollow(theirs, names), hollow(ours, names), f"{kind} tower")
 
     def cast(self, build: Build, base: Path, tasks: Sequence[Task]) -> None:
-        """Bring a float32 version to the builder's precision; the towers it had are kept beside.
+        """Cast a float32 version to the builder's precision; its float32 towers are kept in the ``fp32`` folder.
 
         Args:
-            base: the folder of version 1, of which the same must become.
-            tasks: with the images on which it is compared with PyTorch in float32.
+            base: the folder of version 1, whose cast must give the same graph.
+            tasks: with the images on which the cast is compared with PyTorch in float32.
 
         Raises:
             GraphsDiffer: base and version differ in more than weights.
@@ -186,7 +186,7 @@ class Builder:
 
 
 def manifest(build: Build, architecture: str) -> Manifest:
-    """Everything about a version that its files don't say themselves, and their hashes.
+    """Return a version's manifest: its origin, its checks, and the hashes of its files.
 
     Args:
         build: complete in its folder.
