@@ -1,4 +1,4 @@
-"""The card: a tiny ONNX model that answers a JSON saying what a version is."""
+"""The card: a tiny ONNX model that answers JSON describing a version."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _TEXT = "cards"
 
 
 def describe(name: str, version: int, backbone: Backbone, adapters: Sequence[Adapter]) -> Card:
-    """All that a client must know about a version, and its lineage.
+    """Return what a client must know about a version, and its lineage.
 
     Raises:
-        UnsupportedModel: a tokenizer or resize mode that the client does not have, or more words than are read.
+        UnsupportedModel: a tokenizer or resize mode that clients lack, or a card too large for clients to read.
     """
     if backbone.resize_mode not in RESIZE_MODES:
         raise UnsupportedModel(
@@ -68,10 +68,10 @@ def describe(name: str, version: int, backbone: Backbone, adapters: Sequence[Ada
 
 
 def tokenizer_sha256(backbone: Backbone) -> str:
-    """SHA-256 of the vocabulary behind the tokenizer, decompressed: gzip's own bytes vary.
+    """Return the SHA-256 of the tokenizer's vocabulary, decompressed because gzip's bytes vary.
 
     Raises:
-        UnsupportedModel: not open_clip's SimpleTokenizer over its shipped vocabulary, as the client has it.
+        UnsupportedModel: not open_clip's SimpleTokenizer with its shipped vocabulary, which clients have.
     """
     from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
@@ -91,9 +91,9 @@ def tokenizer_sha256(backbone: Backbone) -> str:
 
 
 def card_model(card: Card) -> ModelProto:
-    """ONNX: ``index`` int32 (batch, 1) -> ``card`` string (batch, 1). Every index answers the one card.
+    """Build the ONNX model: ``index`` int32 (batch, 1) -> ``card`` string (batch, 1). Every index gives the one card.
 
-    An index out of range is clamped: it may not fail the requests that Triton batches with it.
+    An index out of range is clamped, because an error would fail the other requests of Triton's batch.
     """
     zero = numpy_helper.from_array(np.array(0, np.int32), "zero")
     cards = helper.make_tensor(_TEXT, TensorProto.STRING, [1], [_to_text(card).encode()])  # type: ignore[list-item]  # bytes are taken too
@@ -114,10 +114,10 @@ def card_model(card: Card) -> ModelProto:
 
 
 def read_card(file: Path) -> Card:
-    """The card inside a ``model.onnx``, without running it.
+    """Read the card in a ``model.onnx`` without running it.
 
     Raises:
-        RepositoryError: not a card as this clipweld writes it.
+        RepositoryError: not a card of this format.
     """
     try:
         if file.stat().st_size > MAX_BYTES:
