@@ -24,7 +24,7 @@ def check_files(repository: Layout, number: int) -> None:
     """Compare a version's files, in the store and in the repository, with its manifest.
 
     Raises:
-        VersionDamaged: a file is missing, altered, or refers to data that is not in the manifest.
+        VersionDamaged: a file is missing, altered, a link, or has data that is not in the manifest.
         RepositoryError: the manifest can't be read.
     """
     expected = repository.manifest(number)["files"]
