@@ -28,6 +28,11 @@ COMMANDS = {
     "exporter": ("merge", "serve", "versions", "verify", "promote", "rollback", "prune"),
     "client": ("classify", "bench", "tasks", "versions", "demo"),
 }
+ERRORS = """### Errors
+
+::: clipweld.client.errors
+    options: {show_root_heading: false, show_root_toc_entry: false, heading_level: 4}
+"""
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)(#[^)\s]*)?\)")
 MATH = re.compile(r"\$\$(.+?)\$\$|\$`(.+?)`\$", re.S)
 
@@ -46,6 +51,14 @@ def commands_page(program: str) -> str:
     """The reference of one program: its own help and that of each subcommand."""
     screens = [((program,), f"# {program}")] + [((program, name), f"## {program} {name}") for name in COMMANDS[program]]
     return "\n".join(f"{title}\n\n```text\n{help_of(*command)}\n```\n" for command, title in screens)
+
+
+def client_page() -> str:
+    """Every public name of the client, in the order of its ``__all__``."""
+    from clipweld import client
+
+    names = [f"::: clipweld.client.{name}\n" for name in client.__all__ if name != "errors"]
+    return "\n".join(["\n## clipweld.client\n", *names, ERRORS])
 
 
 def schemas() -> dict[str, dict]:
@@ -78,6 +91,8 @@ def stage(folder: Path) -> None:
     reference = folder / "docs" / "reference"
     for program in COMMANDS:
         (reference / f"{program}.md").write_text(commands_page(program), encoding="utf-8")
+    with (reference / "python.md").open("a", encoding="utf-8") as page:
+        page.write(client_page())
     parts = [(reference / "formats.md").read_text(encoding="utf-8")]
     for name, schema in schemas().items():
         text = json.dumps(schema, indent=2, ensure_ascii=False)
@@ -109,7 +124,9 @@ def _mathml(formula: re.Match) -> str:
     from latex2mathml.converter import convert
 
     block, inline = formula.groups()
-    return f"<div>{convert(block.strip(), display='block')}</div>" if block else convert(inline)
+    if block:
+        return f'<div class="formula">{convert(block.strip(), display="block")}</div>'
+    return f"<span>{convert(inline)}</span>"
 
 
 def _indented(text: str) -> str:
