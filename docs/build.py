@@ -28,11 +28,7 @@ COMMANDS = {
     "exporter": ("merge", "serve", "versions", "verify", "promote", "rollback", "prune"),
     "client": ("classify", "bench", "tasks", "versions", "demo"),
 }
-ERRORS = """### Errors
-
-::: clipweld.client.errors
-    options: {show_root_heading: false, show_root_toc_entry: false, heading_level: 4}
-"""
+CLIENT = "<!-- clipweld.client -->"  # where the public names of the client go
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)(#[^)\s]*)?\)")
 MATH = re.compile(r"\$\$(.+?)\$\$|\$`(.+?)`\$", re.S)
 
@@ -54,11 +50,17 @@ def commands_page(program: str) -> str:
 
 
 def client_page() -> str:
-    """Every public name of the client, in the order of its ``__all__``."""
+    """Every public name of the client, in the order of its ``__all__``, and its errors."""
     from clipweld import client
 
+    errors = client.errors
     names = [f"::: clipweld.client.{name}\n" for name in client.__all__ if name != "errors"]
-    return "\n".join(["\n## clipweld.client\n", *names, ERRORS])
+    tree = f"### Errors\n\n```text\n{errors.__doc__}```\n"
+    kinds = [
+        name for name, kind in vars(errors).items() if isinstance(kind, type) and kind.__module__ == errors.__name__
+    ]
+    options = "    options: {heading_level: 4, inherited_members: false}\n"
+    return "\n".join([*names, tree, *(f"::: clipweld.client.errors.{name}\n{options}" for name in kinds)])
 
 
 def schemas() -> dict[str, dict]:
@@ -91,8 +93,8 @@ def stage(folder: Path) -> None:
     reference = folder / "docs" / "reference"
     for program in COMMANDS:
         (reference / f"{program}.md").write_text(commands_page(program), encoding="utf-8")
-    with (reference / "python.md").open("a", encoding="utf-8") as page:
-        page.write(client_page())
+    python = reference / "python.md"
+    python.write_text(python.read_text(encoding="utf-8").replace(CLIENT, client_page()), encoding="utf-8")
     parts = [(reference / "formats.md").read_text(encoding="utf-8")]
     for name, schema in schemas().items():
         text = json.dumps(schema, indent=2, ensure_ascii=False)
