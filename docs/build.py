@@ -1,19 +1,19 @@
 """Build the site: stage the repository's pages, generate the reference, run Zensical, fail on what is dead or left out.
 
-The pages keep their places in the repository, so their links work in both. ``python docs/build.py [--out site]``.
+The pages keep their places in the repository, so their links work in both. Run by ``make docs``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).parents[1]
 STAGE = ROOT / "build" / "docs"
@@ -77,7 +77,7 @@ def schemas() -> dict[str, dict]:
         # Python's end of text is written $ in the regular expressions of JSON Schema.
         made[name] = {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
-            **json.loads(schema.replace(r"\\z", "$")),
+            **json.loads(schema.replace(r"\\z", "$"), object_hook=_closed),
             "title": f"clipweld {name}",
         }
     return made
@@ -113,6 +113,11 @@ def left_out(folder: Path) -> list[str]:
     return [page for page in pages if f'"{page}"' not in nav]
 
 
+def _closed(schema: dict) -> dict:
+    """Names that match no pattern are refused, which pydantic's schemas leave out."""
+    return schema | {"additionalProperties": False} if "patternProperties" in schema else schema
+
+
 def _link(link: re.Match, page: Path, folder: Path) -> str:
     """A link to a file of the repository that is no page of the site leads to the repository."""
     before, target, anchor = link.groups(default="")
@@ -136,7 +141,7 @@ def _indented(text: str) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    """Build into site/, or say why not and exit with status 1."""
     stage(STAGE)
     if pages := left_out(STAGE):
         sys.exit(f"not in the navigation of zensical.toml: {', '.join(pages)}")
