@@ -3,6 +3,7 @@
 # make check     ruff, mypy, and the tests that are fast
 # make lint      ruff and mypy
 # make audit     what is installed, and whether it is known to be vulnerable
+# make docs      the documentation site, into site/
 # make results  all methods and ablations on the small tasks: the runs behind RESULTS.md (hours on two cores)
 # make scale    50 synthetic tasks in a row: time and memory against tasks learned
 # make mini      rebuild the small CLIP and its tasks from packages (needs npm, apt-get and hours on a CPU)
@@ -11,7 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PACKAGES := client trainer exporter
 
-.PHONY: demo test check check-client audit lint results scale mini install
+.PHONY: demo test check check-client audit lint results scale mini docs install
 
 install: $(VENV)/.installed
 
@@ -46,6 +47,11 @@ MINUTES ?= 60
 mini: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --group mini
 	$(BIN)/python -m evidence.mini_recipe build --work runs/mini --out runs/mini/out --minutes $(MINUTES)
+
+# Strict: a dead link, or a page that the navigation leaves out, fails.
+docs: install
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --group docs
+	$(BIN)/python docs/build.py
 
 # A file of tests goes to one process, which has a server of its own; each computes on one core.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -22,7 +22,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDES = ("client", "real-clip", "folders", "releases", "measuring")
+GUIDES = ("tutorial", "client", "real-clip", "folders", "releases", "measuring")
 SETUP = {"make demo", "make test", "source .venv/bin/activate"}
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
@@ -168,6 +168,16 @@ def test_the_real_clip_and_your_own_images(folder):
         for line in lines:
             if line.startswith(step):
                 run(offline(line), folder)
+
+
+@pytest.mark.slow
+def test_the_tutorial(folder):
+    said = {}
+    for line in commands("docs/tutorial.md"):
+        said[line] = run(offline(line), folder)
+    assert "bolt" in said["exporter serve -- client classify samples/new.jpg --task bolts"]
+    assert "version 3 is served (before: 2)" in said["exporter promote"]
+    assert "version 2 is served (before: 3)" in said["exporter rollback"]
 
 
 @pytest.mark.slow

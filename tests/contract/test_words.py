@@ -20,7 +20,7 @@ NEVER = {
 }
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "deploy/**/*.md", "samples/*.md", "*/README.md", "client/src/**/*.html")
+    for pattern in ("*.md", "docs/**/*.md", "deploy/**/*.md", "samples/*.md", "*/README.md", "client/src/**/*.html")
     for path in ROOT.glob(pattern)
     if path.name != "CHANGELOG.md"
 )

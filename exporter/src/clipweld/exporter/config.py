@@ -1,10 +1,11 @@
-"""What every ONNX file of ours is written in."""
+"""Constants shared by all ONNX files that clipweld writes, and their precisions."""
 
 from __future__ import annotations
 
 from enum import Enum
 
-# Loads in ONNX Runtime from 1.15 on, so in every Triton container from 24.03 on. Newer must earn its place by speed.
+# Loads in ONNX Runtime from 1.15 on, so in every Triton container from 24.03 on. Raise it only for a
+# measured gain in speed.
 OPSET = 18
 IR_VERSION = 9
 PRODUCER = "clipweld"
@@ -13,13 +14,13 @@ MODEL_NAME = "[A-Za-z0-9_-]{1,100}"  # common to the three models: part of folde
 
 
 class Precision(str, Enum):
-    """What a version computes in.
+    """The numeric precision of a version.
 
-    fp32: as it was trained.
-    fp16: for GPUs; half the bytes. Scaling of pixels and the last normalisation stay float32, and layer norms and
-        softmax sum in float32 inside their kernels.
-    int8: for CPUs; weights and activations of the image tower's products, by ONNX Runtime's own dynamic quantisation.
-        The text tower stays float32: clients keep its answers, and each error in them would fall on every image.
+    fp32: the precision of training.
+    fp16: for GPUs; half the size. Pixel scaling and the final normalisation stay in float32; layer norms and softmax
+        accumulate in float32 inside their kernels.
+    int8: for CPUs; ONNX Runtime's dynamic quantisation of the image tower's matrix products (weights and activations).
+        The text tower stays in float32: clients cache its features, so an error there would affect every image.
     """
 
     fp32 = "fp32"
@@ -27,5 +28,5 @@ class Precision(str, Enum):
     int8 = "int8"
 
 
-# Of a feature's length, which is 1: what normalising in a lower precision may leave.
+# Allowed deviation of a feature's L2 norm from 1, as left by normalising in a lower precision.
 UNIT_TOLERANCE = 1e-2

@@ -1,4 +1,4 @@
-"""Changes to a disk: flushed, on file systems as they are, and with errors of ours."""
+"""Durable file operations: flushed, tolerant of limited file systems, with errors raised as ``RepositoryError``."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from pathlib import Path, PurePosixPath
 from clipweld.exporter.errors import RepositoryError
 from clipweld.trainer.os_errors import cause, next_step
 
-# What link() answers where there are no hard links (exFAT, many network and FUSE file systems), where the kernel keeps
-# them to a file's owner, between file systems, and where a file has too many: a copy is still possible there.
+# Errors of link() after which a copy is still possible: the file system has no hard links (exFAT, many network and FUSE
+# ones), the kernel reserves them for the file's owner (fs.protected_hardlinks), source and target are on different file
+# systems, or the file has too many links.
 NO_LINK = (
     errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL,
 )  # fmt: skip
-MARK = ".clipweld"  # a file in every folder that holds what is not there yet, or no more: what is in it is clipweld's
+MARK = ".clipweld"  # marks a staging folder: its content is clipweld's and may be deleted
 INCOMING = "-incoming-"
 
 
 @contextmanager
 def changing(place: Path) -> Iterator[None]:
-    """What the operating system has against a change, as an error of ours.
+    """Turn an OSError raised in the block into a RepositoryError.
 
     Raises:
-        RepositoryError: in place of any OSError.
+        RepositoryError: for any OSError.
     """
     try:
         yield
@@ -39,7 +40,7 @@ def changing(place: Path) -> Iterator[None]:
 
 
 def write(file: Path, content: bytes) -> None:
-    """Write a file, in a folder that is made if need be, and flush it to disk.
+    """Write a file and flush it to disk; create its folder if necessary.
 
     Raises:
         RepositoryError: it can't be written.
@@ -53,10 +54,10 @@ def write(file: Path, content: bytes) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name of a file's content: a hard link, or a flushed copy where there can be none.
+    """Create a hard link, or a flushed copy where links are not possible.
 
     Raises:
-        OSError: neither.
+        OSError: neither is possible.
     """
     try:
         os.link(source, target)
@@ -66,11 +67,11 @@ def link_or_copy(source: Path, target: Path) -> None:
         copy(source, target)
 
 
-def copy(source: Path, target: Path) -> None:
+def copy(source: Path | str, target: Path | str) -> None:
     """Copy a regular file and flush it to disk.
 
     Raises:
-        OSError: it can't be.
+        OSError: it can't be copied, or ``target`` exists.
     """
     with open(source, "rb") as read, open(target, "xb") as written:
         shutil.copyfileobj(read, written, 1 << 20)
@@ -79,16 +80,17 @@ def copy(source: Path, target: Path) -> None:
 
 
 def move_into(folder: Path, target: Path) -> None:
-    """Give a folder that nobody reads yet its final name, in whole; by a copy where that is on another file system.
+    """Move a complete folder to its final name atomically; copy it first if that is on another file system.
 
     Raises:
-        OSError: it can't be; there is no ``target``, or there was one with something in it.
+        OSError: it can't be moved; ``target`` does not exist, or is the non-empty folder that existed before.
     """
     try:
         os.rename(folder, target)
     except OSError as exc:
         if exc.errno != errno.EXDEV:
             raise
+        # Copied beside the target first: a rename within one file system is atomic, a copy is not.
         incoming = new_staging(target.parent, f".{target.name}{INCOMING}")
         try:
             shutil.copytree(folder, incoming / target.name, copy_function=copy)
@@ -99,10 +101,10 @@ def move_into(folder: Path, target: Path) -> None:
 
 
 def new_staging(parent: Path, prefix: str) -> Path:
-    """An empty folder for what is written, or taken away: ``is_staging`` knows it again, after a kill too.
+    """Create an empty staging folder, which ``is_staging`` recognises even after the process was killed.
 
     Raises:
-        OSError: it can't be made.
+        OSError: it can't be created.
     """
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     (folder / MARK).touch()
@@ -110,14 +112,14 @@ def new_staging(parent: Path, prefix: str) -> Path:
 
 
 def is_staging(folder: Path) -> bool:
-    """Whether a folder is one of ``new_staging``, killed the moment after it was made perhaps: then it is empty."""
-    with suppress(OSError):  # another's
+    """Whether ``new_staging`` made a folder; an empty one counts, for a kill may come before the mark is written."""
+    with suppress(OSError):  # another user's
         return folder.is_dir() and not folder.is_symlink() and (is_regular(folder / MARK) or not any(folder.iterdir()))
     return False
 
 
 def remove_staging(folder: Path) -> None:
-    """Delete a folder of ``new_staging`` as far as possible; its mark goes last, so that a kill leaves it known."""
+    """Delete a staging folder as far as possible; its mark last, so that ``is_staging`` holds after a kill."""
     with suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -129,7 +131,7 @@ def remove_staging(folder: Path) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Have renames in a folder survive a power cut, where the file system can."""
+    """Make renames in a folder survive a power cut, where the file system supports that: fsync the folder itself."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -139,7 +141,7 @@ def flush(folder: Path) -> None:
 
 
 def others(folder: Path, known: Collection[str]) -> list[Path]:
-    """What is in a folder beside regular files of these relative names and the folders they are in. Follows no link."""
+    """Return all entries but the regular files of these relative names and their folders. Follows no symbolic link."""
     folders = {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
 
     def walk(place: Path) -> Iterator[Path]:
@@ -154,10 +156,10 @@ def others(folder: Path, known: Collection[str]) -> list[Path]:
 
 
 def unlike(folder: Path, sources: Mapping[str, Path]) -> list[Path]:
-    """The first thing in a folder that is no link to, or copy of, the source of its relative name, if there is one.
+    """Return the first entry that is neither a hard link to nor a copy of the source of its name, if there is one.
 
     Args:
-        sources: by the names of the folder's files; those that are not in it are not missed.
+        sources: by relative name; files missing from the folder are not reported.
     """
     found = others(folder, sources)
     for name, source in sources.items():
@@ -168,7 +170,7 @@ def unlike(folder: Path, sources: Mapping[str, Path]) -> list[Path]:
 
 
 def is_regular(file: Path) -> bool:
-    """Whether it is a regular file itself, not a link to one."""
+    """Whether a path is a regular file, not a symbolic link to one."""
     return file.is_file() and not file.is_symlink()
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong between adapters and a served model, as one family.
+"""The exporter's exceptions.
 
 ExporterError
 ├── UnsupportedModel        an architecture, tokenizer or resize mode that can't be served faithfully
@@ -6,26 +6,26 @@ ExporterError
 │   ├── AnswersDiffer       ONNX Runtime and PyTorch disagree
 │   ├── NotFinite           a weight or an answer is NaN, infinite, or no unit vector
 │   └── GraphsDiffer        merged and base differ in more than weights
-├── GateClosed              a version is worse than was allowed
+├── GateClosed              a version is worse than the limits allow
 ├── RepositoryError
 │   ├── RepositoryEmpty     nothing to serve
 │   ├── RepositoryBusy      another exporter is writing
-│   ├── OtherBase           versions of other base weights are there
-│   ├── ConfigChanged       a new config.pbtxt would differ from the one there
+│   ├── OtherBase           the repository holds versions of other base weights
+│   ├── ConfigChanged       a new config.pbtxt would differ from the existing one
 │   ├── VersionMissing      the store has no such version
-│   ├── StoreMissing        versions are served and their store is not there
-│   ├── ForeignFiles        what clipweld did not write is in the way
-│   ├── VersionDamaged      a file is not what the manifest says
-│   └── NothingToRollBackTo no version was served before
-├── CheckpointError         nothing to write for another library, or no place to
+│   ├── StoreMissing        versions are served but their store is missing
+│   ├── ForeignFiles        files that clipweld did not write are in the way
+│   ├── VersionDamaged      a file differs from its manifest entry
+│   └── NothingToRollBackTo no version was served earlier
+├── CheckpointError         a checkpoint for another library can't be written
 └── TritonError
-    ├── ServerUnreachable   no model control at an address
-    ├── PromotionFailed     a server could not load a version; it serves what it served
-    ├── TritonMissing       no tritonserver here
-    ├── PortTaken
-    ├── TritonFailed        did not start, or died
-    ├── ModelNotLoaded      Triton's reason for not loading a model
-    └── CommandMissing      the command to run beside it does not exist
+    ├── ServerUnreachable   no model control answers at an address
+    ├── PromotionFailed     a server could not load a version; the previous one is still served
+    ├── TritonMissing       no tritonserver on this machine
+    ├── PortTaken           another process listens on a port
+    ├── TritonFailed        Triton did not start, or exited
+    ├── ModelNotLoaded      Triton refused to load a model
+    └── CommandMissing      the command to run beside the server does not exist
 
 Every message says what, which object, expected, got, and the next step, in one line.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class ExporterError(Exception):
-    """Base of every error that a user of the exporter can meet."""
+    """Base class of all exporter errors."""
 
 
 class UnsupportedModel(ExporterError):
@@ -48,7 +48,7 @@ class UnsupportedModel(ExporterError):
 
 
 class ParityError(ExporterError):
-    """A version that must not count."""
+    """A version that fails its numerical checks."""
 
 
 class AnswersDiffer(ParityError):
@@ -64,14 +64,14 @@ class GraphsDiffer(ParityError):
 
 
 class GateClosed(ExporterError):
-    """A version is worse than was allowed.
+    """A version is worse than the limits allow.
 
     Attributes:
-        accuracies, agreements: what was measured, for a table.
+        accuracies, agreements: the measurements.
     """
 
     def __init__(self, message: str, accuracies: Sequence[Accuracy], agreements: Sequence[Agreement]) -> None:
-        super().__init__(message, accuracies, agreements)  # as a copy, or another process, makes it again
+        super().__init__(message, accuracies, agreements)  # pickle and copy call the class with args
         self.accuracies, self.agreements = accuracies, agreements
 
     def __str__(self) -> str:
@@ -95,7 +95,7 @@ class OtherBase(RepositoryError):
 
 
 class ConfigChanged(RepositoryError):
-    """The config.pbtxt of a new version would differ from the one there."""
+    """The config.pbtxt of a new version would differ from the existing one."""
 
 
 class VersionMissing(RepositoryError):
@@ -103,27 +103,27 @@ class VersionMissing(RepositoryError):
 
 
 class StoreMissing(RepositoryError):
-    """Versions are served and their store is not there."""
+    """Versions are served but their store is missing."""
 
 
 class ForeignFiles(RepositoryError):
-    """Something that clipweld did not write is in the way: it would be deleted, or be served for a version."""
+    """A file that clipweld did not write would be deleted, or served as a version."""
 
 
 class VersionDamaged(RepositoryError):
-    """A version's file is missing, or not what its manifest says."""
+    """A version's file is missing, or differs from its manifest entry."""
 
 
 class NothingToRollBackTo(RepositoryError):
-    """The version served now is the first that was."""
+    """The current version is the first that was ever served."""
 
 
 class CheckpointError(ExporterError):
-    """The open_clip checkpoint can't be written."""
+    """A checkpoint for another library can't be written."""
 
 
 class TritonError(ExporterError):
-    """No server."""
+    """Base class of errors about servers."""
 
 
 class ServerUnreachable(TritonError):
@@ -131,23 +131,23 @@ class ServerUnreachable(TritonError):
 
 
 class PromotionFailed(TritonError):
-    """A server could not load a version; it serves what it served before."""
+    """A server could not load a version; the previous one is still served."""
 
 
 class TritonMissing(TritonError):
-    """No tritonserver here."""
+    """No tritonserver on this machine."""
 
 
 class PortTaken(TritonError):
-    """Another process listens there."""
+    """Another process listens on the port."""
 
 
 class TritonFailed(TritonError):
-    """Triton did not start, or died."""
+    """Triton did not start, or exited."""
 
 
 class ModelNotLoaded(TritonError):
-    """Triton's reason for not loading a model."""
+    """Triton refused to load a model."""
 
 
 class CommandMissing(TritonError):

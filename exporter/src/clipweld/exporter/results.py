@@ -1,4 +1,4 @@
-"""What the checks of a version find, as plain data."""
+"""Results of a version's checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Parity:
     """How far ONNX Runtime is from PyTorch, over all batches.
 
     Attributes:
-        image_max_abs, text_max_abs: largest difference of one number of a unit vector.
+        image_max_abs, text_max_abs: largest absolute difference of one component of a unit vector.
         cosine_min: smallest cosine between the two features of one image or prompt.
         top1_agreement: share of images whose best prompt is the same, 0 to 1.
     """
@@ -22,18 +22,18 @@ class Parity:
 
     @property
     def max_abs(self) -> float:
-        """The larger difference of both towers."""
+        """The larger of the two towers' differences."""
         return max(self.image_max_abs, self.text_max_abs)
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 accuracy on a task's test images among its own class names, in percent; None where it isn't known.
+    """Top-1 accuracy on a task's test images among its own class names, in percent; None where unknown.
 
     Attributes:
-        before: of the version that was served when this one was made; of a new task, just before it was learned.
+        before: of the version served when this one was made; for a new task, just before it was learned.
         after: of this version.
-        measured: ``training``: by the trainer, on these very weights in float32; ``merge``: by the exporter, on the
+        measured: ``training``: by the trainer, with these weights in float32; ``merge``: by the exporter, with the
             files of both versions.
     """
 
@@ -45,11 +45,11 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often a version's best label is that of PyTorch in float32, which the adapters were merged in.
+    """How often a version's best label equals that of the merged weights in PyTorch, in float32.
 
     Attributes:
-        top1: share of images, 0 to 1; a tie in PyTorch counts.
-        images: how many there were.
+        top1: share of images, 0 to 1; a tie in PyTorch counts as agreement.
+        images: number of images compared.
     """
 
     task: str
@@ -62,8 +62,8 @@ class Cast:
     """How far a version of lower precision is from PyTorch in float32.
 
     Attributes:
-        parity: on the images and prompts that every version is compared on.
-        agreement: of the best labels, on labelled images.
+        parity: on the images and prompts used for every version.
+        agreement: of best labels, per task, on labelled images.
     """
 
     parity: Parity

@@ -1,4 +1,4 @@
-"""What a version answers on labelled images: right or wrong, and the same as PyTorch or not."""
+"""A version's accuracy on labelled images, and its agreement with PyTorch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ import torch.nn.functional as F
 
 from clipweld.exporter.checks.parity import TIE, check_unit, to_uint8
 from clipweld.exporter.results import Accuracy, Agreement
+from clipweld.exporter.store import schemas
 from clipweld.trainer.adapters.adapter import Adapter
 from clipweld.trainer.base.backbone import Backbone, encode_classes
 from clipweld.trainer.tasks import Images, Task
 from clipweld.trainer.text import prompt_of
 
 BATCH_SIZE = 8
-AGREEMENT_IMAGES = 400  # of all tasks together: 99% is four of them
+AGREEMENT_IMAGES = 400  # of all tasks together: at 99%, four may differ
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A CLIP from outside: pixels as clients send them, and class names, to L2-normalised features.
+    """A CLIP as clients see it: pixels and class names to L2-normalised features.
 
     Attributes:
         images: uint8 (batch, image_size, image_size, 3) -> float32 (batch, embed_dim).
@@ -36,7 +37,7 @@ class Encoder:
 
 
 def in_onnx_runtime(backbone: Backbone, image_file: Path, text_file: Path) -> Encoder:
-    """Two towers' files on the CPU; of the backbone only the tokenizer is used."""
+    """Run two tower files on the CPU; the backbone provides only the tokenizer."""
     image, text = (_session(file) for file in (image_file, text_file))
 
     def classes(class_names: tuple[str, ...], templates: tuple[str, ...]) -> np.ndarray:
@@ -45,14 +46,15 @@ def in_onnx_runtime(backbone: Backbone, image_file: Path, text_file: Path) -> En
         parts = np.array_split(tokens, -(-len(tokens) // BATCH_SIZE))
         cut = (part[:, : int(part.argmax(axis=1).max()) + 1] for part in parts)
         features = np.concatenate([text(part) for part in cut]).reshape(len(class_names), len(templates), -1)
-        mean = features.mean(axis=1)
-        return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        mean: np.ndarray = features.mean(axis=1)
+        unit: np.ndarray = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        return unit
 
     return Encoder(image, classes)
 
 
 def in_pytorch(backbone: Backbone) -> Encoder:
-    """The backbone itself, in float32."""
+    """Run the backbone itself, in float32."""
     mean, std = (torch.tensor(value).view(1, -1, 1, 1) for value in (backbone.mean, backbone.std))
 
     @torch.no_grad()
@@ -66,24 +68,25 @@ def in_pytorch(backbone: Backbone) -> Encoder:
 def measure_accuracy(
     backbone: Backbone, before: Encoder, after: Encoder, tasks: Sequence[Task], report: Callable[[str], None]
 ) -> list[Accuracy]:
-    """Of two versions on the test images of tasks, all of them.
+    """Measure the accuracy of two versions on all test images of the tasks.
 
     Args:
-        backbone: whose preprocessing both have.
+        backbone: provides the preprocessing of both.
     """
     measured = []
     for task in tasks:
         images = task.load("test")
         scores = _scores(backbone, (before, after), task, images, report)
         right = [(s.argmax(axis=1) == np.asarray(images.labels)).mean() for s in scores]
-        measured.append(Accuracy(task.name, *(round(100 * float(share), 2) for share in right), "merge"))
+        percent = [round(100 * float(share), 2) for share in right]
+        measured.append(Accuracy(task.name, percent[0], percent[1], "merge"))
     return measured
 
 
 def measure_agreement(
     backbone: Backbone, served: Encoder, tasks: Sequence[Task], report: Callable[[str], None]
 ) -> list[Agreement]:
-    """Of a version's files with PyTorch, on some test images of every task.
+    """Measure how often a version's files agree with PyTorch, on some test images of every task.
 
     Args:
         backbone: the version in PyTorch.
@@ -100,14 +103,14 @@ def measure_agreement(
     return measured
 
 
-def recorded_accuracies(adapters: Sequence[Adapter], served: Sequence[dict]) -> list[Accuracy]:
-    """What the trainer measured, which are these very weights: adapters are bound to their base by hash.
+def recorded_accuracies(adapters: Sequence[Adapter], served: Sequence[schemas.Accuracy]) -> list[Accuracy]:
+    """Return the accuracies that the trainer measured, valid here because adapters are bound to their base by hash.
 
-    What the version served now was measured on besides, nobody has measured yet.
+    Other tasks that the served version was measured on are included without an ``after``.
 
     Args:
         adapters: one lineage, in order.
-        served: what the manifest of the version that is served now says of its accuracies.
+        served: the accuracies in the manifest of the version that is served now.
     """
     before = {entry["task"]: entry["after"] for entry in served}
     after = adapters[-1].accuracy.get("after", {}) if adapters else {}
@@ -130,15 +133,15 @@ def recorded_accuracies(adapters: Sequence[Adapter], served: Sequence[dict]) -> 
 def _scores(
     backbone: Backbone, encoders: Sequence[Encoder], task: Task, images: Images, report: Callable[[str], None]
 ) -> list[np.ndarray]:
-    """Cosines (num_images, num_classes) of every encoder; each image is read once.
+    """Return cosines (num_images, num_classes) per encoder; each image is read once.
 
     Raises:
-        NotFinite: a feature is no unit vector.
+        NotFinite: a feature is not a unit vector.
     """
     classes = [encoder.classes(task.class_names, task.templates) for encoder in encoders]
     for weights in classes:
         check_unit(weights, f"class names of {task.name}")
-    rows = [[] for _ in encoders]
+    rows: list[list[np.ndarray]] = [[] for _ in encoders]
     for done, pixels in _batches(backbone, images):
         report(f"{task.name}: {done:,} of {len(images):,} images")
         for encoder, weights, found in zip(encoders, classes, rows, strict=True):

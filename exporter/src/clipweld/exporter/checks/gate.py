@@ -1,4 +1,4 @@
-"""What a merge may not do, whatever else is right with it."""
+"""Limits that a merge must satisfy besides parity."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Gate:
     """How good a version must be to be written.
 
     Attributes:
-        min_accuracy: percent that every task must reach; None asks nothing.
-        max_drop: points that a task may lose against the version that is served; None asks nothing.
+        min_accuracy: percent that every task must reach; None for no limit.
+        max_drop: percentage points that a task may lose against the served version; None for no limit.
         min_agreement: share of answers, 0 to 1, in which a version of lower precision must agree with float32.
-        force: write it all the same, and record what it failed at.
+        force: write the version anyway, and record its faults.
     """
 
     min_accuracy: float | None = None
@@ -31,14 +31,14 @@ class Gate:
         earlier: Collection[str] = (),
         agreements: Sequence[Agreement] | None = None,
     ) -> list[str]:
-        """What the version fails at, if that was forced; else nothing.
+        """Return the faults of a version: none, or those that ``force`` overrides.
 
         Args:
-            earlier: tasks that must have a figure of before: the version served now has learned or is measured on them.
+            earlier: tasks that need a ``before``: the served version has learned them, or is measured on them.
             agreements: of a version of lower precision.
 
         Raises:
-            GateClosed: carries the accuracies.
+            GateClosed: there are faults and they are not forced; carries the measurements.
         """
         faults = [fault for accuracy in accuracies for fault in self._faults(accuracy, earlier)]
         if agreements is not None:
@@ -58,8 +58,8 @@ class Gate:
     def _faults(self, accuracy: Accuracy, earlier: Collection[str]) -> list[str]:
         task, before, after = accuracy.task, accuracy.before, accuracy.after
         asked = self.min_accuracy is not None or (self.max_drop is not None and task in earlier)
-        if asked and after is None:
-            return [f"{task} has not been measured: give its images with --validate"]
+        if after is None:
+            return [f"{task} has not been measured: give its images with --validate"] if asked else []
         faults = []
         if self.min_accuracy is not None and not after >= self.min_accuracy:
             faults.append(f"{task} is at {after:.1f}% ({self.min_accuracy:g}% wanted)")

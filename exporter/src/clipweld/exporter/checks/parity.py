@@ -1,4 +1,4 @@
-"""PyTorch against ONNX Runtime on real images and prompts; merged against base, node by node."""
+"""Compare ONNX Runtime with PyTorch on real images and prompts, and merged with base graphs node by node."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from clipweld.exporter.results import Parity
 from clipweld.trainer.base.backbone import Backbone
 
 BATCHES = (1, 3, 8)
-FEW = 4  # batches of a smaller size: what they could get wrong, they get wrong at once
-MAX_ABS = 1e-4  # of unit vectors; float32 towers agree to about 1e-6
+FEW = 4  # batches of each smaller size: errors there are systematic, so a few batches show them
+MAX_ABS = 1e-4  # per component of unit vectors; float32 towers agree to about 1e-6
 COSINE_MIN = 0.9999
-# A top-1 that differs counts as agreement when PyTorch scores both labels this close: a tie.
+# A different top-1 counts as agreement if PyTorch's scores of both labels differ by at most this: a tie.
 TIE = 1e-5
 
 
@@ -37,7 +37,7 @@ def measure_parity(
         prompts: at least two; texts go to ONNX cut to the longest of their batch, to PyTorch in full.
 
     Raises:
-        NotFinite: a feature is no unit vector, or NaN; says whose.
+        NotFinite: a feature is not a unit vector, or NaN; the message says which.
     """
     pixels = torch.stack([backbone.preprocess(image.convert("RGB")) for image in images])
     tokens = backbone.tokenizer(list(prompts))
@@ -65,12 +65,12 @@ def check_unit(features: np.ndarray, of: str) -> None:
     """Refuse features float32 (batch, embed_dim) that are not all of length one, or NaN.
 
     Args:
-        of: what the rows are.
+        of: what the rows are, for the message.
 
     Raises:
         NotFinite: names the first such row.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # is refused below
+    with np.errstate(over="ignore", invalid="ignore"):  # refused below
         lengths = np.linalg.norm(features, axis=1)
         usable = np.abs(lengths - 1) <= UNIT_TOLERANCE  # false for NaN
     if not usable.all():
@@ -87,7 +87,7 @@ def check_parity(parity: Parity, version: str) -> None:
     Raises:
         AnswersDiffer: says by how much.
     """
-    # Written so that NaN fails.
+    # Written as a positive condition, so that NaN fails.
     if (
         parity.image_max_abs <= MAX_ABS
         and parity.text_max_abs <= MAX_ABS
@@ -120,7 +120,7 @@ def check_cast(parity: Parity, recorded: Parity, version: str) -> None:
 
 
 def check_same_graph(base: ModelProto, merged: ModelProto, tower: str) -> None:
-    """Merged must be base, node by node; only the bytes of weights may differ.
+    """Require that merged equals base node by node; only the values of weights may differ.
 
     Raises:
         GraphsDiffer: names the first difference.
@@ -152,7 +152,7 @@ def _versions(model: ModelProto) -> list:
 
 
 def _run_batches(file: Path, inputs: np.ndarray, *, cut: bool = False) -> list[np.ndarray]:
-    """All rows in batches of the largest size, and some in batches of each of the others."""
+    """Run all rows in batches of the largest size, and a few batches of each smaller size."""
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     results = []
@@ -160,7 +160,7 @@ def _run_batches(file: Path, inputs: np.ndarray, *, cut: bool = False) -> list[n
         rows = []
         count = len(inputs) if size == max(BATCHES) else min(len(inputs), FEW * size)
         for start in range(0, count, size):
-            # The last batch is filled up from the start, so that it has this very size.
+            # The last batch is padded with rows from the start, so that it has exactly this size.
             batch = np.take(inputs, range(start, start + size), axis=0, mode="wrap")
             if cut:
                 batch = batch[:, : int(batch.argmax(axis=1).max()) + 1]

@@ -1,4 +1,4 @@
-"""Proving a version again, with nothing but its own files."""
+"""Verification of a stored version from its own files alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from clipweld.exporter.checks.parity import check_cast, check_parity, check_same
 from clipweld.exporter.errors import RepositoryError
 from clipweld.exporter.graph.trace import hollow
 from clipweld.exporter.results import Parity
+from clipweld.exporter.store import schemas
 from clipweld.exporter.store.lineage import on_weights, read_weights
 from clipweld.exporter.store.manifest import check_files
 from clipweld.exporter.store.repository import BASE_VERSION, TOWERS, Repository
@@ -19,20 +20,19 @@ from clipweld.trainer.base.backbone import Backbone, load_backbone
 
 @dataclass(frozen=True)
 class Verified:
-    """A version whose files are those that were written, and that still answers as PyTorch does.
+    """A version whose files are unchanged and whose answers still equal PyTorch's.
 
     Attributes:
-        parity: measured now in float32, PyTorch with the weights that are in the files.
-        recorded: measured when the version was made.
-        cast: the same of the towers that are served, where their precision is lower; else None.
-        graph_identical_to_base: whether it was compared with version 1; None where that is gone, and where adapters
-            are in the graph.
+        parity: measured now in float32, against PyTorch with the weights read from the files.
+        recorded: parity measured when the version was made.
+        cast: parity of the served towers where their precision is lower, else None.
+        graph_identical_to_base: True if compared with version 1; None if that is gone, or the version is unmerged.
     """
 
     model: str
     version: int
     parity: Parity
-    recorded: dict
+    recorded: schemas.Parity
     cast: Parity | None
     graph_identical_to_base: bool | None
 
@@ -45,11 +45,11 @@ def verify(repository: Repository, version: int, images: Sequence[Image.Image], 
     """Hash a version's files, compare its graph with the base's and its answers with PyTorch's.
 
     Args:
-        images, prompts: what ONNX Runtime and PyTorch must agree on.
+        images, prompts: samples on which ONNX Runtime and PyTorch must agree.
 
     Raises:
         VersionMissing: no such version.
-        VersionDamaged: a file is not what was written.
+        VersionDamaged: a file differs from its manifest entry.
         ParityError: answers or graphs differ.
         AnswersDiffer: a lower precision is further from PyTorch than it was when the version was made.
     """
@@ -64,17 +64,18 @@ def verify(repository: Repository, version: int, images: Sequence[Image.Image], 
             base = hollow(repository.file(kind, BASE_VERSION), names)
             check_same_graph(base, hollow(files[kind], names), f"{kind} tower of version {version}")
         same_graph = True
-    parity = measure_parity(backbone, *files.values(), images, prompts)
+    parity = measure_parity(backbone, files["image"], files["text"], images, prompts)
     check_parity(parity, label)
     cast = None
     if manifest["cast"]:
-        cast = measure_parity(backbone, *(repository.file(kind, version) for kind in TOWERS), images, prompts)
+        image, text = (repository.file(kind, version) for kind in TOWERS)
+        cast = measure_parity(backbone, image, text, images, prompts)
         check_cast(cast, Parity(**manifest["cast"]["parity"]), label)
     return Verified(repository.name, version, parity, manifest["parity"], cast, same_graph)
 
 
 def _read_backbone(repository: Repository, version: int) -> Backbone:
-    """The CLIP that a version's files hold, in PyTorch."""
+    """Rebuild a version in PyTorch from the weights in its files."""
     base = repository.manifest(version)["base"]
     backbone = load_backbone(base["architecture"], "random")
     own = backbone.model.state_dict()

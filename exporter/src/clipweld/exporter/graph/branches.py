@@ -1,4 +1,4 @@
-"""LoRA branches in a tower's graph, one an adapter and layer: what a server computes that keeps its adapters apart."""
+"""Unmerged adapters in a tower's graph: one LoRA branch per adapter and layer."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from clipweld.trainer.adapters.merge import STACKED, delta_weight, weight_of
 
 
 def with_branches(graph: ModelProto, adapters: Sequence[Adapter]) -> ModelProto:
-    """A tower in which each layer's product becomes ``weight x + sum_i lora_B_i (lora_A_i x)``, one term an adapter.
+    """Add LoRA branches: each adapted product becomes ``weight x + sum_i lora_B_i (lora_A_i x)``, one term per adapter.
 
-    The rest is the graph as it was. Branches come before the bias: ONNX Runtime fuses that with what follows it.
+    Nothing else changes. Branches are added before the bias, which ONNX Runtime fuses with the operator after it.
 
     Args:
-        graph: traced, its weights still inputs; not changed. Adapted layers of the other tower are left out.
+        graph: a traced tower whose weights are still inputs; not changed. Layers of the other tower are ignored.
 
     Returns:
-        the same with the branches' weights as inputs too, to be filled with ``branch_weights``.
+        the graph with the branches' weights as additional inputs, to be filled from ``branch_weights``.
 
     Raises:
-        UnsupportedModel: a layer's product is not one of its own.
+        UnsupportedModel: an adapted layer has no matrix product of its own in the graph.
     """
     if not adapters:
         return graph
     products, names = _products(graph.graph), {value.name for value in graph.graph.input}
     modules = {}
-    for module in dict.fromkeys(module for adapter in adapters for module in adapter.modules()):
-        weight = weight_of(module)
+    for layer in dict.fromkeys(module for adapter in adapters for module in adapter.modules()):
+        weight = weight_of(layer)
         if weight[0] in names:
             if weight not in products:
-                raise UnsupportedModel(f"layer {module}: no product of its own in the graph; merge without --unmerged")
-            modules[products[weight]] = module
+                raise UnsupportedModel(f"layer {layer}: no product of its own in the graph; merge without --unmerged")
+            modules[products[weight]] = layer
     branched = copy.deepcopy(graph)
     del branched.graph.node[:]
     for node in graph.graph.node:
@@ -56,9 +56,9 @@ def with_branches(graph: ModelProto, adapters: Sequence[Adapter]) -> ModelProto:
 
 
 def branch_weights(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """``<module>.lora_A.<n> (num_experts, d_in)`` and ``<module>.lora_B.<n> (d_out, num_experts)`` of the n-th adapter.
+    """Return ``<module>.lora_A.<n> (num_experts, d_in)`` and ``<module>.lora_B.<n> (d_out, num_experts)`` per adapter.
 
-    Its scaling is in its lora_B: one operation less.
+    The scaling is multiplied into lora_B, which saves an operator in the graph.
     """
     weights = {}
     for number, adapter in enumerate(adapters):
@@ -70,10 +70,10 @@ def branch_weights(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
 
 
 def fold_branches(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The merged weights of towers with branches; of towers without, their own.
+    """Merge branches into the weights; without branches, return the weights as they are.
 
     Args:
-        weights: those of the towers, and their ``branch_weights``; not changed.
+        weights: of the towers, with their ``branch_weights``; not changed.
     """
     folded = dict(weights)
     for name, lora_A in weights.items():  # noqa: N806
@@ -88,8 +88,8 @@ def fold_branches(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _products(graph: GraphProto) -> dict[tuple[str, int | None], str]:
-    """The output of each product by a weight, by that weight's name and its place where it is split: ``weight_of``."""
-    weights = {value.name: (value.name, None) for value in graph.input[1:]}
+    """Map each weight, keyed as by ``weight_of`` (name, index of the chunk or None), to its product's output name."""
+    weights: dict[str, tuple[str, int | None]] = {value.name: (value.name, None) for value in graph.input[1:]}
     products = {}
     for node in graph.node:
         operands = [weights.get(name) for name in node.input]
@@ -103,7 +103,7 @@ def _products(graph: GraphProto) -> dict[tuple[str, int | None], str]:
 
 
 def _branches(module: str, numbers: Sequence[int], x: str, output: str) -> Iterator[NodeProto]:
-    """What adds one branch after the other to ``<module>.base_layer``; the last sum has the name of the output."""
+    """Yield the nodes that add the branches to ``<module>.base_layer``; the last sum takes the name of the output."""
     total = f"{module}.base_layer"
     for number in numbers:
         last, result = total, x

@@ -1,11 +1,11 @@
-"""``config.pbtxt`` of the three models, from their graphs alone: equal for every version of one architecture."""
+"""``config.pbtxt`` of the three models, derived from the graphs alone, so equal for all versions of an architecture."""
 
 from __future__ import annotations
 
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
-# The datatypes of CLIP's inputs and outputs, in Triton's words.
-TYPES = {
+# ONNX element types of CLIP's inputs and outputs -> Triton's names.
+TYPES: dict[int, str] = {
     TensorProto.UINT8: "TYPE_UINT8",
     TensorProto.INT32: "TYPE_INT32",
     TensorProto.FLOAT: "TYPE_FP32",
@@ -13,11 +13,11 @@ TYPES = {
 }
 MAX_BATCH_SIZE = 64
 MAX_BATCH_BYTES = 2**30
-# What a row of a batch takes while it runs, in activations of the widest layer. Measured with ViT-B-16 in ONNX Runtime:
-# 64 images take 0.7 GB beside the weights, which is 4.5 of them a row; 64 texts 0.2 GB, which is 5.1.
+# Memory per batch row, as a multiple of the widest layer's activations. Measured with ViT-B-16 in ONNX Runtime:
+# 64 images take 0.7 GB besides the weights, a factor of 4.5; 64 texts take 0.2 GB, a factor of 5.1.
 WIDEST_LAYERS = 5
 WARM_UP_BATCHES = (1, 8)
-WARM_UP_LENGTH = 16  # tokens of a text: most prompts have fewer
+WARM_UP_LENGTH = 16  # tokens per text: most prompts have fewer
 
 _TEMPLATE = """\
 name: "{name}"
@@ -43,9 +43,9 @@ model_warmup [
 
 
 def config(name: str, kind: str, model: ModelProto) -> str:
-    """The file's text.
+    """Return the file's text.
 
-    It says nothing of threads: how many cores there are is the server's to know (``deploy/``).
+    It sets no thread counts: the number of cores is a property of the server (``deploy/``).
 
     Args:
         name: common to the three models.
@@ -62,7 +62,7 @@ def config(name: str, kind: str, model: ModelProto) -> str:
 
 
 def _max_batch_size(model: ModelProto) -> int:
-    """A power of two; the widest layer is the first of an MLP, for every token."""
+    """The largest power of two that fits; the widest layer is the first of an MLP, applied to every token."""
     tokens = max((t.dims[0] for t in model.graph.initializer if t.name.endswith("positional_embedding")), default=1)
     width = max((t.dims[0] for t in model.graph.initializer if t.name.endswith("mlp.c_fc.weight")), default=1)
     fitting = MAX_BATCH_BYTES // (WIDEST_LAYERS * tokens * width * 4)
@@ -74,7 +74,7 @@ def _tensor(field: str, value: ValueInfoProto) -> str:
 
 
 def _warm_up(value: ValueInfoProto) -> str:
-    """Zeros, which are tokens too: random ones would be out of vocabulary."""
+    """Warm up with zeros, which are valid tokens; random ones would be out of vocabulary."""
     dims = ", ".join(str(WARM_UP_LENGTH) if dim == "-1" else dim for dim in _dims(value))
     zeros = f'{{ key: "{value.name}" value: {{ data_type: {_type(value)} dims: [ {dims} ] zero_data: true }} }}'
     rows = [f'  {{ name: "batch of {size}" batch_size: {size} inputs {zeros} }}' for size in WARM_UP_BATCHES]
@@ -86,5 +86,5 @@ def _type(value: ValueInfoProto) -> str:
 
 
 def _dims(value: ValueInfoProto) -> list[str]:
-    """All but the batch, which Triton leaves out; one without a fixed value is dynamic."""
+    """All dimensions but the batch, which Triton implies; -1 for dynamic ones."""
     return [str(dim.dim_value or -1) for dim in value.type.tensor_type.shape.dim[1:]]

@@ -1,6 +1,6 @@
-"""ONNX files: weights beside the graph where one file can't hold them, and nothing else followed of what a file names.
+"""Reading and writing ONNX files, with weights in a second file where one can't hold them.
 
-A file is read as one that anyone may have written.
+Files may come from untrusted sources: of the paths that a file names, only our own data file is followed.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ from clipweld.exporter.disk import changing, is_regular, write
 from clipweld.exporter.errors import VersionDamaged
 
 DATA_FILE = "model.onnx.data"  # beside a ``model.onnx``
-# Bytes of weights: protobuf writes at most 2 GiB - 1, graph and all.
+# Bytes of weights. A protobuf message is limited to 2 GiB - 1; the margin is for the graph.
 EXTERNAL_ABOVE = 2**31 - 2**25
 SMALL = 1024  # bytes of a tensor that stays in the graph: shapes and axes, which ONNX infers shapes from
 
 
 def data_file(file: Path) -> Path:
-    """Where a model's weights are if they are not inside it."""
+    """Return the path of a model's external weights."""
     return file.with_name(f"{file.name}.data")
 
 
 def to_bytes(model: ModelProto) -> bytes:
-    """The file's content; the same model gives the same bytes."""
-    return model.SerializeToString(deterministic=True)
+    """Serialise a model; equal models give equal bytes."""
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
 def is_large(model: ModelProto) -> bool:
-    """Whether a model has more weights than are written as one file."""
+    """Whether a model's weights exceed what is written to a single file."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_ABOVE
 
 
 def save(model: ModelProto, file: Path) -> None:
-    """Write a model, flushed; where it is large its weights move out of it, into ``data_file(file)``.
+    """Write a model and flush it; the weights of a large one are moved, in the message too, to ``data_file(file)``.
 
     Raises:
         RepositoryError: it can't be written.
@@ -48,7 +49,7 @@ def save(model: ModelProto, file: Path) -> None:
         data = data_file(file)
         with changing(data):
             data.parent.mkdir(parents=True, exist_ok=True)
-            data.touch()  # with the mode of all files here: onnx would make it readable for its owner alone
+            data.touch()  # with the umask's mode: onnx would create it readable by its owner only
             for tensor in model.graph.initializer:
                 if len(tensor.raw_data) >= SMALL:
                     external_data_helper.set_external_data(tensor, data.name)
@@ -59,16 +60,16 @@ def save(model: ModelProto, file: Path) -> None:
 
 
 def load(file: Path) -> ModelProto:
-    """A model; weights that are beside it stay there, for ``values``.
+    """Load a model; external weights are not read (see ``values``).
 
     Raises:
-        VersionDamaged: not ONNX, or a tensor's data is where ``save`` doesn't put it.
+        VersionDamaged: not ONNX, or a tensor's data is not where ``save`` puts it.
     """
     try:
         model = onnx.load(file, load_external_data=False)
     except OSError as exc:
         raise VersionDamaged(f"{file}: can't be read ({exc.strerror}); restore it, or remove the version") from exc
-    except Exception as exc:  # protobuf's DecodeError has a different home in each of its implementations
+    except Exception as exc:  # each protobuf implementation has its own DecodeError
         raise VersionDamaged(f"{file}: not ONNX ({exc}); restore it, or remove the version") from exc
     nodes = (node for function in model.functions for node in function.node)
     lost = [tensor for tensor in (*_inner(model.graph), *_of_nodes(nodes)) if _is_elsewhere(tensor)]
@@ -82,7 +83,7 @@ def load(file: Path) -> ModelProto:
 
 
 def take_inside(tensor: TensorProto, file: Path) -> None:
-    """Bring the data of a tensor of a model that ``load`` read from ``file`` into the tensor."""
+    """Embed the external data of a tensor of a model that ``load`` read from ``file``."""
     if _is_elsewhere(tensor):
         tensor.raw_data = values(tensor, file).tobytes()
         tensor.ClearField("external_data")
@@ -90,16 +91,16 @@ def take_inside(tensor: TensorProto, file: Path) -> None:
 
 
 def values(tensor: TensorProto, file: Path) -> np.ndarray:
-    """A weight of a model that ``load`` read from ``file``; an array of its own."""
+    """Return a copy of a weight of a model that ``load`` read from ``file``."""
     if not _is_elsewhere(tensor):
         return numpy_helper.to_array(tensor).copy()
     dtype, offset = helper.tensor_dtype_to_np_dtype(tensor.data_type), _offset(tensor)
-    # Not with onnx: it refuses a file of two names, as a version's files are.
+    # Not with onnx, which refuses files with several hard links, as active versions have.
     return np.fromfile(data_file(file), dtype, math.prod(tensor.dims), offset=offset).reshape(tensor.dims)
 
 
 def _is_beside(tensor: TensorProto, file: Path) -> bool:
-    """Whether a tensor's data is in the file where ``save`` puts it, all of it."""
+    """Whether all of a tensor's data is in the file where ``save`` puts it."""
     said, data = {entry.key: entry.value for entry in tensor.external_data}, data_file(file)
     size = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return (
@@ -120,7 +121,7 @@ def _is_elsewhere(tensor: TensorProto) -> bool:
 
 
 def _inner(graph: GraphProto) -> Iterator[TensorProto]:
-    """All tensors of a graph but its weights."""
+    """Yield all tensors of a graph except its initializers."""
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
     yield from _of_nodes(graph.node)

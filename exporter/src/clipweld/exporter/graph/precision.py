@@ -1,4 +1,4 @@
-"""Precisions of a version: merged in float32 first, cast last."""
+"""Towers in the precision of a version; adapters are merged in float32, the cast comes last."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _AFTER_ATTENTION = ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 class Towers:
-    """Both towers of a CLIP as graphs, to be filled with any weights it may have.
+    """The graphs of both towers of a CLIP, to be filled with weights.
 
     Args:
         backbone: the base.
-        traced: files of the image and the text tower in float32 that were traced before; their graphs are taken.
+        traced: float32 files of the image and the text tower whose graphs are reused, instead of tracing again.
 
     Raises:
         UnsupportedModel: torch can't trace it.
@@ -52,14 +52,14 @@ class Towers:
             self._half = {"image": trace_image_tower(backbone, half), "text": trace_text_tower(backbone, half)}
 
     def exact(self, kind: str, weights: Mapping[str, Tensor], branches: Sequence[Adapter] = ()) -> ModelProto:
-        """A tower in float32, these adapters beside its layers."""
+        """Return a tower in float32, with these adapters as branches."""
         return fill(with_branches(self._graphs[kind], branches), weights)
 
     def cast(self, kind: str, weights: Mapping[str, Tensor], exact: Path) -> ModelProto | None:
-        """A tower in this precision; None where that is float32 too.
+        """Return a tower in this precision; None where that is float32.
 
         Args:
-            exact: the file of what ``exact`` gave for the same weights.
+            exact: the file of the float32 tower with the same weights.
         """
         if self._precision is Precision.fp16:
             return fill(self._half[kind], weights)
@@ -69,18 +69,18 @@ class Towers:
 
 
 def quantize(file: Path) -> ModelProto:
-    """An image tower's float32 file with its products by weights in int8: weights now, activations when it runs.
+    """Quantise the matrix products of an image tower's float32 file to int8, weights now and activations at run time.
 
-    Seven bits of weights a channel: CPUs without VNNI add two products in 16 bits, which eight would overflow. The
-    scale of activations is that of a whole batch, so an answer depends a little on what it is batched with. The
-    products that err most stay in float32 (``float_products``).
+    Weights have seven bits, with a scale per channel: CPUs without VNNI add two products in 16 bits, which eight bits
+    would overflow. Activations have one scale per batch, so an answer depends slightly on the rest of its batch. The
+    products with the largest errors stay in float32 (``float_products``).
     """
     # Imported here: it takes a second.
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 
     large = onnx_file.data_file(file).exists()
     with _temporary_folder() as folder, _quiet():
-        # Names that are nowhere else: beside a large model onnx looks for its data in the working folder too.
+        # Unique names, because onnx looks for the data of a large model in the working folder too.
         folded, quantized = (folder / f"{folder.name}-{step}.onnx" for step in ("folded", "quantized"))
         quant_pre_process(
             file,
@@ -102,10 +102,12 @@ def quantize(file: Path) -> ModelProto:
             extra_options={"MatMulConstBOnly": True},
         )
         model = onnx.load(quantized)
-        if onnx_file.is_large(model):  # too large to be checked in memory
+        if onnx_file.is_large(model):  # too large to check in memory
             onnx.checker.check_model(str(quantized), full_check=True)
     del model.opset_import[:], model.graph.value_info[:]
-    model.opset_import.append(onnx.helper.make_opsetid("", OPSET))  # all it needs; onnxruntime lists all it knows
+    model.opset_import.append(
+        onnx.helper.make_opsetid("", OPSET)
+    )  # the only one needed; onnxruntime lists all it knows
     model.ir_version, model.producer_name, model.producer_version = IR_VERSION, PRODUCER, ""
     if not onnx_file.is_large(model):
         onnx.checker.check_model(model, full_check=True)
@@ -113,11 +115,11 @@ def quantize(file: Path) -> ModelProto:
 
 
 def float_products(tower: ModelProto) -> list[str]:
-    """The products of an image tower that int8 leaves alone, by their nodes' names.
+    """Return the node names of the matrix products of an image tower that stay in float32.
 
-    The second layer of the first MLP, whose input has the outliers: on the small CLIP it alone made 28% of the
-    features' squared error. And the last block's layers after its attention, with the projection, which made 25% and
-    cost next to nothing: only [CLS] goes through them.
+    These are the second layer of the first MLP, whose input has outliers (on the small CLIP it alone caused 28% of the
+    features' squared error), and the last block's layers after its attention, with the projection (25%). The latter
+    cost next to nothing in float32: only [CLS] passes through them.
     """
     transposed = {node.output[0]: node.input[0] for node in tower.graph.node if node.op_type == "Transpose"}
     weights = {
@@ -134,10 +136,10 @@ def float_products(tower: ModelProto) -> list[str]:
 
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    """A folder for as long as the block runs.
+    """Create a temporary folder, removed when the block ends.
 
     Raises:
-        OutputError: something can't be written to it.
+        OutputError: it can't be written to.
     """
     place = "temporary files"
     try:
@@ -145,14 +147,14 @@ def _temporary_folder() -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="clipweld-int8-") as folder:
             yield Path(folder)
     except (OSError, onnx.checker.ValidationError, DecodeError) as exc:
-        # onnxruntime and onnx write on a full disk without a word, and what they wrote can't be read back.
+        # On a full disk onnxruntime and onnx report nothing; reading their truncated files fails instead.
         reason, step = (cause(exc), next_step(exc)) if isinstance(exc, OSError) else ("files are cut off", "make room")
         raise OutputError(f"{place}: can't be written ({reason}); {step}, or name another folder in TMPDIR") from exc
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what onnxruntime has to say of every tensor that is not float, and before an error of ours."""
+    """Silence onnxruntime, which logs a line per non-float tensor, and logs an error before raising it."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,8 +1,8 @@
-"""The towers as they are exported: raw inputs, L2-normalised features, and the plainest operators, which run fastest.
+"""The towers as exported: raw inputs, L2-normalised features, and plain operators, which run fastest.
 
-What torch makes of its own attention and GELU in ONNX, ONNX Runtime can't fuse again. Written out as here it is a
-quarter of the nodes less, and ONNX Runtime finds BiasGelu and FusedMatMul by itself. Its contrib operator for
-attention, written into the file, was no faster on a CPU; ``evidence.studies.speed`` compares with other exports.
+ONNX Runtime can't fuse what torch exports for its own attention and GELU. Written out as here the graph has a quarter
+fewer nodes, and ONNX Runtime fuses BiasGelu and FusedMatMul by itself. Its contrib operator for attention was no faster
+on a CPU; ``evidence.studies.speed`` compares with other exports.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from clipweld.trainer.base.cls_block import encode_text
 
 
 class ImageTower(nn.Module):
-    """Pixels -> image features; scaling, mean and std inside."""
+    """Pixels -> image features; scaling and normalisation by mean and std included."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: open_clip.CLIP, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -51,16 +54,16 @@ class TextTower(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """int32 (batch, seq_len) -> float32 (batch, embed_dim), L2-normalised.
 
-        Longer requests are cut to the context, ids clamped to the vocabulary: neither may be an internal error, nor
-        disturb the requests that Triton batches with it.
+        Longer inputs are cut to the context and ids clamped to the vocabulary, because an error here would also fail
+        the other requests of Triton's batch.
         """
-        length = torch.sym_min(tokens.shape[1], self.context_length)
+        length = torch.sym_min(tokens.shape[1], self.context_length)  # type: ignore[no-untyped-call]  # torch's
         tokens = tokens.narrow(1, 0, length).clamp(0, self.vocab_size - 1)
         return F.normalize(encode_text(self, tokens).to(torch.float32), dim=-1)
 
 
 class PlainAttention(nn.Module):
-    """nn.MultiheadAttention, called as that is and with its weights, as products and a softmax."""
+    """Replacement for nn.MultiheadAttention, with its interface and weights, in matrix products and a softmax."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -73,7 +76,10 @@ class PlainAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """query, key, value (batch, seq_len, width); attn_mask (seq_len, seq_len), added to the scores."""
         layers = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        q, k, v = (F.linear(*layer).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in layers)
+        q, k, v = (
+            F.linear(*layer).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]  # torch's
+            for layer in layers
+        )
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if attn_mask is not None:
             scores = scores + attn_mask
@@ -81,7 +87,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainGELU(nn.Module):
-    """The exact GELU in the order of operations that ONNX Runtime fuses."""
+    """The exact GELU, in the order of operations that ONNX Runtime fuses."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Elementwise."""
@@ -89,13 +95,14 @@ class PlainGELU(nn.Module):
 
 
 def plain(model: open_clip.CLIP, dtype: torch.dtype) -> open_clip.CLIP:
-    """A CLIP that computes the same, written in plain operators; tensors of the same dtype are shared, not copied."""
+    """Return an equivalent CLIP in plain operators; tensors that keep their dtype are shared, not copied."""
     parameters = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()}
     buffers = {id(b): b.to(dtype) for b in model.buffers()}
     copied = copy.deepcopy(model, parameters | buffers)
     for block in transformer_blocks(copied):
         if isinstance(block.attn, nn.MultiheadAttention):
             block.attn = PlainAttention(block.attn)
-        if isinstance(block.mlp.gelu, nn.GELU) and block.mlp.gelu.approximate == "none":
-            block.mlp.gelu = PlainGELU()
+        mlp = block.get_submodule("mlp")
+        if isinstance(mlp.gelu, nn.GELU) and mlp.gelu.approximate == "none":
+            mlp.gelu = PlainGELU()
     return copied

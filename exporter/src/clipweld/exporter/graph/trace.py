@@ -1,8 +1,8 @@
-"""Towers -> ONNX.
+"""Trace towers to ONNX graphs and fill them with weights.
 
-A tower is traced once, with its weights as graph inputs, and only then filled with the values of a state_dict. So no
-optimisation can depend on a weight's value (torch's own deduplicates equal initializers and folds small ones): base and
-merged have one graph, whatever was learned. ONNX Runtime folds what it likes when it loads.
+A tower is traced once, with its weights as graph inputs, and then filled with the values of a state_dict. So no
+optimisation can depend on weight values (torch's deduplicates equal initializers and folds small ones), and base and
+merged have the same graph. ONNX Runtime still optimises it when it loads the file.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ TEXT_INPUT, TEXT_OUTPUT = "tokens", "text_features"
 
 
 def trace_image_tower(backbone: Backbone, dtype: torch.dtype = torch.float32) -> ModelProto:
-    """The image tower's graph, without weights: they are inputs, to be given by ``fill``.
+    """Trace the image tower without weights: they are graph inputs until ``fill``.
 
     Args:
-        dtype: what the transformer computes in: float32, or float16 for GPUs.
+        dtype: of the transformer: float32, or float16 for GPUs.
 
     Raises:
         UnsupportedModel: torch can't trace it.
@@ -50,18 +50,18 @@ def trace_image_tower(backbone: Backbone, dtype: torch.dtype = torch.float32) ->
 
 
 def trace_text_tower(backbone: Backbone, dtype: torch.dtype = torch.float32) -> ModelProto:
-    """The text tower's graph, without weights: they are inputs, to be given by ``fill``.
+    """Trace the text tower without weights: they are graph inputs until ``fill``.
 
     Args, errors: as of ``trace_image_tower``.
     """
     example = torch.zeros(2, min(7, backbone.context_length), dtype=torch.int32)
-    # No maximum: the graph itself cuts to the context. The bound only tells the tracer that lengths are small.
+    # Longer than any context, to which the graph itself cuts; the bound only tells the tracer that lengths are small.
     shapes = {0: Dim("batch"), 1: Dim("length", min=1, max=1 << 20)}
     return _trace(TextTower(plain(backbone.model, dtype)), example, shapes, TEXT_INPUT, TEXT_OUTPUT)
 
 
 def hollow(file: Path, names: Container[str]) -> ModelProto:
-    """The traced tower that ``fill`` made a file of, whatever weights are in it.
+    """Undo ``fill``: read a tower's file and turn its weights back into graph inputs.
 
     Args:
         names: of the weights.
@@ -73,18 +73,20 @@ def hollow(file: Path, names: Container[str]) -> ModelProto:
         model.graph.initializer.remove(tensor)
     for constant in model.graph.initializer:  # such as the text tower's mask
         onnx_file.take_inside(constant, file)
-    return ModelProto.FromString(model.SerializeToString())  # protobuf keeps the memory of what is removed
+    # A copy, because protobuf keeps the memory of what was removed from a message.
+    compact: ModelProto = ModelProto.FromString(model.SerializeToString())
+    return compact
 
 
 def fill(graph: ModelProto, state_dict: Mapping[str, Tensor]) -> ModelProto:
-    """A traced tower with weights: of its precision, in the order of the graph.
+    """Return a copy of a traced tower with weights in its precision, in the order of its inputs.
 
     Args:
-        graph: what ``trace_image_tower`` or ``trace_text_tower`` gave; not changed.
+        graph: from ``trace_image_tower`` or ``trace_text_tower``; not changed.
         state_dict: an open_clip CLIP's weights, base or merged.
 
     Raises:
-        NotFinite: a weight is NaN, infinite, or too large for its precision; names it.
+        NotFinite: a weight is NaN, infinite, or too large for its precision; the message names it.
     """
     filled = copy.deepcopy(graph)
     values = list(graph.graph.input[1:])
@@ -92,14 +94,14 @@ def fill(graph: ModelProto, state_dict: Mapping[str, Tensor]) -> ModelProto:
     for value in values:
         dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         weight = state_dict[value.name].detach().to("cpu", torch.float32).numpy()
-        with np.errstate(over="ignore"):  # is refused below
+        with np.errstate(over="ignore"):  # refused below
             array = weight.astype(dtype, copy=False)
         if not np.isfinite(array).all():
             raise NotFinite(
                 f"tower {graph.graph.input[0].name!r}: weight {value.name} reaches {np.abs(weight).max():.3g}, "
                 f"expected finite {dtype.name}; merge with --precision fp32, or learn the task again with a lower --lr"
             )
-        # In place: appending a finished tensor would have protobuf hold it twice.
+        # In place: appending a finished tensor would make protobuf hold it twice.
         filled.graph.initializer.add(
             name=value.name,
             data_type=value.type.tensor_type.elem_type,
@@ -128,6 +130,7 @@ def _trace(tower: nn.Module, example: Tensor, shapes: dict, input_name: str, out
         raise UnsupportedModel(
             f"{type(tower).__name__} of this model can't be traced to ONNX: {reason}; try a plain ViT such as ViT-B-16"
         ) from exc
+    assert program is not None  # dynamo=True returns one
     model = program.model
     weights = set(tower.state_dict())
     for name in [name for name in model.graph.initializers if name in weights]:
@@ -139,7 +142,7 @@ def _trace(tower: nn.Module, example: Tensor, shapes: dict, input_name: str, out
 
 
 def _strip(model: ModelProto) -> ModelProto:
-    """Drop what differs between machines: stack traces, source paths, versions of the tools."""
+    """Remove what differs between machines: stack traces, source paths, tool versions."""
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = PRODUCER, ""
     graph = model.graph

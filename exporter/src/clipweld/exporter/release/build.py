@@ -1,15 +1,17 @@
-"""A version in the making: written into a folder, compared with PyTorch, cast, and at last described."""
+"""Building a version: write it to a folder, compare it with PyTorch, cast it, and write its manifest."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from clipweld.exporter import __version__
 from clipweld.exporter.checks.accuracy import in_onnx_runtime, measure_agreement
@@ -47,14 +49,14 @@ TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "onnxr
 
 @dataclass
 class Build:
-    """One version.
+    """A version that is being built.
 
     Attributes:
-        folder: as it will stand in the store.
+        folder: staged, with the layout of the store.
         backbone: the version in PyTorch.
         parity: of its float32 towers.
         cast: None where it stays float32.
-        forced: what it fails at and is released in spite of.
+        forced: faults that ``--force`` overrides.
         unmerged: whether its adapters are branches in its graphs.
     """
 
@@ -72,11 +74,11 @@ class Build:
 
 
 class Builder:
-    """Builds the versions of one repository, all with the graphs of its version 1: traced once, by one torch.
+    """Build the versions of one repository, all on the graphs of version 1: traced once, by one version of torch.
 
     Args:
         backbone: the base.
-        images, prompts: what ONNX Runtime and PyTorch are compared on.
+        images, prompts: samples on which ONNX Runtime and PyTorch are compared.
         traced: the towers of version 1; None where there is none yet.
 
     Raises:
@@ -109,12 +111,13 @@ class Builder:
 
         Raises:
             AnswersDiffer: they disagree.
-            ConfigChanged: a model stands in the repository with another configuration.
+            ConfigChanged: a model in the repository has another configuration.
         """
         label = f"{self.repository.name} version {number}"
         self.report(f"{label}: writing")
         card = describe(self.repository.name, number, backbone, adapters)
-        weights, branches = backbone.model.state_dict(), ()
+        weights: Mapping[str, Tensor] = backbone.model.state_dict()
+        branches: Sequence[Adapter] = ()
         if unmerged:
             weights, branches = self._base.model.state_dict() | branch_weights(adapters), adapters
         for kind in KINDS:
@@ -123,31 +126,31 @@ class Builder:
             self.repository.check_config(kind, text)
             onnx_file.save(model, folder / kind / MODEL_FILE)
             write(folder / kind / CONFIG_FILE, text.encode())
-            del model  # of hundreds of megabytes
+            del model  # hundreds of megabytes
         self.report(f"{label}: comparing ONNX Runtime with PyTorch")
         parity = measure_parity(backbone, *towers(folder), *self._samples)
         check_parity(parity, label)
         return Build(number, folder, backbone, adapters, card, parity, unmerged=unmerged)
 
     def compare_graphs(self, build: Build, base: Path) -> None:
-        """Hold a float32 version's graphs against those of the base.
+        """Compare a float32 version's graphs with those of the base.
 
         Args:
             base: the folder of version 1.
 
         Raises:
-            GraphsDiffer: in more than weights.
+            GraphsDiffer: they differ in more than weights.
         """
         names = build.backbone.model.state_dict()
         for kind, ours, theirs in zip(TOWERS, towers(build.folder), towers(base), strict=True):
             check_same_graph(hollow(theirs, names), hollow(ours, names), f"{kind} tower")
 
     def cast(self, build: Build, base: Path, tasks: Sequence[Task]) -> None:
-        """Bring a float32 version to the builder's precision; the towers it had are kept beside.
+        """Cast a float32 version to the builder's precision; its float32 towers are kept in the ``fp32`` folder.
 
         Args:
-            base: the folder of version 1, of which the same must become.
-            tasks: with the images on which it is compared with PyTorch in float32.
+            base: the folder of version 1, whose cast must give the same graph.
+            tasks: with the images on which the cast is compared with PyTorch in float32.
 
         Raises:
             GraphsDiffer: base and version differ in more than weights.
@@ -160,6 +163,7 @@ class Builder:
             if model is None:
                 continue
             same = self._towers.cast(kind, base_weights, base / kind / MODEL_FILE)
+            assert same is not None  # of the same precision
             check_same_graph(same, model, f"{kind} tower in {self._precision.value}")
             kept = build.folder / EXACT / kind / MODEL_FILE
             with changing(kept):
@@ -182,7 +186,7 @@ class Builder:
 
 
 def manifest(build: Build, architecture: str) -> Manifest:
-    """Everything about a version that its files don't say themselves, and their hashes.
+    """Return a version's manifest: its origin, its checks, and the hashes of its files.
 
     Args:
         build: complete in its folder.
@@ -199,17 +203,22 @@ def manifest(build: Build, architecture: str) -> Manifest:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "base": {**card["base"], "architecture": architecture},
         "lineage": [{"task": adapter.task, "sha256": adapter.sha256} for adapter in build.adapters],
-        "accuracy": [asdict(accuracy) for accuracy in build.accuracies],
+        "accuracy": [_plain(accuracy) for accuracy in build.accuracies],
         "forced": build.forced,
         "unmerged": build.unmerged,
         "precision": build.precision.value,
         "opset": OPSET,
-        "parity": asdict(build.parity),
-        "cast": asdict(build.cast) if build.cast else None,
+        "parity": _plain(build.parity),
+        "cast": _plain(build.cast) if build.cast else None,
         "files": {part: {"sha256": sha256_of(file), "bytes": file.stat().st_size} for part, file in files.items()},
         "tools": {"python": platform.python_version(), "clipweld": __version__}
         | {tool: found for tool in TOOLS if (found := _version(tool))},
     }
+
+
+def _plain(record: Accuracy | Parity | Cast) -> Any:
+    """The TypedDict of the same name in ``clipweld.exporter.store.schemas``."""
+    return asdict(record)
 
 
 def _version(tool: str) -> str | None:

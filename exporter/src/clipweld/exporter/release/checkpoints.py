@@ -1,4 +1,4 @@
-"""For other programs: merged weights for open_clip and transformers, unmerged adapters for PEFT."""
+"""Checkpoints for other libraries: merged weights for open_clip and transformers, unmerged adapters for PEFT."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from clipweld.trainer.os_errors import next_step
 # The names by which open_clip finds weights and their configuration in a folder.
 OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 OPEN_CLIP_MODELS = Path(open_clip.__file__).parent / "model_configs"
-SPELLED_OUT = "ViT-B-32"  # the name that open_clip needs for a model whose every setting is given
+SPELLED_OUT = "ViT-B-32"  # open_clip needs some model name, even when every setting is given
 PEFT_BASE = "base"
-TORCH = {"format": "pt"}  # transformers asks for it
+TORCH = {"format": "pt"}  # transformers requires it
 
 
 def save(target: str, backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> tuple[str, str]:
-    """Write for another library: ``open_clip``, ``transformers`` or ``peft``.
+    """Write a checkpoint for ``open_clip``, ``transformers`` or ``peft``.
 
     Returns:
-        the model's name there, and the Python that loads it with all that belongs to it, in a process of its own.
+        the model's name there, and a Python statement that loads the model with its preprocessing and tokenizer.
 
     Raises:
         UnsupportedModel, CheckpointError: as of the functions below.
@@ -84,13 +84,13 @@ def save_open_clip(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -
             }
             (staged / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _save(weights, file, None)
-        # Proves that open_clip takes every tensor of it.
+        # Proves that open_clip accepts every tensor in the file.
         open_clip.load_checkpoint(copy.deepcopy(backbone.model), str(file), strict=True)
     return architecture(backbone)
 
 
 def architecture(backbone: Backbone) -> str:
-    """The name by which open_clip builds this very model: QuickGELU may need another than the one that was given."""
+    """Return open_clip's name of this architecture: weights with QuickGELU may need the ``-quickgelu`` variant."""
     configured = open_clip.get_model_config(backbone.model_name) or {}
     named_for_it = configured.get("quick_gelu", False) or not has_quick_gelu(backbone)
     return backbone.model_name if named_for_it else f"{backbone.model_name}-quickgelu"
@@ -102,8 +102,8 @@ def save_transformers(backbone: Backbone, adapters: Sequence[Adapter], out: Path
     Weights, configuration, image preprocessing and tokenizer.
 
     Raises:
-        UnsupportedModel: the model has something that transformers' CLIP has no place for.
-        CheckpointError: the folder can't be written, or holds something already.
+        UnsupportedModel: the model has a part that transformers' CLIP lacks.
+        CheckpointError: the folder can't be written, or is not empty.
     """
     tensors = dict(renamed(merge(backbone.model.state_dict(), adapters), backbone.model_name))
     with _staged(out) as folder:
@@ -111,20 +111,21 @@ def save_transformers(backbone: Backbone, adapters: Sequence[Adapter], out: Path
 
 
 def save_peft(backbone: Backbone, adapters: Sequence[Adapter], out: Path) -> None:
-    """Write all adapters as one PEFT LoRA, and the base that it belongs to as a folder of transformers' in it.
+    """Write all adapters as one PEFT LoRA, with the base as a transformers folder inside it.
 
-    Side by side they are a LoRA of their ranks' sum, exactly; their scaling is in its lora_B. Load it with
-    ``peft.PeftModel.from_pretrained(base, out)``, where ``base`` is the model in ``out/base``, or the published CLIP
-    whose weights the base has.
+    Concatenated, the adapters are exactly one LoRA whose rank is the sum of theirs; the scaling is multiplied into
+    lora_B. Load it with ``peft.PeftModel.from_pretrained(base, out)``, where ``base`` is the model in ``out/base``, or
+    the published CLIP with the same weights.
 
     Raises:
         UnsupportedModel: as of ``save_transformers``.
-        CheckpointError: there are no adapters, the folder can't be written, or it holds something already.
+        CheckpointError: there are no adapters, or the folder can't be written or is not empty.
     """
     if not adapters:
         raise CheckpointError("peft: no adapters to write; give the folder of 'trainer fit' with --adapters")
     base = dict(renamed(backbone.model.state_dict(), backbone.model_name))
-    tensors, targets = {}, []
+    tensors: dict[str, Tensor] = {}
+    targets = []
     for module in adapters[0].modules():
         lora_A, lora_B = zip(*(adapter.experts(module) for adapter in adapters), strict=True)  # noqa: N806
         scaled = [adapter.scaling * columns for adapter, columns in zip(adapters, lora_B, strict=True)]
@@ -155,7 +156,7 @@ def _write_transformers(backbone: Backbone, tensors: dict[str, Tensor], folder: 
 
 
 def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None) -> None:
-    """Write safetensors with the mode that any new file gets: safetensors' own may be read by their owner alone."""
+    """Write safetensors with the umask's mode; ``save_file`` alone may make them readable by their owner only."""
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)
     save_file(tensors, file, metadata)
@@ -164,7 +165,7 @@ def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | Non
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """Where to write what becomes ``out`` when all of it is there: a file, or a folder; nothing is left otherwise."""
+    """Yield a temporary path that is renamed to ``out`` at the end, so that no partial file or folder remains."""
     whole = out.absolute()
     try:
         there = next(place for place in whole.parents if place.exists())
@@ -173,20 +174,20 @@ def _staged(out: Path) -> Iterator[Path]:
             whole.parent.mkdir(parents=True, exist_ok=True)
             check_free(out)
             (Path(staging) / whole.name).rename(whole)
-    except (OSError, SafetensorError) as exc:  # the latter for what the former says elsewhere
+    except (OSError, SafetensorError) as exc:  # safetensors wraps some OSErrors
         why = getattr(exc, "strerror", None) or exc
         step = next_step(exc) if isinstance(exc, OSError) else "make room"
         raise CheckpointError(f"checkpoint {out}: can't be written ({why}); {step}, or give another --out") from exc
 
 
 def _model_config(backbone: Backbone) -> dict:
-    """The architecture as open_clip's configurations say it."""
-    config = open_clip.get_model_config(backbone.model_name)
+    """Return the architecture as an open_clip model configuration."""
+    config: dict = open_clip.get_model_config(backbone.model_name)
     return config | ({"quick_gelu": True} if has_quick_gelu(backbone) else {})
 
 
 def _load_open_clip(backbone: Backbone, name: str, out: Path) -> str:
-    """The Python that loads what ``save_open_clip`` wrote, its preprocessing and its tokenizer."""
+    """Return the Python statement that loads what ``save_open_clip`` wrote, with preprocessing and tokenizer."""
     if out.suffix != ".safetensors":
         model = tokenizer = repr(f"local-dir:{out}")
     else:
@@ -194,7 +195,7 @@ def _load_open_clip(backbone: Backbone, name: str, out: Path) -> str:
         names = ("mean", "std", "interpolation", "resize_mode")
         differs = {f"image_{key}": has[key] for key in names if key in has and has[key] != usual[key]}
         known = (OPEN_CLIP_MODELS / f"{name}.json").is_file()
-        # Of a model that open_clip has no configuration of, every setting is given.
+        # If open_clip has no configuration of that name, every setting is given.
         settings = differs if known else {**_model_config(backbone), **differs}
         shown = [repr(name if known else SPELLED_OUT), f"pretrained={str(out)!r}"]
         model = ", ".join([*shown, *(f"{key}={value!r}" for key, value in settings.items())])

@@ -1,4 +1,4 @@
-"""Where a merge for another library goes: looked at before any weights are loaded."""
+"""Checks of ``--out`` for another library's checkpoint, made before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ OTHER_FILES = (".pt", ".pth", ".bin", ".ckpt", ".onnx")
 
 
 def check_out(target: str, out: Path) -> None:
-    """Refuse a place that can't be written to, that holds something, or whose name says what is not written.
+    """Refuse a path that can't be written, that is taken, or whose extension does not fit the format.
 
     Raises:
-        CheckpointError: says why, and what to give.
+        CheckpointError: says why, and what to give instead.
     """
     if not out.absolute().name or out == Path("."):
         raise CheckpointError(f"checkpoint {out}: it has no name; give the folder to make with --out")
@@ -33,7 +33,7 @@ def check_out(target: str, out: Path) -> None:
 
 def check_free(out: Path) -> None:
     """Raises:
-    CheckpointError: something is there, other than an empty folder for what becomes a folder.
+    CheckpointError: the path is taken; an empty folder is free where a folder will be written.
     """
     if not os.path.lexists(out):
         return

@@ -1,4 +1,4 @@
-"""One merge: from adapters to a version that counts."""
+"""One merge: from adapters to a published version."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Release:
         parity: ONNX Runtime against PyTorch, both in float32.
         graph_identical_to_base: always true of a version that exists; false ones are refused.
         seconds: wall time of the whole merge.
-        served: the version that is served: the first ones at once, later ones when they are promoted.
-        precision: what the version computes in.
+        served: the active version. First versions are activated at once, later ones when promoted.
+        precision: of the version.
         accuracy: of every task, before and after.
         cast: how far a lower precision is from float32; None where there is none.
-        forced: what it failed at and was written in spite of.
+        forced: faults that ``--force`` overrode.
     """
 
     model: str
@@ -59,12 +59,12 @@ class Release:
 
 @dataclass(frozen=True)
 class Checks:
-    """What a version must pass beside parity.
+    """What a version must pass besides parity.
 
     Attributes:
-        gate: how good it must be.
-        validation: tasks to measure the version served now and the new one on.
-        compared_on: tasks with the images on which a lower precision is compared with float32.
+        gate: limits on its accuracy and agreement.
+        validation: tasks on which the served version and the new one are measured.
+        compared_on: tasks whose images are used to compare a lower precision with float32.
     """
 
     gate: Gate = field(default_factory=Gate)
@@ -74,12 +74,12 @@ class Checks:
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known before anything is built.
+    """Facts determined before anything is built.
 
     Attributes:
         number: of the next version; None where only the base is written.
         recorded: accuracies that the trainer and earlier releases measured.
-        earlier: the tasks that the version served now was measured on, or will be.
+        earlier: the tasks that the served version was or will be measured on.
     """
 
     number: int | None
@@ -98,22 +98,22 @@ def release(
     precision: Precision = Precision.fp32,
     checks: Checks | None = None,
 ) -> Release:
-    """Write the next version: base with all adapters merged; before it version 1, the base, where there is none.
+    """Write the next version, base with all adapters merged; in a new repository, write the base as version 1 first.
 
-    A repository that serves nothing yet serves them at once; later versions rest in the store until they are promoted.
+    If nothing is served yet the versions are activated at once; later versions stay in the store until promoted.
 
     Args:
         backbone: the base.
         adapters: one lineage, in order (see ``load_lineage``); empty writes the base alone.
-        images, prompts: what ONNX Runtime and PyTorch must agree on.
+        images, prompts: samples on which ONNX Runtime and PyTorch must agree.
         report: called with a line when a step begins.
         precision: of the version; the base, version 1, is always float32.
 
     Raises:
-        ParityError: answers or graphs differ; nothing was written, as with all of these.
-        GateClosed: it is worse than was allowed.
+        ParityError: answers or graphs differ. This and all errors below leave nothing written.
+        GateClosed: it is worse than the limits allow.
         RepositoryError: held by another merge, of another base or architecture, or nothing to add.
-        VersionDamaged: a file of the version that this one builds on is not what was written.
+        VersionDamaged: a file of the version that this one builds on differs from its manifest entry.
         UnsupportedModel: the backbone can't be exported or served faithfully.
     """
     began = time.perf_counter()
@@ -124,14 +124,15 @@ def release(
         builder = Builder(repository, backbone, precision, images, prompts, report, traced)
         builds = _build(builder, staging, backbone, adapters, precision, checks, known)
         _publish(builder, builds, staging)
-    newest = builds[-1]
+    newest, served = builds[-1], repository.served
+    assert served is not None  # _publish puts the first versions in
     return Release(
         model=repository.name,
         version=newest.number,
         parity=newest.parity,
         graph_identical_to_base=True,
         seconds=time.perf_counter() - began,
-        served=repository.served,
+        served=served,
         precision=newest.precision,
         accuracy=newest.accuracies,
         cast=newest.cast,
@@ -142,11 +143,11 @@ def release(
 def _preflight(
     repository: Repository, backbone: Backbone, adapters: Sequence[Adapter], precision: Precision, checks: Checks
 ) -> _Known:
-    """Refuse early what would be refused in the end: building takes minutes."""
+    """Refuse before the build what would be refused after it: building takes minutes."""
     adds = bool(adapters) or precision is not Precision.fp32
     number = max([BASE_VERSION, *repository.versions()]) + 1
     _check_repository(repository, backbone, adds, number)
-    describe(repository.name, BASE_VERSION, backbone, adapters)  # refuses what clients can't follow
+    describe(repository.name, BASE_VERSION, backbone, adapters)  # refuses models that clients can't handle
     validated = {task.name for task in checks.validation}
     served = repository.served
     before = repository.manifest(served)["accuracy"] if served else []
@@ -165,7 +166,7 @@ def _build(
     checks: Checks,
     known: _Known,
 ) -> list[Build]:
-    """The versions that are missing, in the staging folder: the base, and the next one; each as good as it must be."""
+    """Build and check the missing versions in the staging folder: the base if there is none, and the next one."""
     repository, builds = builder.repository, []
     if not repository.versions():
         builds.append(builder.build(staging / str(BASE_VERSION), BASE_VERSION, backbone, ()))
@@ -184,30 +185,31 @@ def _build(
         if served:
             check_files(repository, served)
         before = repository.store / str(served) if served else base
-        encoders = [in_onnx_runtime(merged, *towers(folder)) for folder in (before, build.folder)]
-        measured = measure_accuracy(merged, *encoders, checks.validation, builder.report)
+        old, new = (in_onnx_runtime(merged, *towers(folder)) for folder in (before, build.folder))
+        measured = measure_accuracy(merged, old, new, checks.validation, builder.report)
         build.accuracies = known.recorded + measured
-    build.forced = checks.gate.check(build.accuracies, known.earlier, build.cast and build.cast.agreement)
+    agreements = build.cast.agreement if build.cast else None
+    build.forced = checks.gate.check(build.accuracies, known.earlier, agreements)
     return [*builds, build]
 
 
 def _publish(builder: Builder, builds: Sequence[Build], staging: Path) -> None:
-    """Move versions into the store, and where nothing was served yet, serve them; all of it or nothing."""
+    """Move versions into the store, and activate them if nothing is served yet; on failure undo all of it."""
     repository = builder.repository
     for build in builds:
-        repository.check_free(build.number)  # below, what has these numbers is ours to take back
+        repository.check_free(build.number)  # so that the rollback below deletes only what this call wrote
     try:
         first = repository.served is None
         for build in builds:
             builder.finish(build)
         if first:
-            for number in (builds[-1].number, BASE_VERSION):  # killed in between, the newest is served all the same
+            for number in (builds[-1].number, BASE_VERSION):  # newest first: after a kill in between it is served
                 repository.put_in(number, staging)
             repository.record(repository.standing())
     except BaseException:
         for build in builds:
             repository.take_out(build.number, staging)
-        repository.remove_empty()  # while the store has what tells that they are ours
+        repository.remove_empty()  # before the store's copies go, which prove that the models are ours
         for build in builds:
             repository.remove(build.number)
         raise
@@ -228,7 +230,7 @@ def check_base(repository: Repository, backbone: Backbone) -> None:
 
 
 def _check_repository(repository: Repository, backbone: Backbone, adds: bool, number: int) -> None:
-    """Refuse a repository that a version of this base can't go into as this number."""
+    """Refuse a repository that can't take a version of this base with this number."""
     repository.check_store()
     repository.check_foreign()
     for new in [*([] if BASE_VERSION in repository.versions() else [BASE_VERSION]), *([number] if adds else [])]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import open_clip
 from open_clip.tokenizer import SimpleTokenizer
@@ -16,7 +17,7 @@ from clipweld.exporter.errors import UnsupportedModel
 from clipweld.trainer.adapters.merge import STACKED
 from clipweld.trainer.base.backbone import Backbone, transformer_blocks
 
-# open_clip's names of single tensors -> transformers'; those that transformers keeps transposed.
+# open_clip's tensor names -> transformers'. TRANSPOSED: those that transformers stores transposed.
 NAMES = {
     "logit_scale": "logit_scale",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -48,10 +49,10 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 
 
 def write_settings(backbone: Backbone, folder: Path) -> None:
-    """Write all that belongs to a model besides its weights.
+    """Write configuration, preprocessing and tokenizer.
 
     Raises:
-        UnsupportedModel: transformers' CLIP has no place for the tokenizer or the preprocessing.
+        UnsupportedModel: transformers' CLIP can't represent the tokenizer or the preprocessing.
     """
     contents = {"config": config(backbone), "preprocessor_config": preprocessing(backbone)}
     vocabulary, merges = _vocabulary(backbone)
@@ -73,10 +74,10 @@ def write_settings(backbone: Backbone, folder: Path) -> None:
 
 
 def renamed(weights: dict[str, Tensor], model_name: str) -> Iterator[tuple[str, Tensor]]:
-    """open_clip's tensors as transformers' CLIP has them: q, k and v apart, projections transposed.
+    """Yield tensors under transformers' names: q, k and v split, projections transposed.
 
     Raises:
-        UnsupportedModel: it has no place for one.
+        UnsupportedModel: transformers' CLIP has no counterpart of a tensor.
     """
     for name, tensor in weights.items():
         if name in NAMES:
@@ -98,7 +99,7 @@ def renamed(weights: dict[str, Tensor], model_name: str) -> Iterator[tuple[str, 
 
 
 def layer_of(name: str) -> tuple[str, str]:
-    """transformers' name of the block that something of open_clip's is in, and what that is called there."""
+    """Split open_clip's name of a layer or tensor into transformers' name of its block and the rest."""
     tower, _, rest = name.partition(".resblocks.")
     number, _, rest = rest.partition(".")
     return f"{TOWERS[tower]}.encoder.layers.{number}", rest
@@ -110,7 +111,7 @@ def _no_place(name: str, model_name: str) -> UnsupportedModel:
 
 def has_quick_gelu(backbone: Backbone) -> bool:
     """Whether the towers compute OpenAI's approximation of GELU."""
-    return isinstance(transformer_blocks(backbone.model)[0].mlp.gelu, QuickGELU)
+    return isinstance(transformer_blocks(backbone.model)[0].get_submodule("mlp.gelu"), QuickGELU)
 
 
 def config(backbone: Backbone) -> dict:
@@ -159,7 +160,7 @@ def preprocessing(backbone: Backbone) -> dict:
     """transformers' CLIPImageProcessor.
 
     Raises:
-        UnsupportedModel: images are filled up with another colour than black.
+        UnsupportedModel: images are padded with a colour other than black.
     """
     size = backbone.image_size
     fill = open_clip.get_model_preprocess_cfg(backbone.model).get("fill_color", 0)
@@ -190,12 +191,12 @@ def preprocessing(backbone: Backbone) -> dict:
 
 
 def _vocabulary(backbone: Backbone) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Every token's number, and the pairs that are merged, first ones first.
+    """Return token ids by token, and the BPE merges in order of priority.
 
     Raises:
         UnsupportedModel: the tokenizer is not CLIP's own.
     """
-    tokenizer = backbone.tokenizer
+    tokenizer: Any = backbone.tokenizer  # open_clip has no types
     if type(tokenizer) is not SimpleTokenizer or tokenizer.clean_fn is not SimpleTokenizer().clean_fn:
         raise UnsupportedModel(
             f"model {backbone.model_name}: transformers' CLIP has no tokenizer such as its "
@@ -207,7 +208,7 @@ def _vocabulary(backbone: Backbone) -> tuple[dict[str, int], list[tuple[str, str
 
 
 def _tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """CLIP's tokenizer as a file for tokenizers."""
+    """Build CLIP's tokenizer with the tokenizers library."""
     tokenizer = Tokenizer(
         models.BPE(
             vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False, unk_token=END

@@ -1,7 +1,7 @@
-"""Adapters left in the graph, for one purpose: to measure beside base and merged what keeping them apart costs.
+"""Versions with unmerged adapters, used only to measure the cost of adapters against base and merged.
 
-They are a model of their own, ``<name>-unmerged``, in the same repository: what is asked for ``<name>`` never meets it,
-and versions of ``<name>`` are neither read nor written. A version's number says how many adapters its graph has.
+They form a separate model, ``<name>-unmerged``, in the same repository, so requests to ``<name>`` and its versions are
+not affected. A version's number is the number of adapters in its graph.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ STEP = 4
 
 @dataclass(frozen=True)
 class Unmerged:
-    """What was written.
+    """The unmerged versions that were written.
 
     Attributes:
-        model: the common name of its three models.
-        versions: their numbers, each as many adapters as its graph has.
-        parity: of each version, ONNX Runtime against PyTorch with the same adapters merged.
+        model: the common name of the three models.
+        versions: their numbers; each is the number of adapters in its graph.
+        parity: per version, ONNX Runtime against PyTorch with the same adapters merged.
         seconds: wall time.
     """
 
@@ -55,21 +55,21 @@ def release_unmerged(
     prompts: Sequence[str],
     report: Callable[[str], None] = lambda step: None,
 ) -> Unmerged:
-    """Write ``<name>-unmerged`` beside ``<name>``, in place of the one there: the first 1, 4, 16, ... and all adapters.
+    """Write or replace ``<name>-unmerged``, with the first 1, 4, 16, ... and all adapters.
 
-    Its versions stand at once; a running server doesn't look until it is told to.
+    Its versions are active at once on disk; a running server loads them only when told to.
 
     Args:
         backbone: the base.
         adapters: one lineage, in order.
         repository: of ``<name>``.
-        images, prompts: on which its answers must be those of the merged weights.
+        images, prompts: samples on which its answers must equal those of the merged weights.
         report: called with a line when a step begins.
 
     Raises:
-        AnswersDiffer: they are not; nothing was written, as with all of these.
+        AnswersDiffer: they don't. This and all errors below leave nothing written.
         RepositoryError: held by another merge, of another base, without an adapter, or the name is taken.
-        UnsupportedModel: the backbone can't be exported, or adapters not left in it.
+        UnsupportedModel: the backbone can't be exported, or not with unmerged adapters.
     """
     began = time.perf_counter()
     if not adapters:
@@ -107,5 +107,5 @@ def release_unmerged(
 
 
 def counts(adapters: int) -> list[int]:
-    """How many adapters to leave in a graph each: 1, 4, 16, ... and all, enough to see what one more costs."""
+    """Return numbers of adapters to measure: 1, 4, 16, ... and all, enough to see the cost of one more."""
     return [*(STEP**n for n in range(adapters) if STEP**n < adapters), adapters]

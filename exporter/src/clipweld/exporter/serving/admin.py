@@ -1,7 +1,7 @@
-"""Who may change what a server serves: whoever may write the repository that it serves from.
+"""The administrator's key: only those who may write a repository may change what its servers serve.
 
-Triton's model control takes configurations and code along with a model's name, by a plain POST that any web page can
-make a browser on the machine send. So no server of ours is without a key for it.
+Triton's model control accepts configurations and code with a plain POST, which any web page can make a browser on the
+machine send. So every server of ours requires a key for it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ RESTRICTED = "model-repository,shared-memory,trace,logging"
 
 
 def admin_key(repository: Path) -> str | None:
-    """The key that servers of a repository want: the environment's, else the one in its store; None where none is.
+    """Return the key of a repository's servers: from the environment, else from its store; None if there is none.
 
     Raises:
-        RepositoryError: the key is not for us to read.
+        RepositoryError: the key can't be read.
     """
     if key := os.environ.get(KEY_VARIABLE):
         return key
@@ -41,9 +41,9 @@ def admin_key(repository: Path) -> str | None:
 
 
 def new_admin_key(repository: Path) -> str:
-    """The key for a server that is started: the one that is there, else a new one, which only its owner may read.
+    """Return the key for a new server: the existing one, else a new one that only its owner may read.
 
-    Where the store can't be written nobody can switch versions either, and the key is forgotten with the server.
+    If the store can't be written, nobody can switch versions either, and the key exists only while the server runs.
     """
     if (key := admin_key(repository)) is not None:
         return key
@@ -51,7 +51,8 @@ def new_admin_key(repository: Path) -> str:
     with suppress(OSError), tempfile.NamedTemporaryFile("w", dir=store, prefix=f".{KEY_FILE}.") as written:
         written.write(key)
         written.flush()
-        with suppress(FileExistsError):  # another server was started at the same moment
+        # A link makes the whole key appear at once, and fails if another server started at the same moment made one.
+        with suppress(FileExistsError):
             try:
                 os.link(written.name, store / KEY_FILE)
             except OSError as exc:

@@ -1,4 +1,4 @@
-"""A running Triton at an address: what it serves, asked by anyone; and its model control, for the administrator."""
+"""Connections to a running Triton: queries for anyone, and model control for the administrator."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ EXPECTED = "expected host:port or grpc://host:port (gRPC), or http://host:port"
 
 
 class Connection:
-    """A Triton that may be asked; by no proxy where it is on this machine.
+    """A connection to a Triton, without a proxy if it is on this machine.
 
     Args:
         url: ``http://host:port``, or ``host:port`` or ``grpc://host:port`` for gRPC.
-        timeout_s: how long an answer may take.
+        timeout_s: limit for each answer.
 
     Raises:
-        ServerUnreachable: no address, or a proxy that is none.
+        ServerUnreachable: an invalid address or proxy.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -70,7 +70,7 @@ class Connection:
         self._client.close()
 
     def loaded(self, repository: Repository) -> list[int]:
-        """The versions that are served to those who name them, oldest first; the last one to all others.
+        """Return the loaded versions, oldest first; the last answers requests that name none.
 
         Raises:
             ServerUnreachable: no Triton answers.
@@ -81,7 +81,7 @@ class Connection:
         return sorted(set.intersection(*found))
 
     def serves(self, repository: Repository) -> bool:
-        """Whether a version that is served has the very card that the repository has.
+        """Whether the card of a loaded version equals the one in the repository.
 
         Raises:
             ServerUnreachable: no Triton answers.
@@ -93,11 +93,11 @@ class Connection:
                     return self.card(repository, version) == read_card(file)
         return False
 
-    def card(self, repository: Repository, version: int) -> Any:
-        """The card that is served.
+    def card(self, repository: Repository, version: int) -> object:
+        """Return the card that the server answers.
 
         Raises:
-            PromotionFailed: it is not.
+            PromotionFailed: it does not answer one.
         """
         answer = self._infer(repository.model("card"), version, "index", np.zeros((1, 1), np.int32)).as_numpy("card")
         return json.loads(answer[0, 0])
@@ -109,7 +109,7 @@ class Connection:
             return set()
         return {int(version) for version in (found["versions"] if isinstance(found, dict) else found.versions)}
 
-    def _infer(self, model: Path, version: int, name: str, array: np.ndarray):
+    def _infer(self, model: Path, version: int, name: str, array: np.ndarray) -> Any:
         value = self._triton.InferInput(name, array.shape, {"uint8": "UINT8", "int32": "INT32"}[array.dtype.name])
         value.set_data_from_numpy(array)
         with self._errors(PromotionFailed, "see the server's log"):
@@ -117,7 +117,7 @@ class Connection:
 
     @contextmanager
     def _errors(self, kind: type[ExporterError], step: str) -> Iterator[None]:
-        """tritonclient's errors, and those of the libraries below it, in one line of ours."""
+        """Turn errors of tritonclient and the libraries below it into one of ours, in one line."""
         try:
             yield
         except (tritonclient.grpc.InferenceServerException, OSError) as exc:
@@ -126,15 +126,15 @@ class Connection:
 
 
 class ModelControl(Connection):
-    """A Triton whose versions are ours to switch.
+    """A connection with model control: it can load and unload versions.
 
     Args:
         url: as of a connection.
-        key: the administrator's, where there is one.
+        key: the administrator's, if there is one.
         timeout_s: how long a model may take to load, and a request to be answered.
 
     Raises:
-        ServerUnreachable: nobody answers there, or its model control is not for us.
+        ServerUnreachable: no server answers, or it refuses model control.
     """
 
     def __init__(self, url: str, key: str | None, timeout_s: float) -> None:
@@ -147,12 +147,12 @@ class ModelControl(Connection):
             self._client.get_model_repository_index(headers=self._headers, **limits)
 
     def load(self, model: Path) -> None:
-        """Have Triton look at a model's folder again: new versions are loaded, those that are gone are dropped."""
+        """Make Triton rescan a model's folder: new versions are loaded, removed ones unloaded."""
         with self._errors(PromotionFailed, "see the server's log"):
             self._client.load_model(model.name, headers=self._headers, **self._limits)
 
     def wait(self, model: Path, version: int) -> None:
-        """Return once a version is ready: loaded, and warm, as its config.pbtxt wants it."""
+        """Return once a version is ready: loaded, and warmed up as its config.pbtxt says."""
         deadline = time.monotonic() + self._timeout_s
         with self._errors(PromotionFailed, "see the server's log"):
             while not self._client.is_model_ready(model.name, str(version)):
@@ -164,7 +164,7 @@ class ModelControl(Connection):
                 time.sleep(POLL_S)
 
     def check_card(self, repository: Repository, version: int) -> None:
-        """Hold the card that is served against the one in the store.
+        """Compare the served card with the one in the store.
 
         Raises:
             PromotionFailed: this server serves another repository.
@@ -177,10 +177,10 @@ class ModelControl(Connection):
             )
 
     def check_answers(self, repository: Repository, version: int) -> None:
-        """Ask both towers once: what passed every check where it was made may overflow on this machine.
+        """Query both towers once: a version that passed every check on one machine may overflow on another.
 
         Raises:
-            PromotionFailed: an answer is no unit vector, or NaN.
+            PromotionFailed: an answer is not a unit vector, or NaN.
         """
         card = repository.card(version)
         size, length = card["image"]["size"], card["text"]["context_length"]
@@ -199,7 +199,7 @@ class ModelControl(Connection):
 
 
 def _through(proxy: Proxy, address: str, timeout_s: float) -> HTTPClient:
-    """What tritonclient sends plain HTTP by. It passes no proxy on, and its library's own tells them no password."""
+    """Return an HTTP client for tritonclient, which has no proxy option; geventhttpclient's sends no credentials."""
     sending = HTTPClient(proxy.host.strip("[]"), proxy.port, headers=proxy.headers, network_timeout=timeout_s)
     target = urlsplit(f"//{address}")
     sending.host, sending.port, sending.use_proxy = target.hostname, target.port, True
@@ -209,7 +209,7 @@ def _through(proxy: Proxy, address: str, timeout_s: float) -> HTTPClient:
 
 def _parse(url: str) -> tuple[str, str]:
     """Scheme and ``host:port``."""
-    if "@" in url:  # not shown: what stands before it may be a password
+    if "@" in url:  # not shown: the part before it may be a password
         raise ServerUnreachable(f"server address: has a user's name in it; {EXPECTED}")
     try:
         parts = urlsplit(url if "://" in url else f"grpc://{url}")

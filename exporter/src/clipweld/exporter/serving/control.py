@@ -11,14 +11,14 @@ from typing import Any
 from clipweld.exporter.errors import ModelNotLoaded
 from clipweld.exporter.serving.admin import HEADER
 
-DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no way to our loopback
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy can't reach our loopback
 HEALTH_TIMEOUT_S = 5.0
 
 
 class Control:
     """A running Triton.
 
-    Every method raises OSError where it doesn't answer.
+    Every method raises OSError if it doesn't answer.
 
     Args:
         http_url: ``http://127.0.0.1:PORT``.
@@ -30,23 +30,23 @@ class Control:
         self._url, self._key, self._timeout_s = http_url, key, timeout_s
 
     def is_ready(self) -> bool:
-        """Whether everything is loaded that was there at the start."""
+        """Whether all models present at the start are loaded."""
         return self._get("health/ready") is not None
 
     def ready_versions(self, model: str) -> list[str]:
-        """Those versions of a model to which requests are sent; none of one that is not loaded."""
+        """Return the versions of a model that accept requests; empty if it is not loaded."""
         found = self._get(f"models/{model}")
         return found["versions"] if found else []
 
     def processes(self, model: str) -> int:
-        """How many processes every version of a loaded model has; 0 where it runs in Triton's own."""
+        """Return the number of processes per version of a loaded model; 0 if it runs in Triton's own process."""
         config = self._get(f"models/{model}/config")
         if not config or not (config["backend"] == "python" or config["runtime"].endswith(".py")):
             return 0
         return sum(group["count"] * max(1, len(group["gpus"])) for group in config["instance_group"])
 
     def load(self, model: str) -> None:
-        """Have Triton look at a model's folder again.
+        """Make Triton rescan a model's folder.
 
         Raises:
             ModelNotLoaded: Triton's own reason.
@@ -54,7 +54,7 @@ class Control:
         self._post(f"repository/models/{model}/load")
 
     def unload(self, model: str) -> None:
-        """Drop all versions of a model.
+        """Unload all versions of a model.
 
         Raises:
             ModelNotLoaded: Triton's own reason.
@@ -62,7 +62,7 @@ class Control:
         self._post(f"repository/models/{model}/unload")
 
     def _get(self, path: str) -> Any:
-        """What is answered, None where it is an error."""
+        """Return the answer, or None for an HTTP error."""
         try:
             with DIRECTLY.open(f"{self._url}/v2/{path}", timeout=HEALTH_TIMEOUT_S) as answer:
                 body = answer.read()

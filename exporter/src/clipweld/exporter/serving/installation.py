@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from clipweld.exporter.errors import TritonFailed, TritonMissing
@@ -66,15 +67,17 @@ def installation(prefix: str) -> Iterator[Installation]:
         TritonMissing: there is none; says how to get one.
     """
     binary = find_native()
-    package = None if binary else _pytriton()
+    lay_out = partial(_native, binary) if binary else partial(_from_package, _pytriton())
     with _scratch(prefix) as folder:
-        found = _native(binary, folder) if package is None else _from_package(package, folder)
+        found = lay_out(folder)
         found.working_folder.mkdir()
         yield found
 
 
 def _native(binary: Path, folder: Path) -> Installation:
-    return Installation(binary, _backends_of(binary), f"{binary} with NVIDIA's onnxruntime backend", folder)
+    backends = _backends_of(binary)
+    assert backends is not None  # find_native takes no other
+    return Installation(binary, backends, f"{binary} with NVIDIA's onnxruntime backend", folder)
 
 
 def _from_package(package: Path, folder: Path) -> Installation:

@@ -1,4 +1,4 @@
-"""A tritonserver: started apart from the user's folder, read, and ended with everything that it started."""
+"""The tritonserver process: started in a folder of its own, logged, and stopped with all its child processes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PR_SET_PDEATHSIG = 1
 
 
 class Triton:
-    """One process, from its start to its end.
+    """One tritonserver process.
 
     Args:
-        found: which one.
-        arguments: all but the program itself.
-        log: called with each line that it writes, from another thread.
+        found: the installation to start.
+        arguments: of the command line, without the program.
+        log: called with each line of its output, from another thread.
 
     Attributes:
         process: the leader of its own process group.
@@ -47,9 +47,11 @@ class Triton:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C reaches us alone, and one signal reaches all of its processes
+            start_new_session=True,  # keeps Ctrl-C from Triton, and lets killpg reach all its processes
             preexec_fn=_prepare(),
         )
+        assert self.process.stdout is not None  # a pipe
+        self._output = self.process.stdout
         self._lines: deque[str] = deque(maxlen=2000)
         self._reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self._reader.start()
@@ -58,7 +60,7 @@ class Triton:
         """Return once everything is loaded.
 
         Raises:
-            TritonFailed: it ended, for the reason it gave, or takes too long.
+            TritonFailed: it exited (with the reason from its log), or takes too long.
         """
         deadline = time.monotonic() + timeout_s
         while self.process.poll() is None:
@@ -75,7 +77,7 @@ class Triton:
         raise TritonFailed(f"Triton did not start: {_reason(list(self._lines))}")
 
     def stop(self) -> None:
-        """End it and everything it started."""
+        """Stop it and all processes it started."""
         if self.process.poll() is None:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -84,19 +86,19 @@ class Triton:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._reader.join(timeout=STOP_TIMEOUT_S)
-        self.process.stdout.close()
+        self._output.close()
 
     def _read(self, log: Callable[[str], None]) -> None:
-        for line in self.process.stdout:
+        for line in self._output:
             self._lines.append(line.rstrip("\n"))
             log(line.rstrip("\n"))
 
 
 def _prepare() -> Callable[[], None] | None:
-    """Have the kernel stop Triton when this process is killed and can't do it itself, and give its threads room."""
+    """Return a preexec_fn: the kernel stops Triton if this process is killed, and its threads get large stacks."""
     if not sys.platform.startswith("linux"):
         return None
-    # Looked up here: after the fork only the calls themselves are safe.
+    # Looked up before the fork: afterwards a lock held by another thread, as of the import system, could deadlock.
     prctl, limits = ctypes.CDLL(None).prctl, stack_limits()
 
     def prepare() -> None:
@@ -107,7 +109,7 @@ def _prepare() -> Callable[[], None] | None:
 
 
 def _reason(lines: list[str]) -> str:
-    """Triton's own words, in one line: the first model that failed, else its last error, else its last line."""
+    """Return Triton's reason in one line: the first model that failed, else the last error, else the last line."""
     errors = [re.sub(r"^[EF]\d{4} [\d:.]+ \d+ \S+\] ", "", line) for line in lines if re.match(r"[EF]\d{4} ", line)]
     failed = [line for line in errors if "failed to load" in line]
     text = (failed or errors[-1:] or lines[-1:] or ["it wrote nothing"])[0]

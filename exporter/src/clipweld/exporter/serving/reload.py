@@ -1,8 +1,8 @@
-"""Load one version again, while the other versions of its model answer on.
+"""Reload one version while the other versions of its model keep answering.
 
-Triton reloads a version only if it went away in between, and unloading is for whole models. So Triton, which reaches
-the repository by a link of ours, is shown the model without the version for a moment, and then with it. The repository
-itself is never touched.
+Triton reloads a version only if it has disappeared in between, and can unload only whole models. Triton reaches the
+repository through a symbolic link, so we point that to a view without the version, and then to one with it. The
+repository itself is never changed.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from clipweld.exporter.serving.control import Control
 
 
 class Reloader:
-    """Reloads of a Triton's lifetime.
+    """Reloads versions of one running Triton.
 
     Args:
         repository: the real one.
-        link: what Triton takes for it; its folder is ours.
+        link: the path by which Triton reaches it, in a folder of ours; also an attribute.
     """
 
     def __init__(self, repository: Path, link: Path, control: Control) -> None:
-        self._repository, self._link, self._control = repository.resolve(), link, control
+        self._repository, self.link, self._control = repository.resolve(), link, control
         self._numbers = itertools.count(1)
 
     def drop(self, model: str, version: str) -> None:
-        """Have requests to a version refused from now on, and Triton call it what it is: not ready.
+        """Unload a version, so that Triton refuses its requests and reports it as not ready.
 
         Raises:
             ModelNotLoaded, OSError: Triton refused, or is gone.
@@ -38,12 +38,12 @@ class Reloader:
         if any(entry.is_dir() and entry.name != version for entry in (self._repository / model).iterdir()):
             with self._showing(model, without=version):
                 self._control.load(model)
-        # Triton loads no model without versions, and some file systems have no times that fine.
+        # Triton refuses to load a model without versions, and misses the change on file systems with coarse timestamps.
         if version in self._control.ready_versions(model):
             self._control.unload(model)
 
     def load(self, model: str) -> None:
-        """Load what a model lacks.
+        """Load the missing versions of a model.
 
         Raises:
             ModelNotLoaded: in Triton's own words.
@@ -52,14 +52,14 @@ class Reloader:
         before = self._contents(model)
         with self._showing(model):
             self._control.load(model)
-        if self._contents(model) != before:  # an exporter switched versions meanwhile, and Triton saw those before
+        if self._contents(model) != before:  # an exporter switched versions meanwhile, Triton saw the old ones
             self._control.load(model)
 
     @contextmanager
     def _showing(self, model: str, without: str | None = None) -> Iterator[None]:
-        """Let Triton see a model without a version while the block runs."""
+        """Show Triton the model, without a version if given, while the block runs."""
         number = next(self._numbers)
-        view = self._link.with_name(f"view-{number}")
+        view = self.link.with_name(f"view-{number}")
         try:
             view.mkdir()
             for other in self._repository.iterdir():
@@ -69,8 +69,8 @@ class Reloader:
             for entry in (self._repository / model).iterdir():
                 if entry.name != without:
                     (view / model / entry.name).symlink_to(entry)
-            # Triton looks into a folder that is newer than the one it saw last. By a nanosecond: whatever changes in
-            # the repository itself later on is newer still.
+            # Triton reloads only from a folder newer than the one it saw last. Newer by nanoseconds only, so that later
+            # changes to the repository itself are newer still.
             time = _modified(self._repository / model) + number
             os.utime(view / model, ns=(time, time))
             self._point_to(view)
@@ -80,9 +80,9 @@ class Reloader:
             shutil.rmtree(view, ignore_errors=True)
 
     def _point_to(self, place: Path) -> None:
-        new = self._link.with_name("next")
+        new = self.link.with_name("next")
         new.symlink_to(place)
-        os.replace(new, self._link)
+        os.replace(new, self.link)
 
     def _contents(self, model: str) -> tuple[list[str], int]:
         folder = self._repository / model

@@ -1,8 +1,8 @@
-"""Which version is served: promotion, rollback and pruning, on disk and in running Tritons.
+"""Promotion, rollback and pruning of versions, on disk and in running Tritons.
 
-What stands in the models' folders is what is served. A new version goes in tower by tower and is loaded and asked
-before its card follows; only then do clients see it. The version before it stands on, loaded, for the way back. Clients
-pin one version for both towers and move to another between calls, so no answer ever mixes two.
+The versions in the models' folders are the active ones. The towers of a new version are activated, loaded and tested
+before its card; clients see it only then. The previous version stays loaded for a rollback. Clients pin one version for
+both towers and change it only between calls, so no answer ever mixes two.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Switched:
     """What is served now.
 
     Attributes:
-        version: what requests get that name none.
-        previous: what was served before; None where nothing was.
-        standing: all versions that are served to those who name them, oldest first.
-        servers: addresses that were switched; empty where only the files were.
+        version: the version that answers requests that name none.
+        previous: the version served before, if any.
+        standing: all active versions, oldest first.
+        servers: addresses that were switched; empty if only the files were.
         seconds: wall time.
-        warnings: what went wrong after the switch itself, a line each.
+        warnings: failures after the switch itself, a line each.
     """
 
     model: str
@@ -73,20 +73,20 @@ def promote(
     timeout_s: float = 120.0,
     report: Callable[[str], None] = lambda step: None,
 ) -> Switched:
-    """Serve a version: after it is loaded and warm on every server, and never with a request lost.
+    """Serve a version once it is loaded and warm on every server, without failing a request.
 
-    Standing afterwards: it, and the version before it unless that is a newer one, which would be served in its place.
+    Afterwards it is active, and so is the previous version unless that is newer: Triton serves the newest by default.
 
     Args:
         version: None for the newest in the store.
-        urls: of the servers' model control; where there are none, files are moved and the next start serves them.
+        urls: of the servers' model control; if empty, only files change and the next server start loads them.
         timeout_s: of each load.
         report: called with a line when a step begins.
 
     Raises:
-        RepositoryEmpty, StoreMissing, VersionMissing, VersionDamaged, ForeignFiles: nothing was touched.
-        ServerUnreachable: nothing was touched.
-        PromotionFailed: a server could not load it; what was served before is.
+        RepositoryEmpty, StoreMissing, VersionMissing, VersionDamaged, ForeignFiles: nothing was changed.
+        ServerUnreachable: nothing was changed.
+        PromotionFailed: a server could not load it; the previous version is still served.
     """
     repository.check_released()
     with repository.writing() as staging, _connected(repository, urls, timeout_s) as servers:
@@ -102,7 +102,7 @@ def rollback(
     timeout_s: float = 120.0,
     report: Callable[[str], None] = lambda step: None,
 ) -> Switched:
-    """Serve what was served before the version that is served now; again for the one before that.
+    """Serve the previously served version; repeat to go back further.
 
     Args, errors: as ``promote``, and
         NothingToRollBackTo: the version served now was the first.
@@ -119,12 +119,11 @@ def rollback(
 
 
 def prune(repository: Repository, keep: int, urls: Sequence[str] = ()) -> Pruned:
-    """Delete old versions for good: all but the newest, those that are loaded, and the base, which merges are compared
-    with.
+    """Delete all versions but the newest, loaded ones, and the base, which merges are compared with.
 
     Args:
         keep: how many of the newest are kept.
-        urls: of running servers: what they have loaded is kept, though it may no longer be active on disk.
+        urls: of running servers; versions they have loaded are kept even if no longer active on disk.
 
     Raises:
         RepositoryEmpty, StoreMissing: there is nothing to prune.
@@ -145,7 +144,7 @@ def prune(repository: Repository, keep: int, urls: Sequence[str] = ()) -> Pruned
 
 
 def loaded_versions(repository: Repository, url: str) -> list[int]:
-    """What a running server has loaded, oldest first; the last is what it serves to those who name no version.
+    """Return the versions a server has loaded, oldest first; the last answers requests that name none.
 
     Raises:
         ServerUnreachable: no Triton answers.
@@ -176,7 +175,7 @@ def _switch(
     history = repository.history()
     if following != history:
         repository.record(history, following)
-    newer = [old for old in gone if old > version]  # each is served in its place until its card is out
+    newer = [old for old in gone if old > version]  # Triton serves these by default until their cards are deactivated
     try:
         report(f"version {version}: loading")
         _load(repository, version, servers, staging)
@@ -194,7 +193,7 @@ def _switch(
 
 
 def _load(repository: Repository, version: int, servers: Sequence[ModelControl], staging: Path) -> None:
-    """Put a version in, its card once both towers answer on every server."""
+    """Activate a version on disk and on every server; its card only once both towers answer everywhere."""
     repository.put_in(version, staging, TOWERS)
     _reload(repository, servers, TOWERS)
     for server in servers:
@@ -235,7 +234,7 @@ def _retire(
     staging: Path,
     report: Callable[[str], None],
 ) -> list[str]:
-    """Take out what was replaced. The switch has happened: what fails here is returned, a line each."""
+    """Deactivate replaced versions. The switch is done, so failures are returned as warnings."""
     report("taking out what it replaces")
     failed = []
     for kinds in (("card",), TOWERS):

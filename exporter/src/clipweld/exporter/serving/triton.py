@@ -24,13 +24,13 @@ HOST = "127.0.0.1"
 
 
 class RunningTriton:
-    """A Triton that is looked after: what it loses is loaded again.
+    """A supervised Triton: versions whose process dies are reloaded.
 
     Attributes:
         url: ``grpc://127.0.0.1:PORT``.
         http_url: ``http://127.0.0.1:PORT``.
         description: which Triton and which backend.
-        watch: what looks after it.
+        watch: the thread that supervises it.
     """
 
     watch: Watch
@@ -42,12 +42,12 @@ class RunningTriton:
 
     @property
     def process(self) -> subprocess.Popen:
-        """The tritonserver, leader of its own process group; another one after a restart."""
+        """The tritonserver, leader of its own process group; a new one after a restart."""
         return self._triton.process
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a command run beside the server is told."""
+        """Environment variables for a command run beside the server."""
         return {"CLIPWELD_URL": self.url, "CLIPWELD_HTTP_URL": self.http_url}
 
     def wait_until_ready(self, control: Control, timeout_s: float) -> None:
@@ -59,7 +59,7 @@ class RunningTriton:
         self._triton.wait_until_ready(control, timeout_s)
 
     def start_another(self) -> None:
-        """Put another Triton in the place of one that ended."""
+        """Replace a Triton that ended, unless ``stop`` was called meanwhile from another thread."""
         with self._lock:
             if not self._stopped:
                 self._triton.stop()
@@ -89,9 +89,9 @@ def serve(
         repository: a folder of models with at least one version.
         port, http_port: of gRPC and HTTP; 0 takes a free one.
         timeout_s: how long loading may take.
-        restart: whether another Triton is started where one ends by itself.
+        restart: whether Triton is restarted if it ends by itself.
         log: called with each line that Triton writes, from another thread.
-        report: called with a line, likewise, when a version or Triton is started again.
+        report: likewise, called with a line when a version is reloaded or Triton restarted.
 
     Raises:
         PortTaken: names the port.
@@ -138,7 +138,7 @@ def run_beside(server: RunningTriton, command: Sequence[str]) -> int:
     """Run a command that finds the server in ``CLIPWELD_URL`` and ``CLIPWELD_HTTP_URL``.
 
     Returns:
-        its exit status; 128 + N where signal N ended it.
+        its exit status; 128 + N if signal N ended it.
 
     Raises:
         TritonFailed: the server is gone for good; the command is ended.
@@ -146,11 +146,11 @@ def run_beside(server: RunningTriton, command: Sequence[str]) -> int:
     process = subprocess.Popen(command, env=os.environ | server.environment)
     try:
         while not server.watch.over.is_set():
-            # Ctrl-C reaches the command too, being in our process group: what it makes of it is its own affair.
+            # Ctrl-C reaches the command too, which is in our process group; whether it ends is its own decision.
             with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
                 status = process.wait(LOOK_EVERY_S)
                 return status if status >= 0 else 128 - status
-        raise server.watch.failure
+        raise server.watch.reason
     finally:
         if process.poll() is None:
             process.terminate()
@@ -172,13 +172,13 @@ def find_command(command: Sequence[str]) -> None:
 
 
 def wait_until_stopped(server: RunningTriton) -> None:
-    """Return never, unless interrupted.
+    """Block until interrupted.
 
     Raises:
         TritonFailed: the server is gone for good.
     """
     server.watch.over.wait()
-    raise server.watch.failure
+    raise server.watch.reason
 
 
 def _arguments(found: Installation, repository: Path, port: int, http_port: int, prefix: str, key: str) -> list[str]:
@@ -205,13 +205,13 @@ def _arguments(found: Installation, repository: Path, port: int, http_port: int,
 
 
 def _restrictions(key: str) -> list[str]:
-    """What wants the administrator's key."""
+    """Flags that make Triton require the administrator's key."""
     flags = ("--grpc-restricted-protocol", "--http-restricted-api")
     return [f"{flag}={RESTRICTED}:{HEADER}={key}" for flag in flags]
 
 
 def _claim_ports(*ports: int) -> list[int]:
-    """Free ports in place of zeros, all different; others proven free."""
+    """Replace zeros by distinct free ports, and check that the others are free."""
     with contextlib.ExitStack() as stack:
         claimed = []
         for port in ports:
@@ -221,7 +221,7 @@ def _claim_ports(*ports: int) -> list[int]:
                 held.bind((HOST, port))
             except OSError as exc:
                 raise PortTaken(
-                    f"port {port} on {HOST}: {exc.strerror.lower()}; give another, or 0 for a free one"
+                    f"port {port} on {HOST}: {(exc.strerror or str(exc)).lower()}; give another, or 0 for a free one"
                 ) from exc
             claimed.append(held.getsockname()[1])
         return claimed

@@ -1,7 +1,7 @@
-"""Look after a running Triton: load again what its processes lose, and start another one where that is wanted.
+"""Supervise a running Triton: reload versions whose process died and, if requested, restart Triton itself.
 
 With the Python-based backend every version has a process of its own. One that is killed, as the kernel does when memory
-runs out, never comes back by itself: Triton goes on calling its version ready, and every request to it fails.
+runs out, is not restarted: Triton still reports its version as ready, and every request to it fails.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from clipweld.exporter.serving.control import Control
 from clipweld.exporter.serving.reload import Reloader
 
 LOOK_EVERY_S = 0.1
-LIST_EVERY_S = 2.0  # takes milliseconds, for Triton has hundreds of threads
+LIST_EVERY_S = 2.0  # a listing takes milliseconds, because Triton has hundreds of threads
 RELOADS = RESTARTS = 2  # of one version, and of Triton, within:
 WITHIN_S = 600.0
-PAUSE_S = 1.0  # before what failed to load is tried once more
+PAUSE_S = 1.0  # before a failed load is retried
 
 Version = tuple[str, str]  # model and number, as Triton names them
 
 
 class Served(Protocol):
-    """What is looked after: a tritonserver, another one after each restart."""
+    """The supervised tritonserver; a restart replaces its process."""
 
     @property
     def process(self) -> subprocess.Popen:
-        """The one that runs."""
+        """The current process."""
 
 
 class Watch(threading.Thread):
-    """Runs until it is stopped, or has to give up.
+    """A thread that supervises Triton until it is stopped or gives up.
 
     Args:
         triton: a server.
         repository: what it serves.
-        link: what it takes for the repository; None where versions have no processes of their own.
-        restart: starts another Triton, and returns once it is ready; None where it is not to be.
+        link: the path by which Triton reaches the repository; None if versions have no processes of their own.
+        restart: starts another Triton and returns once it is ready; None to give up instead.
         report: called with a line when something happens.
 
     Attributes:
         failure: why it gave up.
-        over: set at the end, whichever it is.
+        over: set when the thread ends, for either reason.
     """
 
     def __init__(
@@ -65,46 +65,52 @@ class Watch(threading.Thread):
         super().__init__(name="triton-watch", daemon=True)
         self.failure: Exception | None = None
         self.over = threading.Event()
-        self._triton, self._repository, self._link, self._control = triton, repository, link, control
+        self._triton, self._repository, self._control = triton, repository, control
         self._restart, self._report = restart, report
         self._reloader = None if link is None else Reloader(repository, link, control)
         self._past: defaultdict[Version | None, deque[float]] = defaultdict(deque)
 
+    @property
+    def reason(self) -> Exception:
+        """The failure of a watch that gave up."""
+        assert self.failure is not None  # only ``serve`` sets ``over`` without one, once its block is left
+        return self.failure
+
     def run(self) -> None:
-        """Look, several times a second."""
+        """Check several times a second."""
         known: dict[int, Version | int] | None = None  # None: look at once
-        list_again = 0.0
+        list_again, reloader = 0.0, self._reloader
         try:
             while not self.over.wait(LOOK_EVERY_S):
                 if (status := self._triton.process.poll()) is not None:
                     self._start_another(f"Triton ended by itself with {in_words(status)}")
                     known = None
-                elif self._link is not None and (known is None or time.monotonic() > list_again or _has_ended(known)):
-                    processes = processes_of(self._triton.process.pid, self._link)
+                elif reloader and (known is None or time.monotonic() > list_again or _has_ended(known)):
+                    processes = processes_of(self._triton.process.pid, reloader.link)
                     list_again = time.monotonic() + LIST_EVERY_S
                     if processes != known:
-                        known = processes if self._mend(processes) else None
-        except Exception as exc:  # a bug, too, ends the server; who waits for it raises this
+                        known = processes if self._mend(reloader, processes) else None
+        except Exception as exc:  # bugs too: the thread that waits for ``over`` raises it
             self.failure = exc
         finally:
             self.over.set()
 
-    def _mend(self, processes: dict[int, Version | int]) -> bool:
-        """Load again what has lost a process; whether Triton was there to be asked."""
+    def _mend(self, reloader: Reloader, processes: dict[int, Version | int]) -> bool:
+        """Reload versions that lost a process; False if another look is needed."""
         try:
             lost, ended = self._lost(processes), [entry for entry in processes.values() if isinstance(entry, int)]
-            # Without one that has ended, the list may have lacked some: the kernel makes it while they come and go.
+            # If none is listed as ended, the listing may be incomplete: /proc is not read atomically. So look twice.
             if lost and not ended and not self.over.wait(LOOK_EVERY_S):
-                processes = processes_of(self._triton.process.pid, self._link)
+                processes = processes_of(self._triton.process.pid, reloader.link)
                 lost &= self._lost(processes)
             for version in sorted(lost):
-                self._reload(version, [entry for entry in processes.values() if isinstance(entry, int)])
+                self._reload(reloader, version, [entry for entry in processes.values() if isinstance(entry, int)])
         except (OSError, HTTPException):
             return False
         return not lost
 
     def _lost(self, processes: dict[int, Version | int]) -> set[Version]:
-        """Versions that Triton calls ready, with fewer processes than they should have."""
+        """Return versions that Triton reports as ready, but that have fewer processes than configured."""
         living, lost = Counter(processes.values()), set()
         for model in _names(self._repository):
             ready = self._control.ready_versions(model)
@@ -112,7 +118,7 @@ class Watch(threading.Thread):
             lost |= {(model, version) for version in ready if living[model, version] < wanted}
         return lost
 
-    def _reload(self, version: Version, statuses: Iterable[int]) -> None:
+    def _reload(self, reloader: Reloader, version: Version, statuses: Iterable[int]) -> None:
         model, number = version
         ends = sorted({in_words(status) for status in statuses if status})
         reason, dropped = " ".join(("its process ended", *(["with", " or ".join(ends)] if ends else ()))), False
@@ -121,9 +127,9 @@ class Watch(threading.Thread):
             began = time.monotonic()
             try:
                 if not dropped:
-                    self._reloader.drop(model, number)
+                    reloader.drop(model, number)
                     dropped = True
-                self._reloader.load(model)
+                reloader.load(model)
                 self._report(f"{model} version {number}: loaded again after {time.monotonic() - began:.1f} s")
                 return
             except (ModelNotLoaded, OSError, HTTPException) as exc:
@@ -155,11 +161,11 @@ class Watch(threading.Thread):
 
 
 def processes_of(pid: int, link: Path) -> dict[int, Version | int]:
-    """Triton's Python processes: which version each of them serves, or the status of one that has ended.
+    """Map the pid of each of Triton's Python processes to the version it serves, or to its exit status.
 
     Args:
         pid: of tritonserver.
-        link: where Triton finds the repository: the processes are started with paths below it.
+        link: the path by which Triton reaches the repository; the processes' arguments are below it.
     """
     found: dict[int, Version | int] = {}
     for children in Path("/proc").glob(f"{pid}/task/*/children"):
@@ -172,7 +178,7 @@ def processes_of(pid: int, link: Path) -> dict[int, Version | int]:
 
 
 def in_words(status: int) -> str:
-    """A process's status as subprocess gives it."""
+    """Describe an exit status as subprocess reports it."""
     if status >= 0:
         return f"status {status}"
     with suppress(ValueError):
@@ -183,7 +189,7 @@ def in_words(status: int) -> str:
 def _read_process(pid: int, link: Path) -> Version | int | None:
     state, *numbers = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     if state in "ZX":
-        status = int(numbers[-1])  # as wait has it; the kernel hides it, as 0, from other users
+        status = int(numbers[-1])  # in wait()'s encoding; other users read 0
         return -(status & 0x7F) or status >> 8
     arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     with suppress(IndexError, ValueError):
@@ -193,7 +199,7 @@ def _read_process(pid: int, link: Path) -> Version | int | None:
 
 
 def _has_ended(processes: dict[int, Version | int]) -> bool:
-    """Whether one that lived when it was listed does no more."""
+    """Whether a process that was alive when listed has ended."""
     return any(isinstance(entry, tuple) and _state(pid) in "ZX" for pid, entry in processes.items())
 
 

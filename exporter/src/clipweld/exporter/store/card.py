@@ -1,4 +1,4 @@
-"""The card: a tiny ONNX model that answers a JSON saying what a version is."""
+"""The card: a tiny ONNX model that answers JSON describing a version."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -29,10 +29,10 @@ _TEXT = "cards"
 
 
 def describe(name: str, version: int, backbone: Backbone, adapters: Sequence[Adapter]) -> Card:
-    """All that a client must know about a version, and its lineage.
+    """Return what a client must know about a version, and its lineage.
 
     Raises:
-        UnsupportedModel: a tokenizer or resize mode that the client does not have, or more words than are read.
+        UnsupportedModel: a tokenizer or resize mode that clients lack, or a card too large for clients to read.
     """
     if backbone.resize_mode not in RESIZE_MODES:
         raise UnsupportedModel(
@@ -68,17 +68,21 @@ def describe(name: str, version: int, backbone: Backbone, adapters: Sequence[Ada
 
 
 def tokenizer_sha256(backbone: Backbone) -> str:
-    """SHA-256 of the vocabulary behind the tokenizer, decompressed: gzip's own bytes vary.
+    """Return the SHA-256 of the tokenizer's vocabulary, decompressed because gzip's bytes vary.
 
     Raises:
-        UnsupportedModel: not open_clip's SimpleTokenizer over its shipped vocabulary, as the client has it.
+        UnsupportedModel: not open_clip's SimpleTokenizer with its shipped vocabulary, which clients have.
     """
     from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
     plain = SimpleTokenizer(context_length=backbone.context_length)
-    tokenizer = backbone.tokenizer
-    alike = type(tokenizer) is SimpleTokenizer and tokenizer.encoder == plain.encoder
-    if not alike or tokenizer.clean_fn is not plain.clean_fn or tokenizer.reduction_fn is not None:
+    tokenizer: Any = backbone.tokenizer  # open_clip has no types
+    if (
+        type(tokenizer) is not SimpleTokenizer
+        or tokenizer.encoder != plain.encoder
+        or tokenizer.clean_fn is not plain.clean_fn
+        or tokenizer.reduction_fn is not None
+    ):
         raise UnsupportedModel(
             f"model {backbone.model_name}: tokenizer {type(tokenizer).__name__}, clients have CLIP's own "
             "(SimpleTokenizer, lower case); take another model"
@@ -87,12 +91,12 @@ def tokenizer_sha256(backbone: Backbone) -> str:
 
 
 def card_model(card: Card) -> ModelProto:
-    """ONNX: ``index`` int32 (batch, 1) -> ``card`` string (batch, 1). Every index answers the one card.
+    """Build the ONNX model: ``index`` int32 (batch, 1) -> ``card`` string (batch, 1). Every index gives the one card.
 
-    An index out of range is clamped: it may not fail the requests that Triton batches with it.
+    An index out of range is clamped, because an error would fail the other requests of Triton's batch.
     """
     zero = numpy_helper.from_array(np.array(0, np.int32), "zero")
-    cards = helper.make_tensor(_TEXT, TensorProto.STRING, [1], [_to_text(card).encode()])
+    cards = helper.make_tensor(_TEXT, TensorProto.STRING, [1], [_to_text(card).encode()])  # type: ignore[list-item]  # bytes are taken too
     graph = helper.make_graph(
         [
             helper.make_node("Clip", [CARD_INPUT, "zero", "zero"], ["row"], name="only_row"),
@@ -110,10 +114,10 @@ def card_model(card: Card) -> ModelProto:
 
 
 def read_card(file: Path) -> Card:
-    """The card inside a ``model.onnx``, without running it.
+    """Read the card in a ``model.onnx`` without running it.
 
     Raises:
-        RepositoryError: not a card as this clipweld writes it.
+        RepositoryError: not a card of this format.
     """
     try:
         if file.stat().st_size > MAX_BYTES:
@@ -138,6 +142,9 @@ def _task(adapter: Adapter) -> Task:
         "name": adapter.task,
         "class_names": list(adapter.class_names),
         "templates": list(adapter.templates),
-        "accuracy": {when: adapter.accuracy.get(when, {}).get(adapter.task) for when in ("before", "after")},
+        "accuracy": {
+            "before": adapter.accuracy.get("before", {}).get(adapter.task),
+            "after": adapter.accuracy.get("after", {}).get(adapter.task),
+        },
         "adapter_sha256": adapter.sha256,
     }

@@ -1,4 +1,4 @@
-"""What clipweld did not write and finds where its own things are: named, never touched."""
+"""Files among clipweld's own that clipweld did not write: reported, never touched."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from clipweld.exporter.store.layout import CONFIG_FILE, HISTORY_FILE, KINDS, REM
 
 @dataclass(frozen=True)
 class Foreign:
-    """One thing that is not clipweld's.
+    """A file or folder that clipweld did not write.
 
     Attributes:
-        model: the common name of the three models that it is among.
-        version: the number that it has, or is in; None where it has none.
-        path: where it is.
-        reason: what shows that clipweld did not write it.
+        model: the common name of the three models in whose folders it is.
+        version: the version number that it has or is in, if any.
+        path: of the entry.
+        reason: why it counts as foreign.
     """
 
     model: str
@@ -28,7 +28,7 @@ class Foreign:
 
 
 def foreign_entries(repository: Layout) -> list[Foreign]:
-    """All that is foreign among the three models, in the store and beside the repository."""
+    """List foreign entries in the three models' folders, in the store and beside the repository."""
     found: list[tuple[int | None, Path, str]] = []
     versions = repository.foreign_versions()
     found += [(int(path.name), path, reason) for path, reason in versions.items()]
@@ -54,7 +54,7 @@ def foreign_entries(repository: Layout) -> list[Foreign]:
 
 
 def _unknown(folder: Path, files: set[str]) -> list[tuple[None, Path, str]]:
-    """What is in a folder beside versions, leftovers of ours and these files."""
+    """List what is neither a version, nor a leftover of clipweld's, nor one of these files."""
     known = {path.name for path in numbered(folder)} | {path.name for path in entries(folder) if _leftover(path)}
     return [
         (None, path, "no file of clipweld's")

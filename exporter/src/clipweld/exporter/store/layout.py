@@ -1,8 +1,9 @@
-"""Where a CLIP's versions are on disk, and what is there: only reads.
+"""The on-disk layout of a CLIP's versions. This module only reads.
 
-Only what clipweld wrote may ever be deleted: a version says by its manifest that it is one, its files are those of the
-store or of the manifest, byte for byte, and folders of what is under way are marked. All else is foreign
-(``clipweld.exporter.store.foreign``): it is named, never touched, and refused where it is in the way.
+Only what clipweld wrote may ever be deleted. A version is recognised by its manifest, its files by being byte for byte
+those of the store or the manifest, and staging folders by a mark. All else is foreign
+(``clipweld.exporter.store.foreign``): it is reported, never touched, and a command that would overwrite or delete it is
+refused.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from clipweld.exporter.errors import (
 )
 from clipweld.exporter.graph.onnx_file import DATA_FILE, data_file
 from clipweld.exporter.store.card import read_card
-from clipweld.exporter.store.schemas import History, Manifest
+from clipweld.exporter.store.schemas import Card, History, Manifest
 from clipweld.trainer.os_errors import cause, next_step
 from clipweld.trainer.schemas import one_line, read_json_file, sha256_of
 
 MODEL_FILE, CONFIG_FILE, MANIFEST_FILE = "model.onnx", "config.pbtxt", "manifest.json"
 HISTORY_FILE = "history.json"
-REMOVED = "-removed"  # the ending of a version's folder that is being deleted
-EXACT = "fp32"  # the folder in a version with those float32 towers that another precision was made of
+REMOVED = "-removed"  # suffix of a version's folder that is being deleted
+EXACT = "fp32"  # folder in a version of lower precision with the float32 towers it was cast from
 TOWERS = ("image", "text")
-KINDS = (*TOWERS, "card")  # the order in which they are put in
+KINDS = (*TOWERS, "card")  # the order of activation
 BASE_VERSION = 1
 
 
@@ -41,12 +42,12 @@ class Layout:
     """One CLIP's three models in a Triton model repository, and the store of its versions.
 
     Attributes:
-        path: what Triton is given.
+        path: the model repository that Triton reads.
         name: common to the three models.
-        store: ``<path>.store/<name>``, a folder a version.
+        store: ``<path>.store/<name>``, with a folder per version.
 
     Raises:
-        RepositoryError: not a name for models.
+        RepositoryError: not a valid model name.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -60,20 +61,20 @@ class Layout:
         return self.path / f"{self.name}_{kind}"
 
     def file(self, kind: str, version: int) -> Path:
-        """A version's ONNX in the store."""
+        """Return the path of a version's ONNX file in the store."""
         return self.store / str(version) / kind / MODEL_FILE
 
     def exact_file(self, kind: str, version: int) -> Path:
-        """A version's tower in float32: what it serves, or what that was made of."""
+        """Return the path of a version's float32 tower: the served one, or the one it was cast from."""
         kept = self.store / str(version) / EXACT / kind / MODEL_FILE
         return kept if kept.exists() else self.file(kind, version)
 
     def manifest_file(self, version: int) -> Path:
-        """A version's manifest in the store."""
+        """Return the path of a version's manifest in the store."""
         return self.store / str(version) / MANIFEST_FILE
 
     def sources(self, kind: str, version: int) -> dict[str, Path]:
-        """The store's files that a version's folder among Triton's is made of, by their names there."""
+        """Map the names of the files in a version's folder in the repository to their sources in the store."""
         sources = {MODEL_FILE: self.file(kind, version), MANIFEST_FILE: self.manifest_file(version)}
         if (data := data_file(sources[MODEL_FILE])).exists() and f"{kind}/{data.name}" in self.manifest(version)[
             "files"
@@ -82,13 +83,13 @@ class Layout:
         return sources
 
     def versions(self) -> list[int]:
-        """All versions in the store, oldest first."""
+        """Return all versions in the store, oldest first."""
         return [number for number in version_numbers(self.store) if not self.fault(self.store / str(number), number)]
 
     def standing(self) -> list[int]:
-        """The versions that clipweld has Triton serve, oldest first: all three models have them.
+        """Return the active versions, oldest first: those in the folders of all three models.
 
-        Where the store is missing, what the versions say of themselves counts.
+        If the store is missing, the manifests in the models' folders decide.
         """
         stored, common = self.versions(), set.intersection(*(set(version_numbers(self.model(kind))) for kind in KINDS))
         return [
@@ -100,11 +101,11 @@ class Layout:
 
     @property
     def served(self) -> int | None:
-        """The newest standing version: what requests get that name none."""
+        """The newest active version, which answers requests that name no version."""
         return max(self.standing(), default=None)
 
     def fault(self, folder: Path, version: int) -> str | None:
-        """What shows that a folder is not a version's that clipweld wrote, by its manifest; None where nothing does."""
+        """Return why a folder is not a version that clipweld wrote, judged by its manifest; None if it is one."""
         file = folder / MANIFEST_FILE
         if folder.is_symlink() or not is_regular(file):
             return "it is a link" if folder.is_symlink() else f"it has no {MANIFEST_FILE} of clipweld's"
@@ -115,11 +116,11 @@ class Layout:
         return None
 
     def others_in(self, folder: Path, version: int) -> list[Path]:
-        """What is in a version's folder in the store, or one on its way out, that its manifest doesn't name."""
+        """List what a version's manifest doesn't name in its folder in the store, or in one being deleted."""
         return others(folder, stored_names(self._read_manifest(folder / MANIFEST_FILE, version)["files"]))
 
     def foreign_versions(self) -> dict[Path, str]:
-        """What Triton takes for a version and clipweld did not put there, with what shows that."""
+        """Map each entry that Triton would load as a version, but clipweld did not write, to the reason."""
         stored, found = self.versions(), {}
         for kind in KINDS:
             for path in numbered(self.model(kind)):
@@ -134,7 +135,7 @@ class Layout:
 
     def check_foreign(self) -> None:
         """Raises:
-        ForeignFiles: Triton would take something for a version that clipweld did not put there.
+        ForeignFiles: Triton would load something as a version that clipweld did not write.
         """
         for path, reason in self.foreign_versions().items():
             raise ForeignFiles(
@@ -144,7 +145,7 @@ class Layout:
 
     def check_free(self, version: int) -> None:
         """Raises:
-        ForeignFiles: something has the place of a version that is to be written.
+        ForeignFiles: the path of a version that is to be written is taken.
         """
         for folder in (self.store, *map(self.model, KINDS)):
             if os.path.lexists(place := folder / str(version)):
@@ -156,7 +157,7 @@ class Layout:
 
     def check_retirable(self, version: int) -> None:
         """Raises:
-        ForeignFiles: a standing version has something beside or in place of the store's files.
+        ForeignFiles: an active version has files besides, or in place of, the store's.
         """
         for kind in KINDS:
             for path in unlike(self.model(kind) / str(version), self.sources(kind, version)):
@@ -167,7 +168,7 @@ class Layout:
 
     def check_removable(self, version: int) -> None:
         """Raises:
-        ForeignFiles: a version in the store has something beside or in place of what its manifest names.
+        ForeignFiles: a version in the store has files besides, or in place of, those its manifest names.
         """
         folder, parts = self.store / str(version), self.manifest(version)["files"]
         found = others(folder, stored_names(parts))
@@ -184,7 +185,7 @@ class Layout:
 
     def check_links(self) -> None:
         """Raises:
-        RepositoryError: a link has the place of a folder of ours; it may lead anywhere.
+        RepositoryError: one of our folders is a symbolic link, which may lead anywhere.
         """
         for folder in (self.store, *map(self.model, KINDS)):
             for path in (folder, *numbered(folder)):
@@ -196,7 +197,7 @@ class Layout:
     def check_released(self) -> None:
         """Raises:
         RepositoryEmpty: there is no version at all.
-        StoreMissing: there are only those that Triton looks at.
+        StoreMissing: versions are active but their store is missing.
         """
         self.check_links()
         if self.versions():
@@ -208,7 +209,7 @@ class Layout:
 
     def check_store(self) -> None:
         """Raises:
-        StoreMissing: versions stand and their store is not there, as where only the repository was copied.
+        StoreMissing: versions are active but their store is missing, as when only the repository was copied.
         """
         if not self.versions() and (standing := self.standing()):
             both = f"{self.path} and {self.store.parent}"
@@ -221,7 +222,7 @@ class Layout:
     def check(self, version: int) -> None:
         """Raises:
         VersionMissing: the store has no such version.
-        RepositoryError: it has something of that number which is none.
+        RepositoryError: the entry of that number is not a valid version.
         """
         if version not in (there := self.versions()):
             if (self.store / str(version)).is_dir():
@@ -229,12 +230,12 @@ class Layout:
             listed = ", ".join(map(str, there)) or "none"
             raise VersionMissing(f"{self.name} version {version}: not in {self.store}; versions there: {listed}")
 
-    def card(self, version: int) -> dict:
-        """What a version says of itself to clients."""
+    def card(self, version: int) -> Card:
+        """Read a version's card, which clients get."""
         return read_card(self.file("card", version))
 
     def manifest(self, version: int) -> Manifest:
-        """What was recorded when a version was made; where the store is missing, as the card's folder has it.
+        """Read a version's manifest; if the store is missing, from the card's folder.
 
         Raises:
             RepositoryError: it can't be read, or is of another version.
@@ -254,9 +255,9 @@ class Layout:
         return self.manifest(version)["unmerged"]
 
     def history(self) -> list[int]:
-        """Versions in the order in which they were served; each came after the one before it, the last is served now.
+        """Return versions in the order in which they were served; the last is served now.
 
-        What stands has the last word: a switch that was cut off has happened or not.
+        After an interrupted switch, the active version decides whether the switch happened.
         """
         file, served = self.store / HISTORY_FILE, self.served
         recorded: History = {"now": [], "next": []}
@@ -271,7 +272,7 @@ class Layout:
         return [*recorded["now"], *([] if served is None else [served])]
 
     def config(self, kind: str, version: int) -> str:
-        """What a version needs for a ``config.pbtxt``.
+        """Read the ``config.pbtxt`` that a version needs.
 
         Raises:
             RepositoryError: it can't be read.
@@ -284,7 +285,7 @@ class Layout:
 
     def check_config(self, kind: str, config: str) -> None:
         """Raises:
-        ConfigChanged: a model stands here with another config.
+        ConfigChanged: the model in the repository has another config.
         """
         there = self.model(kind) / CONFIG_FILE
         if self.model(kind).exists() and (not there.is_file() or there.read_text(encoding="utf-8") != config):
@@ -295,7 +296,7 @@ class Layout:
 
     def check_replaceable(self) -> None:
         """Raises:
-        ForeignFiles: among all versions is something that ``replacing`` would delete and clipweld did not write.
+        ForeignFiles: ``replacing`` would delete something that clipweld did not write.
         """
         self.check_store()
         self.check_foreign()
@@ -315,7 +316,7 @@ class Layout:
             )
 
     def leftovers(self) -> Iterator[Path]:
-        """Staging folders beside the repository and in the store; those in use too."""
+        """Yield staging folders beside the repository and in the store, including those in use."""
         beside = self.path.resolve().parent
         for folder, start in ((beside, self._staging_prefix()), (self.store, ".")):
             for path in entries(folder):
@@ -333,18 +334,18 @@ class Layout:
 
 
 def store_of(path: Path) -> Path:
-    """The folder beside a model repository that has every version of its models."""
+    """Return the store of a model repository: the folder beside it with every version of its models."""
     resolved = path.resolve()
     return resolved.with_name(f"{resolved.name}.store")
 
 
 def part_file(version: Path, part: str) -> Path:
-    """The file in a version's folder that a part of its manifest is about: see ``clipweld.exporter.store.schemas``."""
+    """Return the file in a version's folder that a key of the manifest's ``files`` stands for (``schemas.Part``)."""
     return version / part if part.endswith(DATA_FILE) else version / part / MODEL_FILE
 
 
 def stored_names(parts: Iterable[str]) -> set[str]:
-    """The relative names of all files of a version in the store, by the parts of its manifest."""
+    """Return the relative names of all files of a stored version, from the keys of its manifest's ``files``."""
     files = {part_file(Path(), part).as_posix() for part in parts}
     return {MANIFEST_FILE, *files, *(f"{kind}/{CONFIG_FILE}" for kind in KINDS)}
 
@@ -356,24 +357,24 @@ def towers(version: Path) -> tuple[Path, Path]:
 
 
 def is_model_name(name: str) -> bool:
-    """Whether three models may have this name in common."""
+    """Whether a name is valid as the common name of the three models."""
     return re.fullmatch(MODEL_NAME, name) is not None
 
 
 def numbered(folder: Path) -> list[Path]:
-    """What has a version's name in a folder, whatever it is, oldest first."""
+    """List entries of any type that are named like versions, oldest first."""
     found = (path for path in entries(folder) if re.fullmatch("[1-9][0-9]{0,17}", path.name))
     return sorted(found, key=lambda path: int(path.name))
 
 
 def version_numbers(folder: Path) -> list[int]:
-    """The versions' folders below a folder of ours, oldest first; links are none."""
+    """Return the numbers of the version folders in a folder, oldest first; symbolic links don't count."""
     there = [] if folder.is_symlink() else numbered(folder)
     return [int(path.name) for path in there if path.is_dir() and not path.is_symlink()]
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a folder; nothing where there is none.
+    """List a folder; empty if it doesn't exist.
 
     Raises:
         RepositoryError: it can't be read.

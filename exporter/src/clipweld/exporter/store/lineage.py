@@ -1,4 +1,4 @@
-"""The weights of a version: read back from its files, and merged anew only as far as no earlier version has them."""
+"""The weights of a version: read from the files of an earlier version, with only the remaining adapters merged."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from clipweld.trainer.base.backbone import Backbone
 
 
 def merged_backbone(repository: Repository, backbone: Backbone, adapters: Sequence[Adapter]) -> Backbone:
-    """The base with all adapters merged, built on the version in the store that has most of them.
+    """Return the base with all adapters merged, starting from the stored version that has most of them.
 
-    Its files are held against their hashes first. Adapters are added one after the other in float32, so the weights
-    are those of a merge from the base, to the bit.
+    That version's hashes are checked first. Adapters are added one by one in float32, so the weights are bit-identical
+    to a merge from the base.
 
     Args:
         adapters: one lineage, in order.
 
     Raises:
-        VersionDamaged: a file of that version is not what was written.
+        VersionDamaged: a file of that version differs from its manifest entry.
     """
     weights, parent = backbone.model.state_dict(), _parent(repository, adapters)
     learned = 0
@@ -40,10 +40,10 @@ def merged_backbone(repository: Repository, backbone: Backbone, adapters: Sequen
 
 
 def read_weights(repository: Repository, version: int, names: Container[str]) -> dict[str, Tensor]:
-    """A version's float32 weights, by open_clip's own names, which initializers have; branches are folded in.
+    """Read a version's float32 weights, by open_clip's names, which the initializers keep; branches are merged.
 
     Args:
-        names: of weights; what else is in the graphs is left out.
+        names: of weights; other tensors in the graphs are ignored.
     """
     tensors = {
         tensor.name: torch.from_numpy(onnx_file.values(tensor, file))
@@ -54,7 +54,7 @@ def read_weights(repository: Repository, version: int, names: Container[str]) ->
 
 
 def on_weights(backbone: Backbone, weights: dict[str, Tensor]) -> Backbone:
-    """The same backbone on other weights, which are taken as they are: a CLIP's copy would be half a gigabyte."""
+    """Return the backbone with other weights, which are shared: a copy would take half a gigabyte."""
     own = (*backbone.model.parameters(), *backbone.model.buffers())
     model = copy.deepcopy(backbone.model, {id(tensor): tensor for tensor in own})
     model.load_state_dict(weights, assign=True)
@@ -62,7 +62,7 @@ def on_weights(backbone: Backbone, weights: dict[str, Tensor]) -> Backbone:
 
 
 def _parent(repository: Repository, adapters: Sequence[Adapter]) -> int | None:
-    """The version with the longest lineage that these adapters go on from; the newest of several, none for the base."""
+    """Return the newest version with the longest lineage that is a prefix of these adapters, if any."""
     hashes = [adapter.sha256 for adapter in adapters]
     found = {}
     for version in repository.versions():

@@ -1,4 +1,4 @@
-"""The manifest: where a version comes from, how it was checked, and what its files must be."""
+"""The manifest: a version's origin, its checks, and the hashes of its files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from clipweld.trainer.schemas import sha256_of
 
 
 def to_text(manifest: Mapping) -> str:
-    """The file's content."""
+    """Return the content of a manifest file."""
     return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_files(repository: Layout, number: int) -> None:
-    """Hold a version's files, in the store and where they stand, against its manifest.
+    """Compare a version's files, in the store and in the repository, with its manifest.
 
     Raises:
-        VersionDamaged: a file is missing, not what was written, or one that leads to others.
+        VersionDamaged: a file is missing, altered, a link, or has data that is not in the manifest.
         RepositoryError: the manifest can't be read.
     """
     expected = repository.manifest(number)["files"]
@@ -40,7 +40,7 @@ def check_files(repository: Layout, number: int) -> None:
 
 
 def _check_file(file: Path, expected: File | None) -> None:
-    """Type and size come first: a link or a device has no end."""
+    """Check type and size before hashing, because reading a device or pipe may never end."""
     if expected is None:
         raise VersionDamaged(f"{file}: the manifest doesn't say what it must be; merge again")
     try:
@@ -63,7 +63,7 @@ def _check_file(file: Path, expected: File | None) -> None:
 
 
 def _check_data(file: Path, expected: Mapping[str, File], part: str) -> None:
-    """A graph whose weights are beside it must have them in the manifest."""
+    """Require external weights of a graph to be listed in the manifest."""
     beside = any(tensor.external_data for tensor in onnx_file.load(file).graph.initializer)
     if beside and f"{part}/{DATA_FILE}" not in expected:
         raise VersionDamaged(f"{file}: the manifest doesn't say what its {DATA_FILE} must be; merge again")

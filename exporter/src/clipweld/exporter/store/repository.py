@@ -1,11 +1,11 @@
-"""Versions on disk: a store of everything that was ever released, and what of it stands where Triton looks.
+"""Versions on disk: the store of all released versions, and the active ones in the repository that Triton reads.
 
-A version is three models of one number and a manifest. The store, a folder beside the repository, has each version
-whole from the moment it is there: one folder, renamed in once, never changed. A version *stands* while the three
-models have it among theirs too, as hard links to the store's files (copies where there can be no links): what stands
-can be taken out and put back at will. A model's folder never holds a foreign file of ours, not even for a moment: any
-change there makes Triton reload every version. The card goes in last and comes out first, so a version without one was
-caught half-way; whoever next holds the repository takes it out.
+A version is three models of one number and a manifest. In the store, a folder beside the repository, each version is
+one folder that is renamed in complete and never changed. A version is *active* while the folders of the three models
+have it too, as hard links to the store's files (copies where links are not possible), so activating and deactivating
+are cheap. No temporary file is ever put in a model's folder, because any change there makes Triton reload every
+version. The card is activated last and deactivated first, so a version without a card was interrupted half-way; the
+next process that locks the repository deactivates it.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ _log = logging.getLogger(__name__)
 
 
 class Repository(Layout):
-    """One CLIP's three models in a Triton model repository, and the store of its versions: what changes them.
+    """One CLIP's three models in a Triton model repository, and the store of its versions: the methods that write.
 
     Args, attributes, errors: as ``Layout``.
     """
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other exporters out. What is half-way, from a killed one or where the block fails, is removed.
+        """Lock the repository against other exporters; clean up half-finished changes before and after the block.
 
         Raises:
-            RepositoryBusy: another process holds it.
+            RepositoryBusy: another process has the lock.
             RepositoryError: it can't be created or written.
         """
         with changing(self.path):
@@ -93,11 +93,11 @@ class Repository(Layout):
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
-        """Hold the repository and lend an empty staging folder on its file system, removed at the end.
+        """Lock the repository and yield an empty staging folder on its file system, removed at the end.
 
         Raises:
-            RepositoryBusy: another process holds it.
-            RepositoryError: it can't be created or written beside.
+            RepositoryBusy: another process has the lock.
+            RepositoryError: the repository or the folder beside it can't be written.
         """
         with self.held():
             yield self._new_staging()
@@ -111,11 +111,11 @@ class Repository(Layout):
             flush(self.store)
 
     def put_in(self, version: int, staging: Path, kinds: Sequence[str] = KINDS) -> None:
-        """Have a version stand, or some of its models; what stands already stays.
+        """Activate a version, or some of its models; those already active are left alone.
 
         Raises:
-            ConfigChanged: a model's config would change; nothing has been put in.
-            RepositoryError: it can't be written; some may have been put in.
+            ConfigChanged: a model's config would change; nothing was activated.
+            RepositoryError: it can't be written; some models may be active.
         """
         for kind in kinds:
             self.check_config(kind, self.config(kind, version))
@@ -137,9 +137,9 @@ class Repository(Layout):
                 flush(model)
 
     def take_out(self, version: int, staging: Path, kinds: Sequence[str] = KINDS) -> None:
-        """Have a version stand no more, or some of its models; the card comes out first. Needs no room.
+        """Deactivate a version, or some of its models, the card first. Needs no disk space.
 
-        What was put in there by others goes with it: ``check_retirable`` comes first.
+        Foreign files in its folders are moved away too: call ``check_retirable`` first.
         """
         for kind in reversed(KINDS):
             folder = self.model(kind) / str(version)
@@ -148,22 +148,25 @@ class Repository(Layout):
                     try:
                         os.rename(folder, staging / f"{kind}-{version}-taken-out")
                     except OSError as exc:
-                        if exc.errno != errno.EXDEV:  # as for a folder in a lower layer of a container's image
+                        if exc.errno != errno.EXDEV:  # overlayfs can't rename a folder of a lower image layer
                             raise
                         shutil.rmtree(folder)
                     flush(self.model(kind))
 
     def record(self, history: Sequence[int], following: Sequence[int] = ()) -> None:
-        """Write down which versions were served, one after the other, and what that will be after a switch."""
+        """Write which versions were served, in order, and that list as it will be after a switch.
+
+        ``os.replace`` is atomic, so a kill leaves the old file or the new one, whole.
+        """
         temporary, file = self.store / f".{HISTORY_FILE}", self.store / HISTORY_FILE
         with changing(file):
             write(temporary, json.dumps({"now": list(history), "next": list(following)}).encode())
             os.replace(temporary, file)
 
     def remove(self, version: int) -> None:
-        """Delete a version that doesn't stand for good, if the store has it. Needs no room: it may be to make some.
+        """Delete an inactive version from the store, if it is there. Needs no disk space, for it frees some.
 
-        What was put in there by others goes with it: ``check_removable`` comes first.
+        Foreign files in its folder are deleted too: call ``check_removable`` first.
         """
         folder = removed = self.store / str(version)
         with changing(folder):
@@ -179,9 +182,9 @@ class Repository(Layout):
 
     @contextmanager
     def replacing(self, staging: Path) -> Iterator[None]:
-        """Take out and delete all versions for good, models whole: one without a version would stop Triton.
+        """Delete all versions, with the models' folders: Triton fails to start on a model without versions.
 
-        Where the block that puts others in their place fails, they come back. ``check_replaceable`` comes first.
+        If the block, which writes their replacements, fails, they are restored. Call ``check_replaceable`` first.
         """
         folders = (*map(self.model, reversed(KINDS)), self.store)
         before = {folder: staging / f"{folder.name}-before" for folder in folders}
@@ -228,7 +231,7 @@ class Repository(Layout):
         return staging
 
     def _clean(self) -> None:
-        """Remove staging folders, versions half removed, and models that were put in or taken out half-way."""
+        """Remove staging folders, half-deleted versions, and models that are half activated or deactivated."""
         self.check_links()
         for stale in self.leftovers():
             if is_staging(stale):
@@ -251,7 +254,7 @@ class Repository(Layout):
             self.remove_empty()
 
     def remove_empty(self) -> None:
-        """Remove models that have nothing but a config of the store's: without a version they would stop Triton."""
+        """Remove models that contain only the store's config: Triton fails to start on a model without versions."""
         for version in self.versions()[:1]:
             for kind in KINDS:
                 model, config = self.model(kind), self.store / str(version) / kind / CONFIG_FILE
@@ -262,7 +265,7 @@ class Repository(Layout):
 
 
 def repositories(path: Path) -> list[Repository]:
-    """Every CLIP in a model repository of which a version stands.
+    """Return every CLIP in a model repository with an active version.
 
     Raises:
         RepositoryEmpty: there is none.
@@ -271,7 +274,7 @@ def repositories(path: Path) -> list[Repository]:
 
 
 def known_repositories(path: Path) -> list[Repository]:
-    """Every CLIP of which a version stands, or is in the store.
+    """Return every CLIP in a model repository with an active or stored version.
 
     Raises:
         RepositoryEmpty: there is none.
@@ -289,7 +292,7 @@ def _with_versions(path: Path, has: Callable[[Repository], bool]) -> list[Reposi
 
 
 def _remove_version(folder: Path) -> None:
-    """Delete a version's folder: killed on the way, it still says by its manifest whose it was."""
+    """Delete a version's folder, its manifest last: after a kill that still shows that clipweld wrote it."""
     for path in folder.iterdir():
         if path.name != MANIFEST_FILE:
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""What a store says of its versions, as schemas: a repository may come from anyone."""
+"""Schemas of a store's JSON, checked on reading because a repository may come from untrusted sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clipweld.trainer.text import task_name
 MANIFEST_FORMAT, CARD_FORMAT = 1, 1
 
 ModelName = Annotated[str, Field(pattern=rf"^{MODEL_NAME}\z")]
-# A folder of a version, for its ``model.onnx``, or the file of the weights beside that.
+# A folder in a version, standing for its ``model.onnx``, or the file of that model's external weights.
 Part = Annotated[str, Field(pattern=r"^((fp32/)?(image|text|card)|(fp32/)?(image|text)/model\.onnx\.data)\z")]
 TaskName = Annotated[str, AfterValidator(task_name)]
 Version = Annotated[int, Field(ge=1, lt=2**63)]
@@ -78,7 +78,7 @@ class File(TypedDict):
 class Manifest(TypedDict):
     """``clipweld.exporter.store.manifest`` writes it."""
 
-    format: Literal[MANIFEST_FORMAT]
+    format: Literal[MANIFEST_FORMAT]  # type: ignore[valid-type]  # pydantic reads the constant
     model: ModelName
     version: Version
     date: Text
@@ -87,7 +87,7 @@ class Manifest(TypedDict):
     accuracy: Items[Accuracy]
     forced: Items[Text]
     unmerged: bool
-    precision: Literal[tuple(p.value for p in Precision)]
+    precision: Literal[tuple(p.value for p in Precision)]  # type: ignore[valid-type]  # likewise
     opset: Count
     parity: Parity
     cast: Cast | None
@@ -135,7 +135,7 @@ class Task(TypedDict):
 class Card(TypedDict):
     """``clipweld.exporter.store.card`` writes it."""
 
-    format: Literal[CARD_FORMAT]
+    format: Literal[CARD_FORMAT]  # type: ignore[valid-type]  # likewise
     model: ModelName
     version: Version
     image: Image

@@ -107,7 +107,7 @@ def check_readable(adapter: Adapter) -> None:
     AdapterError: ``load_adapter`` would refuse what it says besides its tensors: there is too much of it.
     """
     try:
-        read_json(_Sealed, _seal(adapter))
+        read_json(SealedMetadata, _seal(adapter))
     except ValueError as exc:
         raise AdapterError(
             f"task {adapter.task!r}: its adapter could not be read again ({exc}); take fewer or shorter class names, "
@@ -116,7 +116,7 @@ def check_readable(adapter: Adapter) -> None:
 
 
 @dataclass(frozen=True)
-class _Sealed(Metadata):
+class SealedMetadata(Metadata):
     """The metadata of a file: with its format, and the hash that the whole must have."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -137,7 +137,7 @@ def load_adapter(path: Path | str) -> Adapter:
     check_file(path)
     try:
         text, tensors = read_tensors(path)
-        sealed = read_json(_Sealed, text)
+        sealed = read_json(SealedMetadata, text)
         check_words(sealed.class_names, sealed.templates)
         _check_tensors(tensors)
     except ForeignFile as exc:

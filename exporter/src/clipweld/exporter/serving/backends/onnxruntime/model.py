@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
 import triton_python_backend_utils as pb_utils  # Triton puts it on the path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MODEL_FILE = "model.onnx"
 TYPES = {
@@ -86,7 +90,7 @@ class TritonPythonModel:
         """Give the memory back before the process ends."""
         self.session = None
 
-    def _feed(self, request) -> dict[str, np.ndarray]:
+    def _feed(self, request: pb_utils.InferenceRequest) -> dict[str, np.ndarray]:
         feed = {}
         for name in self.inputs:
             array = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
@@ -96,7 +100,7 @@ class TritonPythonModel:
             feed[name] = array
         return feed
 
-    def _run(self, members: list[tuple[int, dict[str, np.ndarray]]]):
+    def _run(self, members: list[tuple[int, dict[str, np.ndarray]]]) -> Iterator:
         """Yield (place, outputs or error) for requests of equal shapes."""
         if len(members) == 1:
             place, feed = members[0]
@@ -120,7 +124,9 @@ class TritonPythonModel:
             return exc
 
 
-def _response(outputs: dict[str, np.ndarray] | Exception, request):
+def _response(
+    outputs: dict[str, np.ndarray] | Exception, request: pb_utils.InferenceRequest
+) -> pb_utils.InferenceResponse:
     if isinstance(outputs, Exception):
         message = f"onnxruntime: {' '.join(str(outputs).split())}"
         return pb_utils.InferenceResponse([], pb_utils.TritonError(message))
@@ -195,7 +201,7 @@ def check_config(config: dict, inputs: list, outputs: list) -> None:
             _check_tensor(f"{field} {name!r}", tensor, graph[name], batched)
 
 
-def _check_tensor(label: str, tensor: dict, value, batched: bool) -> None:
+def _check_tensor(label: str, tensor: dict, value: ort.NodeArg, batched: bool) -> None:
     if batched and tensor.get("optional"):
         raise ValueError(f"{label}: optional inputs can't be batched; set max_batch_size: 0")
     if tensor.get("allow_ragged_batch"):
