@@ -39,8 +39,8 @@ def test_defaults_shown_are_those_of_the_model(capsys):
             main(["fit", "--model", model, "--help"])
         shown[model] = capsys.readouterr().out
     assert "--shots INT" in shown["mini"]
-    assert "(default: 500)" in shown["ViT-B-16"]
-    assert "(default: 500)" not in shown["mini"]
+    assert "[default: 500]" in shown["ViT-B-16"]
+    assert "[default: 500]" not in shown["mini"]
 
 
 @pytest.mark.parametrize("arguments", [["fit"], ["fit", "--task"], ["unfit"], ["fit", "--task", "x", "--lr", "high"]])
@@ -143,7 +143,7 @@ def test_defaults_of_a_method_are_its_own(capsys):
         with pytest.raises(SystemExit):
             main(["sequence", "--model", "mini", "--method", method, "--help"])
         shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-        rates[method] = shown.split("AdamW's learning rate")[1].split("(default: ")[1].split(")")[0]
+        rates[method] = shown.split("AdamW's learning rate")[1].split("[default: ")[1].split("]")[0]
     assert float(rates["finetune"]) < float(rates["lora"])
     assert rates["pool"] != rates["lora"]
 

@@ -59,7 +59,7 @@ def run(app: App, args: Sequence[str]) -> Any:
 
 def wrong_usage(app: App, args: Sequence[str], exc: CycloptsError) -> SystemExit:
     """Say what is wrong with a command line; the exit with status 2."""
-    command = " ".join([*app.name, *args[: len(app.parse_commands(args)[0])]])
+    command = " ".join([*app.name, *(name for name in app.parse_commands(args)[0] if not name.startswith("-"))])
     print(f"{app.name[0]}: {' '.join(str(exc).split())} See {command} --help", file=sys.stderr)
     return SystemExit(2)
 
