@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 # From the ground up. What is named together does not know of each other.
 FLOORS = {
     "trainer": (
-        "errors extras mini os_errors preprocessing schemas", "config files finite header launch output text",
+        "errors extras mini os_errors preprocessing schemas",
+        "command_line config files finite header launch output text",
         "tensors", "adapters", "tasks",
         "base", "commands method", "learning", "sequence", "report tables", "cli", "__main__",
     ),
@@ -22,8 +23,20 @@ FLOORS = {
 }  # fmt: skip
 SEAMS = {
     f"clipweld.trainer.{name}"
-    for name in ("adapters", "base", "errors", "extras", "files", "os_errors", "output", "schemas", "tasks", "text")
-}
+    for name in (
+        "adapters",
+        "base",
+        "command_line",
+        "errors",
+        "extras",
+        "files",
+        "os_errors",
+        "output",
+        "schemas",
+        "tasks",
+        "text",
+    )
+}  # fmt: skip
 
 
 def imports_of(room):
