@@ -141,3 +141,10 @@ def test_bug_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["client", "versions"])
     with pytest.raises(ZeroDivisionError):
         main()
+
+
+def test_of_a_flag_that_is_repeated_the_last_one_counts(run):
+    images = ["samples/seven.png", "--labels", "seven", "--labels", "shoe"]
+    code, out, err = run("classify", *images, "--top-k", "2", "--top-k", "1", "--json")
+    assert (code, err) == (0, "")
+    assert [len(answer["predictions"]) for answer in json.loads(out)] == [1]

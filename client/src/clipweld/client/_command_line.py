@@ -29,7 +29,12 @@ def application(name: str, description: str, consume_multiple: bool = False) -> 
         help_format="markdown",
         group_parameters="Options",
         version=f"clipweld {__version__}",
-        default_parameter=Parameter(negative="", consume_multiple=consume_multiple, show_default=_shown),
+        default_parameter=Parameter(
+            negative="",
+            consume_multiple=consume_multiple,
+            allow_repeating=True,  # the last one counts, so that a script can add to a command that it was given
+            show_default=_shown,
+        ),
     )
     app.register_install_completion_command()
     app["--install-completion"].group = app["--version"].group
