@@ -50,7 +50,6 @@ mini: install
 
 # Strict: a dead link, or a page that the navigation leaves out, fails.
 docs: install
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --group docs
 	$(BIN)/python docs/build.py
 
 # A file of tests goes to one process, which has a server of its own; each computes on one core.

@@ -87,6 +87,7 @@ def stage(folder: Path) -> None:
     """Put every page, picture and generated page into an empty folder."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copy(ROOT / "client/src/clipweld/client/page/icon.svg", folder / "docs" / "icon.svg")
     for page in PAGES:
         (folder / page).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / page, folder / page)

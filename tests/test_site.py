@@ -109,7 +109,6 @@ def test_card_and_manifest_of_a_version_are_of_their_schemas_and_wrong_ones_are_
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("zensical") is None, reason="no generator: make docs installs it")
 @pytest.mark.parametrize("fault", [None, "[dead](nowhere.md)", "[dead](tutorial.md#nowhere)"])
 def test_site_builds_and_a_dead_link_fails(build, monkeypatch, fault):
     monkeypatch.setattr(build, "commands_page", lambda program: f"# {program}\n")

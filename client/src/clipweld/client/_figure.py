@@ -50,7 +50,7 @@ def draw(result: BenchResult, path: Path) -> None:
     axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
     axes.set_ylim(place - 1.3, -1.3)
     axes.set_xlim(left=min(0.9, axes.get_xlim()[0]), right=axes.get_xlim()[1] * 1.06)
-    axes.set_xlabel("times as long as the base (median of requests in turns, bar: 95% interval)")
+    axes.set_xlabel("latency relative to the base (median of alternating requests; bar: 95% interval)")
     axes.set_title("Inference cost of adapters", loc="left", fontsize=12, fontweight="bold")
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -84,4 +84,4 @@ def _name(timing: Timing) -> str:
 def _heading(batch: int, concurrency: int) -> str:
     images = "1 image" if batch == 1 else f"{batch} images"
     at_a_time = "" if concurrency == 1 else f", {concurrency} requests at a time"
-    return f"{images} a request{at_a_time}"
+    return f"{images} per request{at_a_time}"
