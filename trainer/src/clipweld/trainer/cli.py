@@ -9,8 +9,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -38,7 +38,7 @@ stderr = Console(stderr=True)
 def main(args: list[str] | None = None) -> None:
     """Run one command; errors of the trainer become one line and exit status 1."""
     args = sys.argv[1:] if args is None else args
-    run = {
+    run: dict[type[commands.Command], Callable[[Any], None]] = {
         commands.Tasks: tasks,
         commands.Fit: fit,
         commands.Sequence: sequence,
@@ -132,11 +132,11 @@ def _fit(command: commands.Fit, task: Task) -> None:
     (task,) = _readable([task], base, command)
     earlier = _readable([found for adapter in lineage if (found := find_learned(adapter, command.data))], base, command)
     if command.dry_run:
-        found = dry_run(task, base, lineage, command.train, fabric)
+        cost = dry_run(task, base, lineage, command.train, fabric)
         if fabric.is_global_zero and command.json:
-            print(json.dumps(dataclasses.asdict(found), indent=2))
+            print(json.dumps(dataclasses.asdict(cost), indent=2))
         elif fabric.is_global_zero:
-            tables.show_dry_run(found, task.name, base, command.train.iterations)
+            tables.show_dry_run(cost, task.name, base, command.train.iterations)
         return
     with _progress(fabric) as progress:
         fitted = learn_into(
@@ -186,7 +186,7 @@ def sequence(command: commands.Sequence) -> None:
         out = command.out / f"seed-{seed}" if command.seeds else command.out
         with _progress(fabric) as progress:
 
-            def on_stage(tasks, progress=progress):
+            def on_stage(tasks: Sequence[Task], progress: Progress = progress) -> Callable[[Step], None]:
                 names = ", ".join(task.name for task in tasks)
                 return _follow(progress, names, command.train.iterations * len(tasks))
 
@@ -274,7 +274,7 @@ def _fabric(command: commands.WithModel) -> Fabric:
     return fabric
 
 
-def _precision(command: commands.WithModel | commands.Bench) -> str:
+def _precision(command: commands.WithModel | commands.Bench) -> launch.Precision:
     """What was asked for, or what the device is best at."""
     import torch
 

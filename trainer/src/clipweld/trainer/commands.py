@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -174,6 +174,7 @@ class Bench:
 
 
 Command = Tasks | Fit | Sequence | Evaluate | Report | Bench
+Settings = TypeVar("Settings", bound=Command | TrainConfig)
 
 
 def parse(args: list[str] | None = None) -> Command:
@@ -221,15 +222,15 @@ def parse(args: list[str] | None = None) -> Command:
     return plain(**values)
 
 
-def _with_defaults(settings: type[Command], defaults: dict[str, Any]) -> type[Command]:
+def _with_defaults(settings: type[Settings], defaults: dict[str, Any]) -> type[Settings]:
     """The same settings with other defaults, down into the training settings: help shows the class's own."""
     hints = get_type_hints(settings, include_extras=True)
     changed: list[tuple[str, Any, Any]] = []
     for name, default in defaults.items():
         hint = hints[name]
         if isinstance(default, TrainConfig):
-            hint = Annotated[_with_defaults(TrainConfig, asdict(default)), Training]
-            changed.append((name, hint, field(default_factory=hint.__origin__)))
+            training = _with_defaults(TrainConfig, asdict(default))
+            changed.append((name, Annotated[training, Training], field(default_factory=training)))
         else:
             changed.append((name, hint, field(default=default)))
     home = {"__module__": settings.__module__}  # else it would be a type of Python's own
@@ -244,5 +245,5 @@ def _reader(settings: type[Command]) -> Callable[[Command], Command]:
 
     read.__annotations__ = {"command": Annotated[settings, Parameter(name="*")]}
     if all(default.default is not MISSING or default.default_factory is not MISSING for default in fields(settings)):
-        read.__defaults__ = (settings(),)
+        read.__defaults__ = (settings(),)  # type: ignore[call-arg]  # all fields have defaults
     return read

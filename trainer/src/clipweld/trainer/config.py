@@ -105,7 +105,7 @@ MEASURES = ("transfer", "average", "last", "forgetting")
 # What differs from the published settings: where all weights are trained, and where a model is better off otherwise.
 ALL_WEIGHTS = {"lr": 1e-5}
 MINI = {"shots": 16, "iterations": 300, "dropout": 0.0}
-PRESETS: dict[str, dict[Method, dict[str, Any]]] = {
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "": {"finetune": ALL_WEIGHTS, "joint": ALL_WEIGHTS},
     "mini": {
         "pool": {
@@ -124,7 +124,7 @@ PRESETS: dict[str, dict[Method, dict[str, Any]]] = {
 }
 
 
-def train_config(model_name: str, method: Method = "pool", **chosen: Any) -> TrainConfig:
+def train_config(model_name: str, method: str = "pool", **chosen: Any) -> TrainConfig:
     """The preset of a model and a method with the settings that were chosen (those not None) on top.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,8 @@ def first_fault(model: nn.Module, pixels: Tensor, terms: Callable[[], Mapping[st
         for hook in hooks:
             hook.remove()
     seen |= {f"the {name} loss": _holds_fault(term) for name, term in found.items()}
-    flags = fabric.all_reduce(torch.tensor([*seen.values()], device=pixels.device).float(), reduce_op="sum")
+    flags = torch.tensor([*seen.values()], device=pixels.device).float()
+    flags = cast("Tensor", fabric.all_reduce(flags, reduce_op="sum"))
     return next((what for what, flag in zip(seen, flags.tolist(), strict=True) if flag), "the sum of the losses")
 
 

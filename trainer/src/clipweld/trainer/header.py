@@ -34,7 +34,7 @@ def read_claims(path: Path) -> dict[str, Any] | None:
         claims = read_json(Json, read_entry(path))
     except (SafetensorError, OSError, ValueError):
         return None
-    return claims if isinstance(claims, dict) else None
+    return claims
 
 
 def check_header(path: Path) -> None:
@@ -53,6 +53,6 @@ def entry_of(metadata: dict[str, str] | None) -> str:
     """Raises:
     ForeignFile: there is no entry of ours.
     """
-    if ENTRY not in (metadata or {}):
+    if metadata is None or ENTRY not in metadata:
         raise ForeignFile(f"no {ENTRY!r} in its metadata")
     return metadata[ENTRY]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from clipweld.trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]  # of those that Fabric has
 # In the environment of the processes that this trainer started: the number of the process that did.
 STARTED_BY = "CLIPWELD_STARTED_BY"
 PATIENCE_S = 3.0  # for the first process to end from an error that all have
@@ -52,14 +53,14 @@ def speaks() -> bool:
     return os.getppid() == started_by
 
 
-def fabric(accelerator: str, devices: int, precision: str) -> Fabric:
+def fabric(accelerator: str, devices: int, precision: Precision) -> Fabric:
     """The devices of a command, not launched yet; with several, launching starts the command again for each.
 
     Raises:
         ConfigError: there is no such accelerator here, or fewer devices.
     """
     from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import LightningEnvironment
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     from clipweld.trainer.schemas import one_line

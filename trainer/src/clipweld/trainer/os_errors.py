@@ -39,4 +39,4 @@ def cause(exc: OSError, place: Path | None = None) -> str:
 
 def next_step(exc: OSError) -> str:
     """What would help, in the imperative: more room only where room is what lacks."""
-    return _STEPS.get(exc.errno, "find out why")
+    return _STEPS.get(exc.errno or 0, "find out why")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Hashable
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -64,8 +65,9 @@ def read_json(kind: type[Record], text: str | bytes) -> Record:
     if (names := _widest(value)) > MAX_NAMES:
         raise ValueError(f"an object of {names:,} names, at most {MAX_NAMES:,} are read")
     _check_fields(kind, value)  # first: each error of pydantic's takes a kilobyte, and it collects them all
+    schema: TypeAdapter[Record] = _schema(cast("Hashable", kind))
     try:
-        return _schema(kind).validate_json(text)
+        return schema.validate_json(text)
     except ValidationError as exc:
         reason = f"{exc.error_count():,} values are not what they should be"
         if exc.error_count() <= MAX_ERRORS:
@@ -103,7 +105,7 @@ def _widest(value: Any) -> int:
 
 
 @cache
-def _schema(kind: Any) -> TypeAdapter:
+def _schema(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

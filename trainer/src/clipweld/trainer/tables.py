@@ -42,7 +42,7 @@ def show_fitted(fitted: Fitted, lineage: Sequence[Adapter], path: Path) -> None:
         before, after = (learned.accuracy[when].get(adapter.task) for when in ("before", "after"))
         cells = (
             (f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
-            if before is not None
+            if before is not None and after is not None
             else ("no images here", "", "")
         )
         table.add_row(adapter.task, *cells, style="bold" if adapter is learned else None)

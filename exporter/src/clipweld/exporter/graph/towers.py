@@ -57,7 +57,7 @@ class TextTower(nn.Module):
         Longer inputs are cut to the context and ids clamped to the vocabulary, because an error here would also fail
         the other requests of Triton's batch.
         """
-        length = torch.sym_min(tokens.shape[1], self.context_length)  # type: ignore[no-untyped-call]  # torch's
+        length = torch.sym_min(tokens.shape[1], self.context_length)
         tokens = tokens.narrow(1, 0, length).clamp(0, self.vocab_size - 1)
         return F.normalize(encode_text(self, tokens).to(torch.float32), dim=-1)
 
@@ -76,10 +76,7 @@ class PlainAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """query, key, value (batch, seq_len, width); attn_mask (seq_len, seq_len), added to the scores."""
         layers = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        q, k, v = (
-            F.linear(*layer).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]  # torch's
-            for layer in layers
-        )
+        q, k, v = (F.linear(*layer).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in layers)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if attn_mask is not None:
             scores = scores + attn_mask

@@ -29,7 +29,7 @@ from clipweld.trainer.schemas import STRICT, Count, Items, Percent, Setting, Sha
 from clipweld.trainer.tensors import canonical, content_sha256, read_tensors, write_tensors
 from clipweld.trainer.text import check_words, task_name
 
-FORMAT = 3
+FORMAT = 3  # SealedMetadata takes no other
 TENSOR = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.(lora_A|lora_B|inputs)")
 
 
@@ -121,7 +121,7 @@ class SealedMetadata(Metadata):
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
-    format: Literal[FORMAT]
+    format: Literal[3]
     sha256: Sha256
 
 

@@ -8,7 +8,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 
-class ClsBlock(ResidualAttentionBlock):
+class ClsBlock(ResidualAttentionBlock):  # type: ignore[misc]  # open_clip has no types
     """The last block of an image tower, for the one token that is read after it.
 
     Only [CLS] asks: other tokens are keys and values, and go neither through the last attention's output layer nor

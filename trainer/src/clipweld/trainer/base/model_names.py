@@ -38,7 +38,7 @@ def find_model(name: str, known: Collection[str] | None = None) -> str:
 def _known() -> list[str]:
     """All models, by open_clip's files: importing it takes seconds."""
     found = find_spec("open_clip")
-    if found is None:
+    if found is None or found.submodule_search_locations is None:
         raise ModuleNotFoundError("no open_clip", name="open_clip")
     places = found.submodule_search_locations
     return [SHIPPED, *(file.stem for place in places for file in Path(place, "model_configs").glob("*.json"))]

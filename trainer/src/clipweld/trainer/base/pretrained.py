@@ -42,7 +42,7 @@ class Pretrained:
         notes: what people should know about how they were read.
     """
 
-    model: nn.Module
+    model: open_clip.CLIP
     name: str
     notes: tuple[str, ...] = ()
 

@@ -59,6 +59,7 @@ def read_weights(file: Path) -> Weights:
         WeightsError: it is no checkpoint of tensors alone, or of another library's layout; says which, and what to do.
     """
     kind = kind_of(file)
+    state: object
     if kind == "torchscript":
         state = _read_torchscript(file)
     elif kind == "safetensors":

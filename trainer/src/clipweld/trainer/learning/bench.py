@@ -36,6 +36,7 @@ from clipweld.trainer.base.batches import Batch
 from clipweld.trainer.base.cls_block import ClsBlock, cut_to_longest, encode_text
 from clipweld.trainer.config import train_config
 from clipweld.trainer.errors import BenchError
+from clipweld.trainer.launch import Precision
 from clipweld.trainer.learning.dry_run import peak_memory
 from clipweld.trainer.learning.fit import Objective, one_device
 from clipweld.trainer.method import ExpertPool, attach_pools, contrastive_loss
@@ -107,7 +108,7 @@ class BenchResult:
 
 
 def bench(
-    model: str, pretrained: str | None = None, *, batch_size: int, pairs: int, accelerator: str, precision: str
+    model: str, pretrained: str | None = None, *, batch_size: int, pairs: int, accelerator: str, precision: Precision
 ) -> BenchResult:
     """Time steps of both kinds in turn, after both were seen to do the same.
 
@@ -131,7 +132,8 @@ def bench(
     bare = load_backbone(model, pretrained)
     floor_flops = frozen_flops(bare.model, random_batch(bare, batch_size))
     timed = (steps.pool, steps.naive, steps.product)
-    steps.pool(), steps.product()
+    steps.pool()
+    steps.product()
     with FlopCounterMode(display=False) as counter:
         steps.naive()
     pool, naive, product = zip(*([steps.seconds(step) for step in timed] for _ in range(pairs)), strict=True)
@@ -172,7 +174,9 @@ class Steps:
         product_flops: floating-point operations of ``product``.
     """
 
-    def __init__(self, model: str, pretrained: str | None, batch_size: int, accelerator: str, precision: str) -> None:
+    def __init__(
+        self, model: str, pretrained: str | None, batch_size: int, accelerator: str, precision: Precision
+    ) -> None:
         torch.manual_seed(0)
         fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
         self.device = fabric.device
@@ -217,11 +221,12 @@ class Steps:
         exact = replace(self._objective, fabric=one_device(self._objective.model))
         found = []
         for loss in (exact.loss(self._batch), self._naive_loss()):
-            gradients = torch.autograd.grad(loss, list(self.pools.parameters()))
-            found.append((loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
+            parts = torch.autograd.grad(loss, list(self.pools.parameters()))
+            found.append((loss.detach(), torch.cat([part.flatten() for part in parts])))
         for dropout in dropouts:
             dropout.p = rate
-        return tuple(float((ours - its).norm() / its.norm()) for ours, its in zip(*found, strict=True))
+        losses, gradients = (float((ours - its).norm() / its.norm()) for ours, its in zip(*found, strict=True))
+        return losses, gradients
 
     def seconds(self, step: Callable[[], object]) -> float:
         """Of one call, until the device has done all of it."""
@@ -281,7 +286,7 @@ def every_token(model: open_clip.CLIP) -> Iterator[None]:
     """The image tower's last block computes all of its tokens, as open_clip's own does."""
     last = model.visual.transformer.resblocks[-1]
     if isinstance(last, ClsBlock):
-        last.forward = super(ClsBlock, last).forward
+        last.__dict__["forward"] = super(ClsBlock, last).forward
     try:
         yield
     finally:

@@ -151,10 +151,10 @@ class Checkpoint:
                     raise self._not_whole(f"{one_line(name)}: there are {len(shapes)} tensors in training")
                 shape = torch.Size() if key == "step" else shapes[int(place)]
                 state.setdefault(int(place), {})[key] = self._tensor(tensors, name, shape)
-        for place, values in state.items():
+        for number, values in state.items():
             if values.keys() != ADAMW:
                 raise self._not_whole(
-                    f"optimizer.{place} has {len(values)} values, expected {', '.join(sorted(ADAMW))}"
+                    f"optimizer.{number} has {len(values)} values, expected {', '.join(sorted(ADAMW))}"
                 )
         return state
 

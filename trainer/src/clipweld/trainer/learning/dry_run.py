@@ -88,5 +88,5 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():  # Linux, whose getrusage counts what the parent process held, too
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"))[1])
+        return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"))[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
     classes = [encode_classes(backbone, task.class_names, task.templates) for task in tasks]
     names = [name for task in tasks for name in task.class_names]
     read = dict(zip(names, as_read(backbone.tokenizer, names), strict=True)) if names else {}
-    union = torch.cat(classes) if classes else None
+    union = torch.cat(classes) if classes else torch.empty(0, backbone.embed_dim)
     accuracies: Accuracies = {space: {} for space in LABEL_SPACES}
     for task, own in zip(tasks, classes, strict=True):
         images = task.load("test")
@@ -52,7 +53,9 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
             correct[0] += sum(task.class_names[a] == name for a, name in zip(in_task, truth, strict=True))
             correct[1] += sum(read[names[a]] == read[name] for a, name in zip(in_union, truth, strict=True))
         if fabric:
-            correct, unusable = (fabric.all_reduce(count, reduce_op="sum") for count in (correct, unusable))
+            correct, unusable = (
+                cast("Tensor", fabric.all_reduce(count, reduce_op="sum")) for count in (correct, unusable)
+            )
         if unusable:
             raise NotFinite(
                 f"task {task.name!r}: the features of {int(unusable)} of {len(images)} test images are NaN, infinite "

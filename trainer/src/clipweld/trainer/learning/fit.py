@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +183,7 @@ class Objective:
 
     def loss(self, batch: Batch, anchors: WordAnchors | None = None, number: int = 1) -> Tensor:
         """A scalar, the sum of its terms; ``number`` is the step, which draws the anchors' words."""
-        return sum(self.terms(batch, anchors, number).values())
+        return added(self.terms(batch, anchors, number))
 
     def terms(self, batch: Batch, anchors: WordAnchors | None, number: int) -> dict[str, Tensor]:
         """What adds up to the loss, weighted, by name."""
@@ -192,16 +194,18 @@ class Objective:
             encoded = model.encode_image(batch.pixels), encode_text(model, tokens)
         # In float32 whatever the towers are in: at a scale of 100, bfloat16's rounding moves a logit by tenths.
         own_features, text_features = (F.normalize(features.float(), dim=-1) for features in encoded)
-        image_features = self.fabric.all_gather(own_features, sync_grads=True).flatten(0, -2)
+        gathered = cast("Tensor", self.fabric.all_gather(own_features, sync_grads=True))
+        image_features = gathered.flatten(0, -2)
         prompt_features, word_features = text_features.tensor_split([len(batch.tokens)])
         logit_scale = model.logit_scale.detach().exp()
         contrastive = contrastive_loss(image_features, prompt_features[batch.text_of], batch.labels, logit_scale)
         terms = {"contrastive": contrastive}
-        if self.past_columns:
-            orthogonality = orthogonality_loss(self.trainee.pools, self.past_columns, config.ago)
+        pools = self.trainee.pools if isinstance(self.trainee, PoolSet) else {}
+        if self.past_columns and config.ago != "off":
+            orthogonality = orthogonality_loss(pools, self.past_columns, config.ago)
             terms["orthogonality"] = config.ago_weight * orthogonality
         if self.past_inputs:
-            terms["drift"] = config.drift_weight * drift_loss(self.trainee.pools, self.past_inputs)
+            terms["drift"] = config.drift_weight * drift_loss(pools, self.past_inputs)
         if anchors:
             terms["anchors"] = config.anchor_weight * anchors.loss(number, batch, own_features, word_features)
         return terms
@@ -231,7 +235,7 @@ def train(
     anchors = [WordAnchors(model, own, config.seed) if config.anchor_weight else None for own in batches]
     parameters = list(trainee.parameters())
     adamw = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    optimizer = fabric.setup_optimizers(adamw)
+    optimizer = cast("torch.optim.Optimizer", fabric.setup_optimizers(adamw))
     steps_before, seconds_before = checkpoint.load(trainee, adamw) if checkpoint and resume else (0, 0.0)
     iterations = config.iterations * len(batches)
     started = time.perf_counter()
@@ -247,19 +251,19 @@ def train(
         terms = partial(objective.terms, batch, anchors[place], turn + 1)
         seed_dropout(config.seed, number)
         parts = terms()
-        loss = sum(parts.values())
+        loss = added(parts)
         optimizer.zero_grad()
         fabric.backward(loss)
         average_gradients(fabric, parameters)
-        mean_loss = float(fabric.all_reduce(loss.detach(), reduce_op="mean"))
+        mean_loss = float(cast("Tensor", fabric.all_reduce(loss.detach(), reduce_op="mean")))
         if not math.isfinite(mean_loss):  # before the weights take it up
             seed_dropout(config.seed, number)
             first = first_fault(model.model, batch.pixels, terms, fabric)
             raise not_finite(number, f"the loss is {mean_loss}, and the first", first, config, fabric)
         optimizer.step()
         if not all_finite([*parameters, *(state["exp_avg_sq"] for state in adamw.state.values())]):
-            first = first_not_finite(trained(trainee, adamw))
-            raise not_finite(number, "after its update the first", first, config, fabric)
+            broken = first_not_finite(trained(trainee, adamw)) or "the square of a gradient"
+            raise not_finite(number, "after its update the first", broken, config, fabric)
         rate = len(batch.labels) / (time.perf_counter() - step_started)
         on_step(Step(number, mean_loss, float(parts["contrastive"].detach()), rate))
         if checkpoint and fabric.is_global_zero:
@@ -267,6 +271,11 @@ def train(
             checkpoint.save_when_due(number, seconds, trainee, adamw)
     model.model.eval()
     return seconds_before + time.perf_counter() - started
+
+
+def added(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of a loss's terms."""
+    return functools.reduce(torch.add, terms.values())
 
 
 def seed_dropout(seed: int, number: int) -> None:
@@ -340,8 +349,9 @@ def average_gradients(fabric: Fabric, parameters: Sequence[Tensor]) -> None:
     """Replace every gradient by its mean over all processes, in one exchange."""
     if fabric.world_size == 1:
         return
-    gradients = [parameter.grad for parameter in parameters]
-    flat = fabric.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduce_op="mean")
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = cast("Tensor", fabric.all_reduce(flat, reduce_op="mean"))
     for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
 

@@ -16,6 +16,8 @@ from clipweld.trainer.method.experts import ExpertPool
 class SplitAttention(nn.Module):
     """Self-attention with q, k, v and out as layers of their own; called as nn.MultiheadAttention is."""
 
+    q_proj: nn.Module  # a layer, or the pool in its place
+
     def __init__(self, attention: nn.MultiheadAttention | Attention) -> None:
         super().__init__()
         self.num_heads = attention.num_heads
@@ -29,14 +31,16 @@ class SplitAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, *, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """query, key, value (batch, seq_len, width); attn_mask (seq_len, seq_len), added to the scores."""
-        out = F.scaled_dot_product_attention(*self._heads(query, key, value), attn_mask=attn_mask)
+        q, k, v = self._heads(query, key, value)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 
     def _heads(self, *inputs: Tensor) -> list[Tensor]:
         """q, k and v, each (batch, heads, seq_len, head_dim). Pools that see one input share its dropout."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        if all(isinstance(layer, ExpertPool) for layer in layers):
-            dropped = {x: self.q_proj.dropout(x) for x in set(inputs)}
+        if isinstance(self.q_proj, ExpertPool):  # then all three are
+            dropout = self.q_proj.dropout
+            dropped = {x: dropout(x) for x in set(inputs)}
             outputs = [layer(x, dropped[x]) for layer, x in zip(layers, inputs, strict=True)]
         else:
             outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
@@ -51,7 +55,7 @@ class SplitOwnAttention(SplitAttention):
         self.ln_q, self.ln_k, self.ln_inner = attention.ln_q, attention.ln_k, attention.ln_inner
         self.head_scale = attention.head_scale
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]  # as open_clip's
         """x (batch, seq_len, width); attn_mask (seq_len, seq_len), added to the scores."""
         q, k, v = self._heads(x, x, x)
         out = F.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, attn_mask=attn_mask)

@@ -8,7 +8,7 @@ with the adapter. It is the idea of null-space methods (arXiv 2103.09762, 2103.0
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def principal_inputs(
     tokens_seen: dict[str, int] = {}
     texts: Tensor | None = None
 
-    def note(module: str):
+    def note(module: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
         def hook(_pool: nn.Module, inputs: tuple[Tensor]) -> None:
             x = inputs[0]
             if texts is None:
@@ -92,9 +92,9 @@ def past_inputs(lineage: Sequence[Adapter], pools: PoolSet) -> dict[str, Tensor]
         return {}
     past = {}
     for module, pool in pools.pools.items():
-        rows = [adapter.tensors[f"{_input_of(module)}.inputs"] for adapter in carrying]
-        counts = torch.tensor([len(own) for own in rows], device=pool.weight.device)
-        rows = torch.cat(rows).to(pool.weight.device)
+        carried = [adapter.tensors[f"{_input_of(module)}.inputs"] for adapter in carrying]
+        counts = torch.tensor([len(own) for own in carried], device=pool.weight.device)
+        rows = torch.cat(carried).to(pool.weight.device)
         outputs = (rows @ pool.weight.T.float()).square().sum(dim=1)
         lengths = torch.stack([own.sum() for own in outputs.split(counts.tolist())])
         usable = has_direction(lengths)

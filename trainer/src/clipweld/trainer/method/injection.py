@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import open_clip
+from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -25,7 +26,7 @@ class PoolSet:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that training changes, by name: experts, routers, counts. The live ones, not copies."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for module, pool in self.pools.items():
             state |= {f"{module}.lora_A": pool.lora_A, f"{module}.lora_B": pool.lora_B}
             if pool.leads:
@@ -35,7 +36,7 @@ class PoolSet:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that is trained: experts and routers."""
-        return (tensor for tensor in self.state().values() if tensor.requires_grad)
+        return (tensor for tensor in self.state().values() if isinstance(tensor, nn.Parameter) and tensor.requires_grad)
 
     @property
     def num_trainable(self) -> int:
@@ -73,7 +74,8 @@ def attach_pools(model: open_clip.CLIP, config: PoolConfig) -> PoolSet:
         text.index = inputs[0].argmax(dim=-1) if config.route_on == "cls" else None
 
     hook = model.token_embedding.register_forward_pre_hook(note_eot)
-    pools, originals = {}, []
+    pools: dict[str, ExpertPool] = {}
+    originals: list[tuple[nn.Module, str, nn.Module]] = []
     for tower, path, position in (
         (model.visual.transformer, "visual.transformer", image),
         (model.transformer, "transformer", text),
@@ -81,11 +83,11 @@ def attach_pools(model: open_clip.CLIP, config: PoolConfig) -> PoolSet:
         for number, block in enumerate(tower.resblocks):
             originals.append((block, "attn", block.attn))
             block.attn = split_attention(block.attn)
-            router = None
+            router: Router | None = None
             for parent, name in _layers(block):
                 layer = getattr(parent, name)
                 leads = router is None or config.router_per == "layer"
-                if leads:
+                if router is None or leads:
                     router = Router(layer.in_features, config, position, layer.weight.device)
                 pool = ExpertPool(layer, config, router, leads=leads)
                 originals.append((parent, name, layer))
@@ -102,7 +104,7 @@ def detach_pools(pool_set: PoolSet) -> None:
         setattr(parent, name, layer)
 
 
-def _layers(block: nn.Module) -> list[tuple[nn.Module, str]]:
+def _layers(block: ResidualAttentionBlock) -> list[tuple[nn.Module, str]]:
     """The six linear layers of a block, in the order they are called."""
     attention = [(block.attn, name) for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
     return attention + [(block.mlp, name) for name in ("c_fc", "c_proj")]

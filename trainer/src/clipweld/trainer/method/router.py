@@ -44,6 +44,8 @@ class Router(nn.Module):
             probability in the backward pass (straight-through). None where there is nothing to learn.
     """
 
+    activation_counts: Tensor
+
     def __init__(self, width: int, config: PoolConfig, position: RoutingPosition, device: torch.device) -> None:
         super().__init__()
         self.position = position

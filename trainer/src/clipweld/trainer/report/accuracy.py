@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -31,7 +32,7 @@ def comparison(section: Section, space: str, file_name: str) -> Picture:
     """The four measures of every group: mean, standard deviation and single runs, with zero-shot for reference."""
     groups = section.groups
     styles = looks(groups)
-    lasts = ", ".join(f"{group.label} {group.measure(space, 'last').mean:.1f}%" for group in groups)
+    lasts = ", ".join(f"{group.label} {group.last(space).mean:.1f}%" for group in groups)
 
     def paint(figure: Figure) -> None:
         for ax, name in zip(figure.subplots(1, 4, sharey=True), MEASURES, strict=True):
@@ -57,7 +58,7 @@ def comparison(section: Section, space: str, file_name: str) -> Picture:
     return draw(file_name, alt, (WIDTH, height), paint)
 
 
-def _mean_and_runs(ax: Axes, row: int, group: Group, space: str, name: str, style: dict[str, str]) -> None:
+def _mean_and_runs(ax: Axes, row: int, group: Group, space: str, name: str, style: dict[str, Any]) -> None:
     values = group.measure(space, name)
     if values is None:
         ax.text(0.5, row, "not defined", transform=ax.get_yaxis_transform(), ha="center", va="center", color=GREY,
@@ -108,7 +109,7 @@ def matrices(section: Section, space: str, file_name: str) -> Picture:
     height = 1.0 + sum(0.75 + CELL * count for count in rows)
 
     def paint(figure: Figure) -> None:
-        figure.get_layout_engine().set(h_pad=0.1)
+        figure.set_layout_engine("constrained", h_pad=0.1)
         axes = figure.subplots(down, across, squeeze=False, height_ratios=rows)
         for place, (ax, (label, run)) in enumerate(zip(axes.flat, runs.items(), strict=False)):
             title = wrap(f"{label} (seed {run.seed}{_order(run)})", 58)
@@ -168,7 +169,7 @@ def parameters(section: Section, space: str, file_name: str) -> Picture:
     def paint(figure: Figure) -> None:
         ax = figure.subplots()
         for group in groups:
-            last = group.measure(space, "last")
+            last = group.last(space)
             ax.errorbar(group.kept_parameters, last.mean, yerr=last.sd, capsize=3, linewidth=1.3, markersize=7.5,
                         linestyle="", label=group.label, zorder=3, **styles[group.label])  # fmt: skip
         ax.axhline(zero_shot, color=INK, linestyle=DASHES, linewidth=1)
@@ -181,8 +182,7 @@ def parameters(section: Section, space: str, file_name: str) -> Picture:
         _direct_labels(figure, ax, groups, space, styles)
 
     alt = "Scatter plot of Last over parameters kept: " + "; ".join(
-        f"{group.label} {group.measure(space, 'last').mean:.1f}% with {short(group.kept_parameters)}"
-        for group in groups
+        f"{group.label} {group.last(space).mean:.1f}% with {short(group.kept_parameters)}" for group in groups
     )
     return draw(file_name, alt + ".", (WIDTH, 4.8), paint)
 
@@ -214,7 +214,7 @@ def _direct_labels(figure: Figure, ax: Axes, groups: Sequence[Group], space: str
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     ax.autoscale(False)
-    points = {g.label: ax.transData.transform((g.kept_parameters, g.measure(space, "last").mean)) for g in groups}
+    points = {g.label: ax.transData.transform((g.kept_parameters, g.last(space).mean)) for g in groups}
     reach, gap, line_height = 0.12 * ax.bbox.width, 0.22 * figure.dpi, 0.17 * figure.dpi
     texts, leaders = [], []
     for members in _near(points, reach):
@@ -222,7 +222,7 @@ def _direct_labels(figure: Figure, ax: Axes, groups: Sequence[Group], space: str
         left = np.mean([x for x, _ in places]) > ax.bbox.x0 + 0.6 * ax.bbox.width
         edge = min(x for x, _ in places) - gap if left else max(x for x, _ in places) + gap
         for label, (x, y), height in zip(members, places, spread_out([y for _, y in places], line_height), strict=True):
-            place = {"transform": IdentityTransform(), "zorder": 1.5}
+            place: dict[str, Any] = {"transform": IdentityTransform(), "zorder": 1.5}
             leaders += ax.plot([x, edge], [y, height], linewidth=0.8, color=styles[label]["color"], **place)
             texts.append(ax.text(edge, height, f" {label} ", ha="right" if left else "left", va="center", **place))
     boxes = [text.get_window_extent() for text in texts]

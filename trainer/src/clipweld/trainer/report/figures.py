@@ -7,6 +7,7 @@ import io
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -82,7 +83,7 @@ def draw(file_name: str, alt: str, size: tuple[float, float], paint: Callable[[F
     return Picture(file_name, alt, png.getvalue(), *(round(CSS_PX_PER_INCH * side) for side in size))
 
 
-def looks(groups: Sequence[Group]) -> dict[str, dict[str, str]]:
+def looks(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
     """By label: colour and marker of a group; those that differ from their method's reference are hollow."""
     others = [method for method in dict.fromkeys(group.method for group in groups) if method not in COLOURS]
     colours = COLOURS | {method: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, method in enumerate(others)}

@@ -85,6 +85,10 @@ class Group:
         """A measure over the group's runs, in percent; None where no run defines it."""
         return spread(run.measure(space, name) for run in self.runs)
 
+    def last(self, space: str) -> Spread:
+        """Accuracy at the end over the group's runs, in percent: the measure that every run defines."""
+        return Spread(tuple(run.results[space].last for run in self.runs))
+
     def gain(self, space: str) -> Spread | None:
         """Transfer minus zero-shot on the same tasks, each run by its own order, in percent points."""
         return spread(run.gain(space) for run in self.runs)
@@ -171,7 +175,10 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     found: dict[tuple, list[Run]] = {}
     for run in runs:
         found.setdefault((run.model, run.pretrained, run.validation, frozenset(run.order)), []).append(run)
-    return [Section(*key[:3], _groups(some)) for key, some in found.items()]
+    return [
+        Section(model, pretrained, validation, _groups(some))
+        for (model, pretrained, validation, _), some in found.items()
+    ]
 
 
 def _groups(runs: Sequence[Run]) -> tuple[Group, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -36,7 +37,7 @@ class Run:
     order_seed: int | None
     validation: bool
     config: dict[str, Any]
-    results: dict[str, SequenceResult]
+    results: Mapping[str, SequenceResult]
 
     @property
     def result(self) -> SequenceResult:
@@ -70,8 +71,8 @@ class Run:
 
     def gain(self, space: str) -> float | None:
         """Transfer minus zero-shot on the same tasks."""
-        transfer = self.measure(space, "transfer")
-        return None if transfer is None else transfer - self.zero_shot_transfer(space)
+        transfer, before = self.measure(space, "transfer"), self.zero_shot_transfer(space)
+        return None if transfer is None or before is None else transfer - before
 
     def adapters(self) -> list[Adapter]:
         """What the learned tasks left behind, in the order they were learned; empty for methods that leave none.
@@ -121,7 +122,7 @@ def _read(path: Path, root: Path) -> Run:
         order_seed=found.order_seed,
         validation=any(source.endswith(VALIDATION) for source in found.sources),
         config={**found.config, "devices": found.devices, **precision},
-        results=found.results,
+        results=dict(found.results.items()),
     )
 
 

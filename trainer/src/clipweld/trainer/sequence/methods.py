@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from clipweld.trainer.adapters.adapter import Adapter, check_place, load_lineage, save_adapter
 from clipweld.trainer.adapters.merge import merge
 from clipweld.trainer.base.backbone import Backbone, with_weights
-from clipweld.trainer.config import Method, TrainConfig
+from clipweld.trainer.config import TrainConfig
 from clipweld.trainer.errors import CheckpointError
 from clipweld.trainer.learning.evaluate import Accuracies, evaluate
 from clipweld.trainer.learning.fit import Objective, Step, batches_of, checkpoint_of, fit, train
@@ -189,7 +189,7 @@ class AllWeights:
         self._model.requires_grad_(False).eval()
 
 
-LEARNERS: dict[Method, type[Learner]] = {
+LEARNERS: dict[str, Callable[[Run], Learner]] = {
     "pool": AdapterLearner,
     "lora": AdapterLearner,
     "finetune": WeightsLearner,

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 from lightning_fabric import Fabric
 
@@ -168,7 +169,7 @@ def _result(
         tasks=identity.tasks,
         tested=[task.name for task in tested],
         label_space=space,
-        seed=identity.config["seed"],
+        seed=cast("int", identity.config["seed"]),
         zero_shot=[zero_shot[space][task.name] for task in tested],
         matrix=rows,
         transfer=transfer(square),

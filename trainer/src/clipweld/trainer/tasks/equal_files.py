@@ -34,7 +34,7 @@ def equal_files(train: Sequence[str], test: Sequence[str]) -> EqualFiles:
     sizes = {file: size for file in wanted if (size := _size(file))}
     known = set(sizes.values())
     candidates = [file for file in train if _size(file) in known] if known else []
-    by_head = defaultdict(list)
+    by_head: dict[bytes | None, list[str]] = defaultdict(list)
     for file in _spaced(candidates, MAX_READ):
         if (head := _head(file)) is not None:
             by_head[head].append(file)

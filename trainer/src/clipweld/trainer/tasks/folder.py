@@ -64,7 +64,7 @@ def load(folder: Path, name: str | None = None, templates: tuple[str, ...] = ())
     if empty := train.empty():
         raise _no_images(layout.train, empty[0])
     if layout.test:
-        test = _matched(read_tree(layout.test), train, layout)
+        test = _matched(read_tree(layout.test), train, layout.train, layout.test)
         left_out = beside(folder, LISTS) + train.left_out + test.left_out
         images = {"train": _images(train), "test": _images(test)}
     else:
@@ -135,7 +135,7 @@ def _layout(folder: Path) -> _Layout:
     for split in ("train", "test"):
         if split not in splits and (split == "train" or "val" not in splits):
             raise TaskInvalid(f"task folder {folder}: {split}/ is missing beside {named}; give both train/ and test/")
-    notes = ()
+    notes: tuple[str, ...] = ()
     if "val" in splits:
         notes = (f"{splits['val']}/ {'is left out' if 'test' in splits else 'is its test split'}",)
     return _Layout(
@@ -174,7 +174,7 @@ def _nesting(folder: Path, tree: Tree) -> list[str]:
     return []
 
 
-def _matched(test: Tree, train: Tree, layout: _Layout) -> Tree:
+def _matched(test: Tree, train: Tree, train_folder: Path, test_folder: Path) -> Tree:
     """The test images with the labels of the training images.
 
     Raises:
@@ -184,13 +184,13 @@ def _matched(test: Tree, train: Tree, layout: _Layout) -> Tree:
     for name in test.classes:
         if name not in place:
             near = [other for other in train.classes if folded(other) == folded(name)]
-            step = f"{layout.train.name}/ has {near[0]!r}: spell both alike" if near else "add it, or remove it there"
+            step = f"{train_folder.name}/ has {near[0]!r}: spell both alike" if near else "add it, or remove it there"
             raise TaskInvalid(
-                f"task folder {layout.train.parent}: class {name!r} is in one of {layout.train.name}/ and "
-                f"{layout.test.name}/ only, the latter; {step}"
+                f"task folder {train_folder.parent}: class {name!r} is in one of {train_folder.name}/ and "
+                f"{test_folder.name}/ only, the latter; {step}"
             )
     if not test.files:
-        raise TaskInvalid(f"task folder {layout.test}: no images in any class; known: {_known()}")
+        raise TaskInvalid(f"task folder {test_folder}: no images in any class; known: {_known()}")
     labels = [place[test.classes[label]] for label in test.labels]
     return Tree(train.classes, test.files, labels, test.left_out)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import IO
+from typing import IO, Any
 
 from torchvision import datasets
 
@@ -70,15 +70,15 @@ class _Source:
         files: data set -> the image files that its annotations name.
     """
 
-    build: Callable
+    build: Callable[..., Any]
     folder: str
     needs: tuple[str, ...]
     by_hand: str
     templates: tuple[str, ...]
-    splits: tuple = ()
-    labels: Callable[[object], Sequence[int]] = lambda d: d._labels
-    class_names: Callable[[object], Sequence[str]] = lambda d: d.classes
-    files: Callable[[object], Sequence[str | Path]] = lambda d: ()
+    splits: tuple[str | bool, ...] = ()
+    labels: Callable[[Any], Sequence[int]] = lambda d: d._labels
+    class_names: Callable[[Any], Sequence[str]] = lambda d: d.classes
+    files: Callable[[Any], Sequence[str | Path]] = lambda d: ()
 
     @property
     def dead(self) -> bool:
@@ -226,7 +226,7 @@ def load(name: str, root: Path, download: bool = False) -> Task:
     built = [_build(name, source, root, split, download) for split in splits]
     parts = [_images(dataset, source, name) for dataset in built]
     images = (
-        dict(zip(("train", "test"), parts, strict=True)) if source.splits else split_by_seed(*parts, f"task {name!r}")
+        dict(zip(("train", "test"), parts, strict=True)) if source.splits else split_by_seed(parts[0], f"task {name!r}")
     )
     return Task(
         name=name,
@@ -305,7 +305,7 @@ def _absent(files: Sequence[str | Path]) -> list[Path]:
     )
 
 
-def _images(dataset: object, source: _Source, name: str) -> Images:
+def _images(dataset: Any, source: _Source, name: str) -> Images:
     files = source.files(dataset)
     return Images(
         labels=source.labels(dataset),

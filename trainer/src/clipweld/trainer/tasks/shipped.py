@@ -7,6 +7,7 @@ import io
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -17,7 +18,7 @@ FOLDER = mini.FOLDER / "tasks"
 
 
 @functools.cache
-def _catalogue() -> dict[str, dict]:
+def _catalogue() -> dict[str, dict[str, Any]]:
     return json.loads((FOLDER / "tasks.json").read_text(encoding="utf-8"))
 
 

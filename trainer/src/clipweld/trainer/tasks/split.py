@@ -26,7 +26,7 @@ def split_by_seed(images: Images, of: str = "a task") -> dict[str, Images]:
     by_class = defaultdict(list)
     for index, label in enumerate(images.labels):
         by_class[label].append(index)
-    parts = {"train": [], "test": []}
+    parts: dict[str, list[int]] = {"train": [], "test": []}
     for _, members in sorted(by_class.items()):
         draw.shuffle(members)
         cut = max(1, min(len(members) - 1, round(TRAIN_SHARE * len(members))))

@@ -36,9 +36,10 @@ def read_lines(path: Path) -> tuple[str, ...]:
     except OSError as exc:
         raise TaskInvalid(f"{path}: can't be read ({exc.strerror}); make it readable") from exc
     except UnicodeDecodeError as exc:
-        line = exc.object[: exc.start].count(b"\n") + 1
+        number = exc.object[: exc.start].count(b"\n") + 1
         raise TaskInvalid(
-            f"{path}: line {line} is not {exc.encoding.upper()} ({exc.object[exc.start : exc.end]!r}); save it as UTF-8"
+            f"{path}: line {number} is not {exc.encoding.upper()} ({exc.object[exc.start : exc.end]!r}); save it as "
+            "UTF-8"
         ) from exc
     lines = tuple(unicodedata.normalize("NFC", line.strip()) for line in text.splitlines() if line.strip())
     if not lines:
