@@ -1,4 +1,4 @@
-"""What several rooms' tests stand on: the small CLIP, one learned task, one real server."""
+"""Fixtures that several folders share: the small CLIP, one learned task, one real server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every example in the documents and docstrings, run as it stands there against a real server."""
+"""Every example in the documents and docstrings, run exactly as written against a real server."""
 
 from __future__ import annotations
 

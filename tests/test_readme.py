@@ -1,4 +1,4 @@
-"""Every command in the README and in the guides, run as it stands there, in order.
+"""Every command in the README and in the guides, run exactly as written, in order.
 
 Three changes make that possible without a network: ``--download`` is left out and a tiny aircraft data set in
 torchvision's layout is there instead; the real ViT-B-16 has random weights, few steps and small batches; ports are free

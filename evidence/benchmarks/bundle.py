@@ -25,7 +25,7 @@ START, END = ("<start_of_text>", "<|startoftext|>"), ("<end_of_text>", "<|endoft
 
 
 def write_bundle(model_name: str, pretrained: str | None, num_images: int, folder: Path) -> Bundle:
-    """Export a model to open_clip, transformers and a Triton repository, and lay real images beside.
+    """Export a model to open_clip, transformers and a Triton repository, and add real images.
 
     Args:
         model_name, pretrained: as ``clipweld.trainer.base.backbone.load_backbone`` takes them.

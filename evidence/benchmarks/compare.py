@@ -29,7 +29,7 @@ from evidence.benchmarks.table import HEADINGS, rows
 OURS, REFERENCE = Clipweld.title, OpenClip.title  # what ratios are to, and whose answers are right: CLIP's own code
 TOLERANCE = 0.005  # of a probability: noise of two grey levels moves it by 0.001, a mirrored image by 0.02
 IDLE_S = 0.3  # threads of torch spin for a fifth of a second after their work, and would take a core from who is next
-FASTER = {"pytorch": 1.0, "server": 1.5}  # how many times as long as clipweld we ask the others to take
+FASTER = {"pytorch": 1.0, "server": 1.5}  # the margin we ask for: the others' time divided by clipweld's
 console = Console(stderr=True)
 
 

@@ -226,7 +226,7 @@ class Transformers(Contender):
 
 
 class Infinity(Contender):
-    """infinity-emb's server with its own defaults, asked as its documentation does; labels are encoded once."""
+    """infinity-emb's server with its own defaults, called as its documentation does; labels are encoded once."""
 
     title = "infinity-emb"
     kind = "server"

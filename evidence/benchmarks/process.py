@@ -21,7 +21,7 @@ import numpy as np
 from evidence.benchmarks.contenders import Bundle, Contender
 
 CALLS = 8  # of one turn at most: a batch of one needs no more to have a median
-# On the CPU, and no contender asks a network for what lies here or reports its use.
+# On the CPU; no contender downloads files that are here, or reports its use.
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 
 
@@ -63,7 +63,7 @@ class Worker:
         self.start = {"server_seconds": server, "client_seconds": told["answered"] - ready}
 
     def take_turn(self, batch_size: int) -> dict:
-        """Give it a turn: seconds of each call, probabilities of all images that it was asked about, peak memory."""
+        """Give it a turn: seconds of each call, probabilities of all its images, peak memory."""
         try:
             self._process.stdin.write(json.dumps({"batch_size": batch_size}) + "\n")
             self._process.stdin.flush()
@@ -113,7 +113,7 @@ def _tree(pid: int) -> Iterator[int]:
 
 
 def _answer(name: str, folder: Path) -> None:
-    """Start a contender, say when it had answered, then classify batches of images as often as asked."""
+    """Start a contender, report when it has answered first, then classify batches of images on request."""
     channel = os.fdopen(os.dup(1), "w")  # libraries may print: that goes where errors go
     os.dup2(2, 1)
     bundle = Bundle.load(folder)

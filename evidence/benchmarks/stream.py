@@ -44,7 +44,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Each gives both a turn.")] = 5,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/stream.json"),
 ) -> None:
-    """Images a second, in turn, and the client's share of what ONNX Runtime does in process."""
+    """Images per second, measured in turn, and the client's share of what ONNX Runtime does in process."""
     sizes = batch_size or [8, 16, 32]
     with tempfile.TemporaryDirectory(prefix="clipweld-stream-") as folder:
         backbone = load_backbone(model, pretrained)

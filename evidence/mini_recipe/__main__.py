@@ -53,7 +53,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of weights, captions and augmentation.")] = 0,
     start_from: Annotated[Path | None, typer.Option(help="Weights to go on from, at half the rates.")] = None,
 ) -> None:
-    """Pre-train on the pairs; started again, it goes on from the last checkpoint."""
+    """Pre-train on the pairs; a second start resumes from the last checkpoint."""
     from safetensors.torch import load_file
 
     from evidence.mini_recipe import measure, pairs, train

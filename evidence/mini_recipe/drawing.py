@@ -48,7 +48,7 @@ def render_svg(body: str, box: tuple[float, float, float, float]) -> np.ndarray 
     """An icon's SVG body drawn in its own colours (black where it asks for the current colour).
 
     Args:
-        body: what stands between `<svg>` and `</svg>`.
+        body: the text between `<svg>` and `</svg>`.
         box: left, top, width and height of the view box.
 
     Returns:

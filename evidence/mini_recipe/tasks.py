@@ -38,7 +38,7 @@ def _enlarged(grey: np.ndarray) -> np.ndarray:
 
 
 def digits(work: sources.Folder, class_names: list[str]) -> Iterator[Item]:
-    """Handwritten digits of scikit-learn: the first 1,000 (at most 100 a class) to learn, the others to test."""
+    """Handwritten digits of scikit-learn: the first 1,000 (at most 100 per class) to learn, the others to test."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

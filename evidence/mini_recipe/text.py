@@ -53,7 +53,7 @@ class Vocabulary:
         self.token_ids = torch.tensor(used)  # (used,): old number of each new number
         self._new = {old: new for new, old in enumerate(used)}
 
-    @functools.lru_cache(maxsize=200_000)  # noqa: B019 - one vocabulary lives as long as the process
+    @functools.lru_cache(maxsize=200_000)  # noqa: B019 - one vocabulary per process
     def row(self, caption: str) -> tuple[int, ...]:
         """New token numbers of a caption, start and end included, without padding."""
         old = self._tokenizer([caption])[0].tolist()

@@ -167,7 +167,7 @@ class Training:
 
     Args:
         model_cfg: open_clip's model configuration.
-        folder: where `checkpoint.pt` lies or will lie.
+        folder: the folder of `checkpoint.pt`.
         start: weights to go on from, as open_clip names them; random ones where None.
     """
 

@@ -101,7 +101,7 @@ class Study:
     out: Path = Path("runs/results")
     """Folder for all runs; 'trainer report' on its sub-folders draws them."""
     lengths: tuple[Length, ...] = ("long", "short")
-    """The presets' 300 steps a task, or a third of them."""
+    """The presets' 300 steps per task, or a third of them."""
     parts: tuple[Part, ...] = ("search", "methods", "ablations", "orders")
     """What to run."""
     jobs: int = 2
@@ -109,7 +109,7 @@ class Study:
 
 
 def main(study: Study) -> None:
-    """Run all commands of the parts that were asked for."""
+    """Run all commands of the chosen parts."""
     runs = [
         command
         for length in study.lengths

@@ -1,4 +1,4 @@
-"""Many small synthetic tasks in a row: does learning the 50th cost what the 2nd did?
+"""Many small synthetic tasks in a row: does the 50th cost as much to learn as the 2nd?
 
 Run: python -m evidence.studies.scale --tasks 50 --out runs/scale
 """
@@ -35,7 +35,7 @@ class Scale:
     tasks: int = 50
     """How many."""
     iterations: int = 20
-    """Steps a task."""
+    """Steps per task."""
     pairs: int = 9
     """Times that the second and the last task are learned again, in turn, for the ratio."""
     out: Path = Path("runs/scale")

@@ -1,4 +1,4 @@
-"""What is asked in these tests, and whether an answer is right."""
+"""The questions of these tests, and whether an answer is right."""
 
 from __future__ import annotations
 

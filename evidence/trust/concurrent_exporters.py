@@ -1,4 +1,4 @@
-"""Two exporters at once on one repository and its server, again and again: both in turn, or one is told to wait.
+"""Two exporters at once on one repository and its server, again and again: both take turns, or one is refused.
 
 Run: python -m evidence.trust.concurrent_exporters --pairs 50
 """

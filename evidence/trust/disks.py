@@ -47,7 +47,7 @@ FILLER = "filler"
 ITERATIONS = 4
 TASKS = ("digits", "fashion")
 LABELS = "cat,dog,digit,letter"
-# Said of how a run went, not of what it came to.
+# These describe how a run went, not its result.
 OF_THE_RUN = {"date", "seconds", "seconds_per_task", "probability", "score"}
 HEAVY = (
     "torch",
@@ -67,9 +67,9 @@ class Case:
     """A command and the disk that it writes to.
 
     Attributes:
-        name: of the command, with what it is given.
+        name: of the command, with its arguments.
         command: module and arguments; ``{disk}``, ``{url}``, ``{images}`` and ``TASKS`` are filled in.
-        before: what stands on the disk, a folder of ``templates``; None for an empty one.
+        before: what is on the disk, a folder of ``templates``; None for an empty one.
         kept: patterns of files that a command that failed may leave or change: to go on with, or a history of what was
             about to be served.
         serves: whether a server runs on the disk's model repository.
@@ -153,7 +153,7 @@ CASES = (
     *map(classify, ("answers.jsonl", "answers.csv", "answers.parquet")),
     Case("client bench --figure", (*BENCH, "--figure", "{disk}/overhead.svg"), before="figure"),
 )
-# What stands on a disk: on top of what, and the commands that make it.
+# The contents of a disk: which one it builds on, and the commands that make it.
 MERGE = merge("onnx", *REPOSITORY)
 TEMPLATES = {
     "adapters": (None, [("trainer", "fit", "--task", "{digits}", *LEARN, "--adapters", "{disk}/adapters")]),
@@ -253,7 +253,7 @@ class Rig:
 
     Args:
         folder: an empty one, for disks and for what they begin with.
-        record: where broken promises are told.
+        record: where broken promises are reported.
 
     Attributes:
         runs: how many commands were run on a disk that was too small or read-only, or once more after that.

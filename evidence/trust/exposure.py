@@ -1,4 +1,4 @@
-"""What is open on a machine that serves and shows: every listener, what strangers are refused, what outputs reveal.
+"""The exposure of a machine that serves and shows: every listener, what outsiders are refused, what outputs reveal.
 
 Run: python -m evidence.trust.exposure --out runs/trust/exposure.json
 """
@@ -44,7 +44,7 @@ EXPORTER = (sys.executable, "-m", "clipweld.exporter")
 CLIENT = (sys.executable, "-c", "from clipweld.client.cli import main; main()")
 TIMEOUT_S = 120
 
-# Everything that Triton's model control, shared memory, tracing and logging can be asked.
+# Every request that Triton's model control, shared memory, tracing and logging take.
 CONTROL: dict[str, Callable[[Any, dict[str, str]], object]] = {
     "index": lambda client, headers: client.get_model_repository_index(headers=headers),
     "load": lambda client, headers: client.load_model("clip_image", headers=headers),
@@ -115,7 +115,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of sizes and keys.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/exposure.json"),
 ) -> None:
-    """Start a server and a page as anyone would, and try what a stranger would."""
+    """Start a server and a page as anyone would, and try what an attacker would."""
     draw = random.Random(seed)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored, also by ours
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-exposure-") as folder:
@@ -212,7 +212,7 @@ def spelled(record: Record, url: str) -> dict:
 
 
 def visited(record: Record, page: str) -> dict:
-    """The page's every address, asked by pages of other sites and under other names."""
+    """Request every address of the page from pages of other sites and under other names."""
     address, refused, asked = urlsplit(page), 0, 0
     for path, method, headers in itertools.product((*FILES, "/state", "/answer"), ("GET", "POST", "HEAD"), STRANGERS):
         filled = {name: value.format(host=address.netloc, port=address.port) for name, value in headers.items()}

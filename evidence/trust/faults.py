@@ -87,7 +87,7 @@ class Fault:
 
     Attributes:
         triton: the server.
-        urls: of it, or of what stands before it, by protocol.
+        urls: of it, or of the proxy before it, by protocol.
         begin, end: start breaking, and stop.
         seconds: how long it lasts each time.
     """
@@ -102,7 +102,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all faults stand on.
+    """What all faults build on.
 
     Attributes:
         repository: the base and a version that is served.
@@ -229,7 +229,7 @@ def _restored(bench: Bench) -> Iterator[Fault]:
 
 @contextmanager
 def _stopped(bench: Bench) -> Iterator[Fault]:
-    """Only tritonserver: stopped together with its Python backends, Triton 2.51 now and then aborts when it goes on."""
+    """Only tritonserver: stopped together with its Python backends, Triton 2.51 sometimes aborts when it continues."""
     with _server(bench.repository.path) as triton:
         process = triton.server.process
         stop, go_on = (lambda number=number: process.send_signal(number) for number in (signal.SIGSTOP, signal.SIGCONT))
@@ -257,7 +257,7 @@ def _through(passing: Pass, seconds: float = 2.0) -> Callable[[Bench], object]:
 
 @contextmanager
 def _flipped(bench: Bench) -> Iterator[Fault]:
-    """Bits are flipped anywhere in what TLS protects: before the proxy that ends it stands one that flips."""
+    """Bits are flipped anywhere in what TLS protects: a proxy that flips bits is put before the one that ends TLS."""
     authority = trustme.CA()
     ca = bench.folder / "ca.pem"
     authority.cert_pem.write_to_path(ca)

@@ -1,4 +1,4 @@
-"""Files from strangers: damaged, or made to harm; each is accepted for what it says, or refused in one line.
+"""Untrusted files: damaged, or made to harm; each is read correctly, or refused in one line.
 
 Run: python -m evidence.trust.files
 """
@@ -52,12 +52,12 @@ class TooLong(Exception):
 
 
 class Escaped(BaseException):
-    """A reader ran a program, or touched what lies outside of its folder."""
+    """A reader ran a program, or touched something outside its folder."""
 
 
 @dataclass
 class Job:
-    """Spoilt files of one kind for one process: every ``step``-th number from ``first`` on."""
+    """Corrupted files of one kind for one process: every ``step``-th number from ``first`` on."""
 
     kind: str
     first: int
@@ -70,7 +70,7 @@ class Job:
 
 @dataclass
 class Found:
-    """What a process has found, line by line in a file: it may not live to tell.
+    """What a process has found, line by line in a file: it may be killed before it can report.
 
     Attributes:
         outcomes: how often each kind was accepted, or refused with which error.
@@ -257,7 +257,7 @@ class Guard:
     """Sees what Python opens, changes and runs while it is entered.
 
     Args:
-        folder: what may be changed; reading is free there and where Python and its libraries lie.
+        folder: what may be changed; reading is allowed there and in the folders of Python and its libraries.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What strangers may have made of an image file: damage anywhere, and lies in the fields that matter.
+"""Untrusted image files: damage anywhere, and false values in the fields that matter.
 
 Files are changed where their formats keep what readers believe: PNG chunks keep valid checksums, JPEG segments, TIFF
 entries, WebP, AVIF and JPEG 2000 boxes valid lengths, so that damage gets as far as the decoders.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 EXTREMES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 MANY = 80 << 20  # bytes that a few kilobytes of zlib unpack to; Pillow's limit for texts is 64 MiB
-# Most files of strangers are of the first five.
+# Most untrusted files are of the first five.
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF") * 3 + ("BMP", "PPM", "JPEG2000", "AVIF")
 PNG_CHUNKS = (b"PLTE tRNS gAMA cHRM pHYs sRGB eXIf acTL fcTL fdAT zTXt iTXt iCCP IHDR IDAT IEND CgBI ABCD").split()
 

@@ -1,4 +1,4 @@
-"""Images from strangers: damaged and hostile files, read by client and trainer, then given to the real commands.
+"""Untrusted images: damaged and hostile files, read by client and trainer, then given to the real commands.
 
 Run: python -m evidence.trust.images --out runs/trust/images.json
 

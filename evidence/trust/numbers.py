@@ -230,7 +230,7 @@ def weight_in_training(ground: World, draw: random.Random) -> Plant:
 
 
 def output_in_training(ground: World, draw: random.Random) -> Plant:
-    """A channel of a layer's output, at a step."""
+    """One channel of a layer's output, at one step."""
     base, at, value, steps = ground.changed({}), draw.randint(1, STEPS), draw.choice(NOT_NUMBERS), []
     names = ["visual.conv1", "visual.ln_pre", "visual.ln_post", "ln_final", "token_embedding"]
     blocks = [f"{tower}transformer.resblocks.{n}" for tower, count in (("visual.", 6), ("", 4)) for n in range(count)]
@@ -252,7 +252,7 @@ def output_in_training(ground: World, draw: random.Random) -> Plant:
 
 
 def gradient_in_training(ground: World, draw: random.Random) -> Plant:
-    """One number of a gradient, at a step; the largest ones are finite, but their squares are not."""
+    """One number of a gradient, at one step; the largest ones are finite, but their squares are not."""
     at, value, place = draw.randint(1, STEPS), draw.choice([*NOT_NUMBERS, 1e30]), draw.randrange(len(ground.trained))
     calls = []
 

@@ -163,7 +163,7 @@ def _sizes(pid: int) -> dict[str, float]:
 
 
 def _growth(samples: Sequence[dict], record: Record) -> dict[str, dict]:
-    """How memory, threads and files change in time, between moments at which the server stands the same.
+    """How memory, threads and files change in time, between moments at which the server is in the same state.
 
     Memory is flat if the 95% interval of its Theil-Sen slope reaches down to FLAT_PERCENT_AN_HOUR of its median.
     """

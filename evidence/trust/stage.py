@@ -84,7 +84,7 @@ def stage(folder: Path) -> Iterator[list[Command]]:
     base, samples = load_backbone("mini"), sample(8)
     write_adapters(base, 2, EXPERTS, adapters)
     repository = Repository(folder / "released" / "model_repository", "clip")
-    for versions in range(1, 5):  # 1 and 2 stand, the others rest; the first merge writes two
+    for versions in range(1, 5):  # 1 and 2 are active, the others retired; the first merge writes two
         release(base, load_lineage(adapters, base.fingerprint), repository, *samples)
         shutil.copytree(folder / "released", folder / f"{versions + 1}-versions", copy_function=os.link)
     images = folder / "images"

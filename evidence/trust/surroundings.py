@@ -98,7 +98,7 @@ def in_a_working_folder(models: Path, image: Path, broken: list[str]) -> dict[st
         for module in modules:
             (folder / f"{module}.py").write_text(f"open({str(folder / 'RAN')!r}, 'a').write({module!r} + ' ')\n")
         for variables in ({}, {"PYTHONPATH": str(folder)}):
-            # The exporter itself is told by PYTHONPATH to import from there; its server is not.
+            # PYTHONPATH makes the exporter itself import from there; its server must not.
             with _working_in(folder), _environment(variables), serve(models) as server:
                 _answer(server.url, image)
         ran = (folder / "RAN").read_text().split() if (folder / "RAN").exists() else []
@@ -144,7 +144,7 @@ def endings(urls: tuple[str, str], image: Path, rounds: int, broken: list[str]) 
 
 
 def forks(urls: tuple[str, str], image: Path, rounds: int, broken: list[str]) -> dict[str, int]:
-    """Children that go on with a classifier that was made and used before the fork; the parent goes on, too."""
+    """Children that keep using a classifier made before the fork, while the parent uses it too."""
     program = PROGRAM + (
         "import multiprocessing\n"
         "def ask(queue=None):\n"
@@ -293,7 +293,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _proxy() -> Iterator[tuple[str, list[str]]]:
-    """A proxy that knows nothing of this machine; its address and what it is asked."""
+    """A proxy that cannot reach this machine; yields its address and the requests that it gets."""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

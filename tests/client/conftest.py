@@ -79,7 +79,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     @staticmethod
     def features(rows: np.ndarray, version: int) -> np.ndarray:
-        """Unit vectors float32 (rows, EMBED_DIM) that depend on the content of a row; zeros at its end don't count."""
+        """Return unit vectors, float32 (rows, EMBED_DIM), that depend on a row without its trailing zeros."""
         seeds = [(version, *np.trim_zeros(row, "b").tolist()) for row in rows]
         drawn = np.stack([np.random.default_rng(seed).normal(size=EMBED_DIM) for seed in seeds])
         return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)

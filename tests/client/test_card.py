@@ -1,4 +1,4 @@
-"""A card may come from any server: it is read as it stands, or refused in one line."""
+"""A card may come from any server: it is read exactly, or refused in one line."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_lines_separate_labels_as_the_hint_says(see, fake, photo):
     page = see(fake.url)
     page.choose(photo)
     page.answered(1, 2)
-    page.own_labels('cat\n\n dog, bird\n"salt, ""pepper"""\n')  # Enter makes a line, and asks nothing
+    page.own_labels('cat\n\n dog, bird\n"salt, ""pepper"""\n')  # Enter starts a line, and sends no request
     assert page.find("#labels")[0].get_property("value").count("\n") == 4
     assert page.text("#labels-hint").startswith("Commas or lines between them; Ctrl+Enter asks.")
     assert {name for name, _ in page.answered(1, 2)[0][1]} == {"zero", "one", "two"}

@@ -1,4 +1,4 @@
-"""Answers to folders in files: every format the same, gone on with after any interruption."""
+"""Answers to folders in files: the same in every format, resumed after any interruption."""
 
 import csv
 import errno

@@ -134,7 +134,7 @@ def test_a_folder_without_images_says_what_it_has(tmp_path):
 
 
 def test_what_is_named_itself_is_taken(run, scans, tmp_path):
-    """A hidden file, a link to a folder, a hidden folder: their owner asked for them."""
+    """A hidden file, a link to a folder, a hidden folder: all were named explicitly."""
     (tmp_path / "link").symlink_to(scans / "deep/er")
     arguments = (scans / ".hidden.jpg", scans / ".ipynb_checkpoints", tmp_path / "link", "--json")
     code, out, err = run(*arguments)

@@ -370,7 +370,7 @@ def test_a_program_is_no_image(tmp_path):
 
 
 def progressive(scans: int) -> bytes:
-    """A JPEG whose last scan stands in it again and again."""
+    """A JPEG that repeats its last scan many times."""
     file = io.BytesIO()
     random_image("RGB", (50, 40)).save(file, "JPEG", progressive=True)
     data = file.getvalue()

@@ -120,7 +120,7 @@ def test_columns_of_tables_are_labels_and_tables_are_not():
 
 
 def test_a_mapping_brings_its_own_prompts(fake):
-    """The score of a label is that of the mean of its prompts' features, and none but those prompts are asked."""
+    """A label is scored by the mean of its prompts' features, and no other prompts are encoded."""
     pixels = np.full((9, 9, 3), 7, np.uint8)
     prompts = {"cat": "my cat", "dog": ("a puppy", "some {}", "a hound"), "a fish": "a {}"}
     with ZeroShotClassifier(fake.url) as clip:

@@ -66,7 +66,7 @@ class Proxy(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def proxy():
-    """Refuses all until it is told the ports of a server; ``asked`` is what it was asked."""
+    """Refuses everything until it gets the ports of a server; ``asked`` lists its requests."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
         server.daemon_threads, server.status, server.asked = True, 403, []
         server.url = f"http://127.0.0.1:{server.server_port}"

@@ -167,7 +167,7 @@ def test_garbage_is_collected_in_the_thread_that_brings_answers(fake, silent_por
 
 @pytest.fixture
 def leaky(server):
-    """A way to the server whose connections go dead without a word, all of those there are, when told to."""
+    """A proxy to the server that on request silently drops all of its connections."""
     dead: list[threading.Event] = [threading.Event()]
 
     def pump(source, target, silent):

@@ -156,7 +156,7 @@ def test_commands_without_their_extra_name_it(install, repository, tmp_path):
 @pytest.mark.network
 @pytest.mark.slow
 def test_what_serves_needs_no_torch(install, repository, tmp_path):
-    """The extra of servers alone: versions are shown, served and asked."""
+    """With the extra ``serve`` alone, versions are listed and served, and answer."""
     commands = install("clipweld[serve]")
     assert not list(commands.parent.glob("lib/python*/site-packages/torch"))
     for folder in ("", ".store"):  # files of both are the same, by hard links

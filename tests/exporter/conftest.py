@@ -1,4 +1,4 @@
-"""One trace of the towers, one repository of two versions, one real Triton: what this room's tests stand on."""
+"""Fixtures of the exporter's tests: one trace of the towers, one repository of two versions, one real Triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA branches in a tower's graph: how many there are, where they are, and what they come to when folded."""
+"""LoRA branches in a tower's graph: their number, their places, and their sum when folded."""
 
 from __future__ import annotations
 

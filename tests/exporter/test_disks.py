@@ -118,7 +118,7 @@ def test_a_switch_that_happened_is_reported_with_what_failed_after_it(repository
 
 
 def test_a_switch_that_could_not_happen_is_undone(repository, monkeypatch):
-    """Back to version 1, while the card of 2 can't be taken out: 2 is served, and that is what is said."""
+    """Rolling back to version 1 while the card of 2 can't be removed: 2 is served, and reported as served."""
 
     def fail(self, version, staging, kinds=KINDS):
         raise RepositoryError("can't be written (Input/output error)")

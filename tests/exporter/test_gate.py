@@ -1,4 +1,4 @@
-"""What a merge is refused for, and what it is measured by."""
+"""The gate: why a merge is refused, and what it is measured on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def quiet(step):
 
 
 def judged(gate, *accuracies, earlier=("digits",), agreements=None):
-    """What it is refused for, or an empty string."""
+    """Return the reason for refusing it, or an empty string."""
     try:
         assert gate.check(accuracies, earlier, agreements) == []
     except GateClosed as exc:

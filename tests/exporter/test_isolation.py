@@ -1,4 +1,4 @@
-"""A server runs nothing that lies in its user's folder; the command beside it has that folder and its own variables."""
+"""A server runs no file of its user's folder; the command beside it keeps that folder and its own variables."""
 
 from __future__ import annotations
 

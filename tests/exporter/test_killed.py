@@ -49,7 +49,7 @@ def check_whole(repository):
 
 
 def everything(repository):
-    """What a second run must come to: the tree, and no leftovers beside it."""
+    """The result that a second run must have: the tree, and no leftovers beside it."""
     names = sorted(str(p.relative_to(repository.path.parent)) for p in repository.path.parent.rglob("*"))
     return names, repository.history()
 

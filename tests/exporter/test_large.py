@@ -1,4 +1,4 @@
-"""Towers with more weights than one ONNX file may hold: those are beside it, and all goes on as ever.
+"""Towers with more weights than one ONNX file may hold: they are stored beside it, and nothing else changes.
 
 Forced on the small CLIP by a lower limit.
 """

@@ -79,7 +79,7 @@ def test_int8_is_the_image_towers_products(cast):
     with_weights = [n for n in graph.node if n.op_type == "MatMulInteger"]
     initializers = {t.name: t for t in graph.initializer}
     in_float = [n for n in graph.node if n.op_type == "MatMul" and n.input[1] in initializers]
-    assert len(with_weights) == 6 * 6 - 4  # six products a block
+    assert len(with_weights) == 6 * 6 - 4  # six products per block
     assert len(in_float) == 5  # the first MLP's second, three at [CLS] alone, and the projection
     assert {initializers[n.input[1]].data_type for n in with_weights} == {onnx.TensorProto.INT8}
     assert all(node.domain == "" for node in graph.node), "standard operators alone"

@@ -28,7 +28,7 @@ def _no_variables(monkeypatch):
 
 @pytest.fixture
 def proxy():
-    """A proxy that refuses everything, and what it was asked for."""
+    """A proxy that refuses everything, and the list of its requests."""
     asked = []
 
     class Refusing(BaseHTTPRequestHandler):

@@ -129,7 +129,7 @@ def test_nobody_at_the_address_is_said_before_anything_moves(repository):
 
 
 def test_a_record_that_was_cut_off_is_made_up_for(repository):
-    """Killed between the last rename and the record: what stands is what counts."""
+    """Killed between the last rename and the record: the files count, not the record."""
     with repository.writing() as staging:
         repository.put_in(3, staging)
     assert repository.history() == [1, 2, 3]

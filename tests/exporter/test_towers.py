@@ -54,6 +54,6 @@ def test_onnx_runtime_fuses_every_activation(mini, graphs, tower, tmp_path):
     onnxruntime.InferenceSession(filled, options, providers=["CPUExecutionProvider"])
     operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     blocks = mini.model.visual.transformer.layers if tower == "image" else mini.model.transformer.layers
-    # In the image tower's last block a single token is left, and ONNX Runtime may lay that out in another way.
+    # In the image tower's last block a single token is left, and ONNX Runtime may choose another layout for it.
     assert operators["BiasGelu"] + operators["Gelu"] == blocks
     assert operators["Erf"] == 0

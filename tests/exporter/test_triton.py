@@ -246,7 +246,7 @@ def test_native_triton_is_preferred_where_it_has_the_backend(tmp_path, monkeypat
 
 
 def test_what_a_killed_server_left_is_removed_and_what_others_use_is_not(tmp_path, monkeypatch):
-    """Told to end while it loads, Triton leaves its processes behind, and they keep their shared memory."""
+    """Stopped while it loads, Triton leaves its processes behind, and they keep their shared memory."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     region = installation.SHARED_MEMORY / f"clipweld-{os.getpid()}-0-of-a-test"
     with installation.installation(f"clipweld-{os.getpid()}-1-") as others:

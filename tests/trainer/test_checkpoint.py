@@ -1,4 +1,4 @@
-"""Training that is killed and goes on: the result is, byte for byte, that of training left alone."""
+"""Training that is killed and resumed: the result is byte for byte that of uninterrupted training."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def run(devices, batch_size, out):
 
 
 def moment(rows):
-    """The second moment that principal inputs stand for, at a scale of one."""
+    """Return the second moment that principal inputs approximate, at a scale of one."""
     return rows.T @ rows / rows.square().sum()
 
 
@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 def test_active_sets_agree_on_all_ranks_and_with_a_single_process(runs):
     _, (one,), (first, second) = runs
-    layers = 36 + 24  # image and text tower, each once a step
+    layers = 36 + 24  # image and text tower, each once per step
     assert len(first["votes"]) == 2 * 4 * layers, "two tasks, four steps before the last experts are fixed"
     assert first["votes"] == second["votes"] == one["votes"]
 

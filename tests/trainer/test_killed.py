@@ -1,4 +1,4 @@
-"""SIGKILL at every change that training makes to the disk: what goes on ends as what was left alone."""
+"""SIGKILL at every change that training makes to the disk: resumed training ends as if uninterrupted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clipweld.trainer.tasks import load_tasks
 
 @pytest.fixture
 def quick(mini, monkeypatch):
-    """Two steps a task, each saved, and accuracies that nobody measures; a forked child has one thread."""
+    """Two steps per task, each saved, with accuracies left unmeasured; a forked child has one thread."""
     monkeypatch.setattr("clipweld.trainer.learning.checkpoint.SAVE_EVERY_S", 0)
     monkeypatch.setattr("clipweld.trainer.learning.checkpoint.SHARE", 0)
     for module in (fit, methods, sequence):

@@ -1,4 +1,4 @@
-"""The model and the weights of a command: what was named, and what the adapters at hand say."""
+"""The model and the weights of a command: those named, or those of the adapters found."""
 
 import dataclasses
 import subprocess

@@ -65,7 +65,7 @@ def principal_inputs_of(mini, task, batches, config, directions):
 
 @pytest.mark.slow
 def test_texts_count_up_to_their_eot(mini):
-    """A moment of prompts doesn't change when they stand in a batch with a longer one."""
+    """A moment of prompts doesn't change when a longer prompt is in their batch."""
     task, config = load_task("emoji"), train_config("mini", **QUICK)
     rows = principal_inputs_of(mini, task, Batches(task, mini, config), config, directions=128)
     got = rows["transformer.resblocks.0.attn.k_proj.inputs"]

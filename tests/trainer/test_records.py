@@ -1,4 +1,4 @@
-"""JSON from strangers costs no more memory than it may."""
+"""Untrusted JSON stays within its memory limit."""
 
 from __future__ import annotations
 

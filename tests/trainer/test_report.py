@@ -38,7 +38,7 @@ HOSTILE = "<b>$x$ & co</b>"
 def write_run(
     folder, method="pool", order=("digits", "flags"), *, seed=0, matrix=None, union=True, sources=(), **config
 ):
-    """A record as trainer sequence writes it; 60% on what was learned and zero-shot on the rest, unless told."""
+    """A record as trainer sequence writes it; by default 60% on learned tasks and zero-shot on the rest."""
     order_seed = config.pop("order_seed", None)
     if matrix is None:
         matrix = [[60.0 if j <= i else ZERO_SHOT[task] for j, task in enumerate(order)] for i in range(len(order))]

@@ -151,7 +151,7 @@ class Models(Store):
             part = draw.choice((version / "image", self.repository.model("image"), self.repository.model("card") / "1"))
             part.rename(self._elsewhere)
             part.symlink_to(self._elsewhere)
-        if way < 2:  # the manifest is the stranger's too
+        if way < 2:  # the manifest is untrusted too
             self.manifest["files"]["image"] = {"sha256": sha256_of(file), "bytes": file.stat().st_size}
             self.repository.manifest_file(1).write_text(to_text(self.manifest), encoding="utf-8")
         return 1 << 16

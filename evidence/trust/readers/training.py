@@ -221,7 +221,7 @@ def _deflated(archive: Path, target: Path) -> bytes:
 
 
 def _create(file: Path, content: bytes, size: int = 0) -> None:
-    """A new file, sparse up to a size: never through a link or into a pipe that stands there already."""
+    """A new file, sparse up to a size: never through a link or into a pipe that already exists."""
     with file.open("xb") as opened:
         opened.write(content)
         if size:

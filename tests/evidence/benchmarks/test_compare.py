@@ -1,4 +1,4 @@
-"""The comparison with other ways to run CLIP, at its smallest: who is timed, who is told apart, what is left behind."""
+"""The comparison with other ways to run CLIP, at its smallest: who is timed, who answers otherwise, what it leaves."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Absent(OnnxRuntime):
     def missing(cls):
         return "not installed"
 """
-# What infinity-emb's server answers, as far as it is asked; it can't be installed beside transformers 5.
+# What infinity-emb's server answers to the benchmark's requests; it can't be installed beside transformers 5.
 INFINITY = """#!{python}
 import base64, io, json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer

@@ -1,4 +1,4 @@
-"""Files from strangers are accepted or refused, and the command that makes them would see any other end."""
+"""Untrusted files are accepted or refused, and the command that makes them notices anything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies and happens around clipweld does not break it, in short, and it is seen if it does."""
+"""The user's surroundings don't break clipweld (short form), and the study notices if they do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a folder of images means, as people lay them out."""
+"""How folders of images are read, in the layouts that people use."""
 
 import os
 import unicodedata

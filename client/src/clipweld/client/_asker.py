@@ -25,7 +25,7 @@ class Asker:
         transport: the server.
         timeout_s: how long one request may take, in seconds.
         retries: how often a request without an answer is retried, after pauses that grow and vary.
-        deadline_s: how long the whole call may take, in seconds; None: as long as it takes.
+        deadline_s: limit on the whole call, in seconds; None: no limit.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Asker:
         self._end = None if deadline_s is None else time.monotonic() + deadline_s
 
     async def ask(self, request: Callable[[float], Awaitable[_T]]) -> _T:
-        """Make a request, given the seconds that it may take.
+        """Make a request within the given seconds.
 
         Raises:
             RequestTimeout: it took longer, each time, or the call's deadline has passed.

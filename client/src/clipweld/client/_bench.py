@@ -64,13 +64,13 @@ class Timing:
 
     Attributes:
         contender: "base", "merged", or "unmerged".
-        model, version: what was asked.
+        model, version: what was timed.
         tasks: how many tasks it has learned.
         batch: images in a request.
         concurrency: requests on their way at a time.
         p50_ms, p95_ms, p99_ms: time of a request as the client sees it, in milliseconds.
         images_per_s: images of all rounds divided by the time they took.
-        to_base: how many times as long as the base, by the client's clock.
+        to_base: latency relative to the base, by the client's clock.
         compute_to_base: the same by Triton's statistics of pure compute time; None where it keeps none.
     """
 
@@ -126,7 +126,7 @@ class BenchResult:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types; base and merged of the first setting stand at the top as well."""
+        """Return plain JSON types; base and merged of the first setting are repeated at the top level."""
         base, merged = (next(t for t in self.timings if t.contender == name) for name in ("base", "merged"))
         return {
             "base": _brief(base),
@@ -239,7 +239,7 @@ def _measure(
 
     Returns:
         seconds (requests, num_contenders, concurrency) of each request; seconds (requests, num_contenders) of all
-        requests of a turn together; and each contender's compute nanoseconds a request, by the server.
+        requests of a turn together; and each contender's compute nanoseconds per request, by the server.
     """
     seconds = np.empty((requests, len(contenders), concurrency))
     walls = np.empty((requests, len(contenders)))

@@ -78,7 +78,7 @@ class ZeroShotClassifier(_Classifier):
         version: which one to use. "latest": the newest that is ready, for each call as a whole; a server that switches
             is followed within a second. Where it unloads a version during a call, or comes back with another version
             of the same number, the remaining images are classified by the new one.
-        timeout_s: how long one request to the server may take, in seconds; None: as long as it takes.
+        timeout_s: limit on one request to the server, in seconds; None: no limit.
         retries: how often a request without an answer is retried, after pauses that grow and vary.
         headers: sent with every request, such as ``{"authorization": "Bearer ..."}``.
         tls: certificates.
@@ -87,11 +87,11 @@ class ZeroShotClassifier(_Classifier):
         allow_urls: fetch images that are named by an http:// or https:// address: at most 50 MB in 30 s, and never from
             loopback, private or link-local addresses.
 
-    Numbers may be of any numeric type, or text that spells one. A server on loopback is asked directly; for any other,
-    the proxy of http_proxy, https_proxy or grpc_proxy counts, and no_proxy.
+    Numbers may be of any numeric type, or text that spells one. A server on loopback is contacted directly; for any
+    other, http_proxy, https_proxy, grpc_proxy and no_proxy count.
 
     Raises:
-        InvalidRequest: the arguments are wrong. The server is first asked by the first call.
+        InvalidRequest: the arguments are wrong. The server is not contacted before the first call.
 
     Example:
         >>> clip = ZeroShotClassifier(url)
@@ -148,10 +148,10 @@ class ZeroShotClassifier(_Classifier):
             left_out: called with a `LeftOut` for whatever a folder has besides image files: other files, hidden ones,
                 links to folders, folders that cannot be read; None: a warning says how much that is, once the folder is
                 through.
-            deadline_s: how long the whole call may take, in seconds; None: as long as it takes.
+            deadline_s: limit on the whole call, in seconds; None: no limit.
 
         Returns:
-            One `Classification` an image, in the order given, as they come; the server is asked once the first is
+            One `Classification` per image, in the order given, as they arrive; requests start once the first is
             taken. Close it to stop earlier.
 
         Raises:

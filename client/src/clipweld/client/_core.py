@@ -27,12 +27,12 @@ from clipweld.client._tokenizer import default_tokenizer
 from clipweld.client._transport import Transport
 from clipweld.client.errors import BadImage, ServerError, VersionGone
 
-# Images in a request. On CPUs large batches are slower (ViT-B-16 in batches of 32: 0.8 times the images a second of
+# Images in a request. On CPUs large batches are slower (ViT-B-16 in batches of 32: 0.8 times the images per second of
 # batches of 8).
 BATCH = 8
 FEATURES_BYTES = 256 * 2**20
 LOOK_AGAIN_S = 1.0
-# A version that goes while it is asked is followed by another; more in one request than this are no accident.
+# A version may be unloaded during a request, which then goes to the next one; more than this is no accident.
 MOVES = 8
 
 _T = TypeVar("_T")
@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of each image.
+    """The question about each image: its labels, or a task.
 
     Attributes:
         labels: what it may show, in words; None: the class names of ``task``.

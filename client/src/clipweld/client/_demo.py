@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 
 
 class Comparison:
-    """The base and the newest version of a served CLIP, asked the same.
+    """The base and the newest version of a served CLIP, given the same images.
 
     May be shared by threads. A single one of its own talks to the server: times are not disturbed by other questions,
     and a connection over HTTP never changes threads. What is served is looked up anew for each question.
@@ -32,7 +32,7 @@ class Comparison:
         url, model: as in `ZeroShotClassifier`.
 
     Raises:
-        InvalidRequest: the url cannot be used. The server is first asked by the first question.
+        InvalidRequest: the url cannot be used. The server is not contacted before the first question.
     """
 
     def __init__(self, url: str, model: str) -> None:

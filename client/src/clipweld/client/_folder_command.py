@@ -1,4 +1,4 @@
-"""``client classify`` on whole folders: what is asked, what is left out, and answers into a file."""
+"""``client classify`` on whole folders: the question, skipped images, and answers into a file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def say_left_out(tally: Tally) -> None:
 def classify_into(
     classifier: ZeroShotClassifier, images: list[str], question: dict[str, Any], out: Path, as_json: bool
 ) -> None:
-    """Answers to a file, with a progress bar; what an earlier run has done is not done again."""
+    """Write answers to a file, with a progress bar; what an earlier run has written is not repeated."""
     asked = {name: question[name] for name in ("labels", "task", "templates", "top_k")}
     versions: set[int] = set()
     bad: list[BadImage] = []

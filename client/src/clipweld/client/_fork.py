@@ -11,7 +11,7 @@ class Inherited(Protocol):
     """What a child of a fork may inherit."""
 
     def after_fork(self) -> None:
-        """Make this usable in the child, without touching what the parent goes on using."""
+        """Make this usable in the child, without touching what the parent still uses."""
 
 
 _living: weakref.WeakSet[Inherited] = weakref.WeakSet()

@@ -64,7 +64,7 @@ class Stream:
 
     def _whole(self, name: str) -> bytes:
         file, parts, size = self._file, [], 0
-        if hasattr(file, "seekable") and file.seekable():  # as Pillow does: often it stands where it was written to
+        if hasattr(file, "seekable") and file.seekable():  # as Pillow does: it may be at its end
             file.seek(0)
         while part := file.read(_CHUNK):
             if not isinstance(part, (bytes, bytearray, memoryview)):
@@ -117,7 +117,7 @@ def decoder(data: bytes, name: str) -> Image.Image:
 
 
 def as_seen(image: Image.Image, name: str, *, exif_orientation: bool) -> Image.Image:
-    """The image with 8 bits a channel, and upright by its Exif orientation where that is asked for.
+    """Return the image with 8 bits per channel, and rotated upright by its Exif orientation on request.
 
     Raises:
         BadImage: 32-bit or signed grey.
@@ -170,7 +170,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def _scans(data: bytes) -> int:
-    """How many scans a JPEG has; what stands in its other segments or behind its end doesn't count."""
+    """Return how many scans a JPEG has; its other segments, and bytes after its end, don't count."""
     scans, place = 0, 2
     while (marker := _MARKER.search(data, place)) and marker[0] != b"\xff\xd9":
         scans += marker[0] == b"\xff\xda"

@@ -20,8 +20,8 @@ def read_labels(values: Sequence[str]) -> tuple[list[str] | dict[str, Any], list
     """All labels, in the order given.
 
     Args:
-        values: each is labels with commas between them, where one that holds a comma stands in quotes as in a CSV file,
-            or ``@FILE``: one label a line, or a ``.json`` with a list of labels or an object of their prompts.
+        values: each is labels with commas between them, where one that holds a comma is quoted as in a CSV file,
+            or ``@FILE``: one label per line, or a ``.json`` with a list of labels or an object of their prompts.
 
     Returns:
         A list; or, where a file brings prompts, a dictionary of each label to its prompt or prompts, "a photo of a {}"

@@ -1,6 +1,6 @@
-"""Answers to whole folders, in a file: written as they come, gone on with after an interruption.
+"""Answers to whole folders, in a file: written as they arrive, resumed after an interruption.
 
-What is done stands in ``OUT.part``, one JSON a line after a line that says what was asked. The file itself appears at
+Finished answers are in ``OUT.part``: one line with the question, then one JSON per line. The file itself appears at
 the end, whole.
 """
 
@@ -38,7 +38,7 @@ class ResultsFile:
 
     Args:
         path: ``.csv`` and ``.parquet`` have a row for each label of each image, ``.jsonl`` a line for each image.
-        question: what is asked of every image, as plain JSON types: an interrupted file is gone on with only if it is
+        question: what is asked about every image, as plain JSON types: an interrupted file is resumed only if it is
             the same.
 
     Raises:

@@ -92,7 +92,7 @@ def _clean(text: str) -> str:
 
 
 def _byte_alphabet() -> list[str]:
-    """The 256 characters that stand for bytes, in vocabulary order: printable bytes first, then the others."""
+    """Return the 256 characters that represent bytes, in vocabulary order: printable bytes first, then the others."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     num_others = 256 - len(printable)
     return [chr(code) for code in [*printable, *range(256, 256 + num_others)]]

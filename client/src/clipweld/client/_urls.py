@@ -32,7 +32,7 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def fetch(url: str, name: str, *, loopback: bool = False) -> bytes:
-    """What stands at an address.
+    """The file at an address.
 
     Args:
         name: what error messages call it.

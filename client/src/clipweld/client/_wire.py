@@ -56,7 +56,7 @@ class Wire:
 
     Args:
         address: the server.
-        proxy: what lies between.
+        proxy: the proxy in between.
     """
 
     def __init__(self, address: Address, proxy: Proxy | None) -> None:

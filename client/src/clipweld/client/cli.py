@@ -122,7 +122,7 @@ def classify(
     ) as classifier:
         if out is not None:
             question |= {"model": model, "version": version}
-            if no_exif_orientation:  # only then: what was begun before there was a choice goes on
+            if no_exif_orientation:  # only then: a file that was begun before this choice existed is still resumed
                 question["exif_orientation"] = False
             classify_into(classifier, images, question, out, as_json)
             return
@@ -278,7 +278,7 @@ def demo(
 
 def main() -> None:
     """Run the command line: exit 0, 1 (said why in one line on stderr) or 2 (usage)."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is said once, by the error that ends in a line
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a failure is reported once, by the one-line error
     with messages():
         try:
             with printing():

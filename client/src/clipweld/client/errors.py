@@ -11,7 +11,7 @@ ClientError
 ├── ContractMismatch     the served model is not one that this client understands
 ├── UnknownTask          the served version has not learned this task
 ├── BadImage             an image that cannot be read or used
-├── ResultsError         results that cannot be written, or gone on with
+├── ResultsError         results that cannot be written or resumed
 └── InvalidRequest       the call itself is wrong: labels, templates, url, ...
     └── TooManyLabels    more than a call takes
 
@@ -45,7 +45,7 @@ class ServerBusy(ServerError):
 
 
 class NotAllowed(ClientError):
-    """The server, or what stands before it, does not answer those who send these headers and certificates."""
+    """The server, or a proxy before it, refuses these headers or certificates."""
 
 
 class ModelNotFound(ClientError):
@@ -53,7 +53,7 @@ class ModelNotFound(ClientError):
 
 
 class VersionGone(ClientError):
-    """The model is served, but not in the version that was asked for."""
+    """The model is served, but not in the requested version."""
 
 
 class ContractMismatch(ClientError):
@@ -64,7 +64,7 @@ class UnknownTask(ClientError):
     """The served version has not learned this task.
 
     Attributes:
-        name: the task that was asked for.
+        name: the requested task.
         known: names of the tasks that this version has learned.
         near: those of ``known`` that are spelled like ``name``, best first.
         version: the served version.

@@ -316,7 +316,7 @@ def versions(
 ) -> None:
     """Show every version: learned tasks, base, origin, whether it is served.
 
-    The table is about the files; what running servers have loaded is said below it, and in the JSON of each version.
+    The table shows the files; the versions that running servers have loaded are printed below it and in the JSON.
     What clipweld did not write is listed as foreign: no command touches it.
 
     Example: exporter versions
@@ -503,7 +503,7 @@ def _check_prompts(tasks: Sequence[Task], backbone: Backbone) -> None:
 
 
 def _checks(gate: Gate, lineage: Sequence[Adapter], validation: Sequence[Task], data: Path) -> Checks:
-    """What a version must pass, on the tasks that were asked for and those that it has learned."""
+    """Return the gate that a version must pass, on the given tasks and on those that it has learned."""
     from clipweld.exporter.release.publish import Checks
     from clipweld.trainer.tasks import find_learned, shipped_tasks
 

@@ -69,7 +69,7 @@ def foreign_summary(entry: Foreign) -> dict:
 
 
 def versions_table(rows: Sequence[dict]) -> Table:
-    """Summaries, a version a row."""
+    """Print summaries, one row per version."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -100,7 +100,7 @@ def running(repository: Repository, url: str, loaded: Sequence[int]) -> str:
 
 
 def accuracy_table(accuracies: Sequence[Accuracy], agreements: Sequence[Agreement]) -> Table:
-    """What was measured, a task a row."""
+    """Print measurements, one row per task."""
     from rich.table import Table
 
     table = Table("task", title="Test images, %")

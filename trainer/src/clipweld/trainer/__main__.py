@@ -1,4 +1,4 @@
-"""``python -m clipweld.trainer``: the command line, where the installed command is not at hand."""
+"""``python -m clipweld.trainer``: the command line, where the command is not on PATH."""
 
 from clipweld.trainer.cli import main
 

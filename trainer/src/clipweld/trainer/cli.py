@@ -275,7 +275,7 @@ def _fabric(command: commands.WithModel) -> Fabric:
 
 
 def _precision(command: commands.WithModel | commands.Bench) -> launch.Precision:
-    """What was asked for, or what the device is best at."""
+    """Return the requested precision, or the fastest one that the device supports."""
     import torch
 
     if command.precision != "auto":
@@ -347,7 +347,7 @@ def _say(line: str) -> None:
 
 
 def _readable(tasks: list[Task], base: Backbone, command: commands.WithModel) -> list[Task]:
-    """The tasks, without unreadable images where that was asked for."""
+    """Return the tasks, without unreadable images under ``--skip-unreadable``."""
     from clipweld.trainer.tasks import skip_unreadable
 
     if not command.skip_unreadable:
@@ -372,7 +372,7 @@ def _progress(fabric: Fabric) -> Progress:
 
 
 def _follow(progress: Progress, name: str, iterations: int) -> Callable[[Step], None]:
-    """A bar for what is learned next, passed every step; where it will take long, that is said after the first few."""
+    """Add a progress bar and return its per-step callback, which announces a long run after the first few steps."""
     bar = progress.add_task(f"learning {escape(name)}", total=iterations, said="testing what is known")
     ends: list[float] = []
 

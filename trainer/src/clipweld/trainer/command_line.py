@@ -44,8 +44,8 @@ def application(name: str, description: str, consume_multiple: bool = False) -> 
 def run(app: App, args: Sequence[str]) -> Any:
     """What the subcommand of a command line returns; None after help.
 
-    A subcommand that has to tell a default from the same value on the command line declares ``given: Given``: it gets
-    the names of the parameters that were on the command line.
+    A subcommand that must distinguish a default from the same value on the command line declares ``given: Given``: the
+    names of the parameters that were on the command line.
 
     Raises:
         SystemExit: with status 2, after one line on stderr, where the command line can't be understood.

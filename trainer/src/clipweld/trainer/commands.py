@@ -24,7 +24,7 @@ HELP = """Learn image domains one after another, each as a small adapter that me
 Example: trainer fit --model mini --task digits
 """
 
-# Rare flags stand in groups below those that every user needs.
+# Rare flags are in groups below those that every user needs.
 Training = Parameter(name="*", group=Group("Training", help="Defaults are those of the model.", sort_key=3))
 Data = Parameter(group=Group("Model and data", sort_key=1))
 Hardware = Parameter(group=Group("Hardware", sort_key=2))
@@ -59,8 +59,8 @@ class WithModel:
     accelerator: Annotated[Accelerator, Hardware] = "auto"
     """What to run on."""
     devices: Annotated[int, Hardware] = 1
-    """How many of it; each sees its own --batch-size images a step. The trainer starts a process for each itself: srun,
-    mpirun and torchrun are not needed, and their variables are ignored."""
+    """How many devices; each sees its own --batch-size images per step. The trainer starts a process for each itself:
+    srun, mpirun and torchrun are not needed, and their variables are ignored."""
     precision: Annotated[Precision, Hardware] = "auto"
     """Of the towers in training: bf16-mixed on a GPU that has it, else 32-true. Weights and adapters are float32."""
 
@@ -162,7 +162,7 @@ class Bench:
     pretrained: str = "random"
     """Weights; speed doesn't depend on them."""
     batch_size: int = 32
-    """Images a step."""
+    """Images per step."""
     pairs: int = 5
     """How many steps of each kind, in turn."""
     accelerator: Accelerator = "auto"
@@ -212,7 +212,7 @@ def parse(args: list[str] | None = None) -> Command:
         app.command(_reader(_with_defaults(command, defaults)), name=command.__name__.lower(), help=command.__doc__)
     parsed = command_line.run(app, args)
     if parsed is None:
-        raise SystemExit(0)  # it was help that was asked for
+        raise SystemExit(0)  # help was printed
     if isinstance(parsed, (Fit, Sequence)):
         parsed = replace(parsed, train=TrainConfig(**asdict(parsed.train)))
     plain = next(command for command in chosen if isinstance(parsed, command))

@@ -26,7 +26,7 @@ class PoolConfig:
     router: Literal["learned", "fixed", "none"] = "learned"
     """How experts are picked: by a router that learns, by one that keeps its random start, or always the first ones."""
     router_per: Literal["layer", "block"] = "layer"
-    """One router for every layer, or one for the layers of a block."""
+    """One router per layer, or one shared by the layers of a block."""
     route_on: Literal["cls", "first"] = "cls"
     """What a text is routed on: its EOT token, as CLIP reads it, or token 0; an image always on its [CLS]."""
 
@@ -51,11 +51,11 @@ class TrainConfig(PoolConfig):
     """How one task is learned. Defaults are the published ones; ``PRESETS`` has those of single models."""
 
     shots: int = 5
-    """Training images a class, drawn by the seed; 0 takes all."""
+    """Training images per class, drawn by the seed; 0 takes all."""
     iterations: int = 500
     """Optimiser steps."""
     batch_size: int = 32
-    """Images a step."""
+    """Images per step."""
     lr: float = 2e-3
     """AdamW's learning rate at the start of a cosine to 1e-6."""
     consolidate: float = 0.0
@@ -63,7 +63,7 @@ class TrainConfig(PoolConfig):
     weight_decay: float = 1e-2
     """AdamW's weight decay."""
     ago: Literal["sum", "mean", "off"] = "sum"
-    """How the orthogonality to earlier tasks adds up within a layer."""
+    """How the overlaps with earlier tasks' experts are reduced within a layer."""
     ago_weight: float = 0.1
     """Weight of the orthogonality loss."""
     drift_weight: float = 0.0
@@ -96,10 +96,10 @@ class TrainConfig(PoolConfig):
 
 Method = Literal["pool", "lora", "finetune", "joint"]
 METHODS = get_args(Method)
-# Among which class names an image is classified: those of its own task, or those of all tasks at hand.
+# Which class names compete for an image: those of its own task, or those of all tested tasks.
 LabelSpace = Literal["task", "union"]
 LABEL_SPACES = get_args(LabelSpace)
-# What a sequence of tasks comes to (clipweld.trainer.sequence.metrics).
+# The measures of a sequence of tasks (clipweld.trainer.sequence.metrics).
 MEASURES = ("transfer", "average", "last", "forgetting")
 
 # What differs from the published settings: where all weights are trained, and where a model is better off otherwise.

@@ -12,7 +12,7 @@ TrainerError
 │   ├── TaskInvalid         the images are here but make no classification task
 │   ├── TaskAlreadyLearned  an adapter of this task is in the lineage
 │   └── UnreadableImage
-├── CheckpointError         interrupted training that can't be gone on with
+├── CheckpointError         interrupted training that can't be resumed
 ├── NotFinite               NaN or infinity in weights, features or a loss
 ├── AdapterError
 │   ├── AdapterCorrupt      truncated, tampered with, or not an adapter
@@ -75,7 +75,7 @@ class UnreadableImage(TaskError):
 
 
 class CheckpointError(TrainerError):
-    """Interrupted training that can't be gone on with."""
+    """Interrupted training that can't be resumed."""
 
 
 class NotFinite(TrainerError):
@@ -95,7 +95,7 @@ class WrongBase(AdapterError):
 
 
 class BrokenChain(AdapterError):
-    """Trained on top of other adapters than those at hand."""
+    """Trained on top of other adapters than those found."""
 
 
 class ReportError(TrainerError):

@@ -1,4 +1,4 @@
-"""What is said where a package is missing that one of clipweld's extras brings."""
+"""The error for a missing package that one of clipweld's extras installs."""
 
 from __future__ import annotations
 

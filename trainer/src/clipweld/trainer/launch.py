@@ -43,7 +43,7 @@ def speaks() -> bool:
     """Whether this process reports its error: the first does, another one where the first has not ended from the same.
 
     Waits a moment for that. An error that all processes share is then said once, and one that a single process has met
-    is said before the others are ended.
+    is printed before the others are stopped.
     """
     started_by, patience = os.getppid(), time.monotonic() + PATIENCE_S
     if process_number() == 0:

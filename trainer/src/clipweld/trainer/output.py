@@ -20,7 +20,7 @@ NARROWEST = 40  # columns
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output whose failures can be told from all others."""
+    """Standard output whose failures can be distinguished from all others."""
 
     def write(self, text: str) -> int:
         with self._errors():
@@ -39,7 +39,7 @@ class _Output(io.TextIOWrapper):
             self.fail(exc)
 
     def fail(self, exc: OSError) -> None:
-        """What a failure comes to."""
+        """Turn a failure into an error or an exit status."""
         if isinstance(exc, BrokenPipeError):  # whoever read it has read enough
             raise SystemExit(1) from exc
         raise OutputError(
@@ -48,7 +48,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Messages(_Output):
-    """Standard error: where it can't be written, nobody can be told, and the command goes on."""
+    """Standard error: a failure to write to it can't be reported, so the command continues."""
 
     def fail(self, exc: OSError) -> None:
         pass
@@ -133,7 +133,7 @@ def _open_if_closed(number: int) -> None:
 
 
 def _widen() -> None:
-    """Have libraries lay out help and tables for a width in which they can: some never end in one column."""
+    """Give libraries a width in which they can lay out help and tables: in one column, some never finish."""
     if shutil.get_terminal_size().columns < NARROWEST or not os.environ.get("COLUMNS", "80").strip("0").isdigit():
         os.environ["COLUMNS"] = str(max(NARROWEST, shutil.get_terminal_size().columns))
 

@@ -120,7 +120,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _scans(data: bytes) -> int:
-    """How many scans a JPEG has; what stands in its other segments or behind its end doesn't count."""
+    """Return how many scans a JPEG has; its other segments, and bytes after its end, don't count."""
     scans, place = 0, 2
     while (marker := _MARKER.search(data, place)) and marker[0] != b"\xff\xd9":
         scans += marker[0] == b"\xff\xda"

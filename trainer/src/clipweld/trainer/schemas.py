@@ -77,7 +77,7 @@ def read_json(kind: type[Record], text: str | bytes) -> Record:
 
 
 def read_json_file(kind: type[Record], path: Path) -> Record:
-    """As ``read_json``, of a file.
+    """Read a file as ``read_json`` reads text.
 
     Raises:
         OSError: it can't be read, or is no regular file.
@@ -110,7 +110,7 @@ def _schema(kind: Any) -> TypeAdapter[Any]:
 
 
 def one_line(text: str) -> str:
-    """A foreign text, such as an error that quotes a file, cut short for a line of ours."""
+    """Shorten a foreign text, such as an error that quotes a file, to fit into one line of ours."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # heavy: the help needs none of it
 
 
 def show_tasks(known: Sequence[Availability]) -> None:
-    """What can be learned here, a task a row."""
+    """Print what can be learned here, one row per task."""
     table = Table("task", "classes", "train", "test", "where", "missing", title="What can be learned here")
     for entry in known:
         counts = ("", "", "") if entry.missing else (f"{n:,}" for n in (entry.classes, entry.train, entry.test))
@@ -71,7 +71,7 @@ def show_dry_run(found: DryRun, task: str, base: Backbone, iterations: int) -> N
 
 
 def show_accuracies(model_name: str, learned: Sequence[str], accuracies: dict[str, float]) -> None:
-    """Test accuracies, a task a row."""
+    """Print test accuracies, one row per task."""
     table = Table("task", "accuracy %", title=f"{model_name}, learned: {', '.join(learned) or 'nothing'}")
     for name, value in accuracies.items():
         table.add_row(name, f"{value:.1f}")

@@ -57,7 +57,7 @@ def release_unmerged(
 ) -> Unmerged:
     """Write or replace ``<name>-unmerged``, with the first 1, 4, 16, ... and all adapters.
 
-    Its versions are active at once on disk; a running server loads them only when told to.
+    Its versions are active at once on disk; a running server loads them only on request.
 
     Args:
         backbone: the base.

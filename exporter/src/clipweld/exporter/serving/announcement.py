@@ -1,4 +1,4 @@
-"""What a running server leaves in its repository's store: where it is, for as long as it lives.
+"""The record of a running server in its repository's store: its address, for as long as it runs.
 
 It holds a file there, locked: one that is not locked is of a server whose process was killed, and is removed.
 """

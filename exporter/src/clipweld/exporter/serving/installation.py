@@ -220,7 +220,7 @@ def remove_shared_memory(prefix: str) -> None:
 
 
 def _kill_users(folder: Path) -> None:
-    """Kill a Triton of this folder, and its processes: told to end while it loads, it leaves them behind."""
+    """Kill a Triton of this folder and its processes: stopped while it loads, it leaves them behind."""
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             program = (process / "cmdline").read_bytes().split(b"\0")[0]

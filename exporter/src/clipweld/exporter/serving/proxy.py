@@ -37,7 +37,7 @@ class Proxy:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What it wants to be told."""
+        """Return the headers that it expects."""
         text = unquote(self.credentials.removesuffix("@"))
         return {"Proxy-Authorization": f"Basic {base64.b64encode(text.encode()).decode()}"} if text else {}
 

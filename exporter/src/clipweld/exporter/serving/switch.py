@@ -128,7 +128,7 @@ def prune(repository: Repository, keep: int, urls: Sequence[str] = ()) -> Pruned
     Raises:
         RepositoryEmpty, StoreMissing: there is nothing to prune.
         ForeignFiles: a version has something in it that clipweld did not write; nothing was deleted.
-        ServerUnreachable: a server can't be asked; nothing was deleted.
+        ServerUnreachable: a server doesn't answer; nothing was deleted.
     """
     repository.check_released()
     with repository.held():

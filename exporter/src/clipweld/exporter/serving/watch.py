@@ -77,7 +77,7 @@ class Watch(threading.Thread):
         return self.failure
 
     def run(self) -> None:
-        """Check several times a second."""
+        """Check several times per second."""
         known: dict[int, Version | int] | None = None  # None: look at once
         list_again, reloader = 0.0, self._reloader
         try:

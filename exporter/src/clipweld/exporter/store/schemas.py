@@ -14,7 +14,7 @@ from clipweld.trainer.text import task_name
 MANIFEST_FORMAT, CARD_FORMAT = 1, 1
 
 ModelName = Annotated[str, Field(pattern=rf"^{MODEL_NAME}\z")]
-# A folder in a version, standing for its ``model.onnx``, or the file of that model's external weights.
+# A folder in a version, which means its ``model.onnx``, or the file of that model's external weights.
 Part = Annotated[str, Field(pattern=r"^((fp32/)?(image|text|card)|(fp32/)?(image|text)/model\.onnx\.data)\z")]
 TaskName = Annotated[str, AfterValidator(task_name)]
 Version = Annotated[int, Field(ge=1, lt=2**63)]

@@ -1,1 +1,1 @@
-"""Adapters: the files that learning leaves behind, the folders that they lie in, and merging them."""
+"""Adapters: the files that training writes, the folders that hold them, and merging."""

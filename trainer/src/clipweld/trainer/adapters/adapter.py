@@ -38,7 +38,7 @@ class Metadata:
     """What an adapter says besides its tensors; the types are what ``load_adapter`` accepts.
 
     Attributes:
-        base_fingerprint: SHA-256 of the base weights that the lineage stands on (``Backbone.fingerprint``).
+        base_fingerprint: SHA-256 of the base weights below the lineage (``Backbone.fingerprint``).
         parents: ``sha256`` of every adapter merged before this one, oldest first.
         scaling: factor of every expert, alpha / rank.
         accuracy: ``{"before": {task: percent}, "after": {task: percent}}`` on this and every earlier task.
@@ -117,7 +117,7 @@ def check_readable(adapter: Adapter) -> None:
 
 @dataclass(frozen=True)
 class SealedMetadata(Metadata):
-    """The metadata of a file: with its format, and the hash that the whole must have."""
+    """The metadata of a file: with its format, and the hash over metadata and tensors."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
 

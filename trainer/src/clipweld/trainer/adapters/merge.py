@@ -18,7 +18,7 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:  # n
     """``scaling * sum_i b_i a_i^T`` of rank-1 experts, float32.
 
     Args:
-        lora_A: (num_experts, d_in), one expert a row.
+        lora_A: (num_experts, d_in), one expert per row.
         lora_B: (d_out, num_experts), one expert a column.
     """
     return scaling * (lora_B.float() @ lora_A.float())

@@ -1,6 +1,6 @@
 """Which images and prompts a training step sees: a function of the seed and the step's number alone.
 
-So a run that was interrupted goes on exactly as if it had not been, and every process of a run draws the same batch and
+So an interrupted run resumes exactly where it stopped, and every process of a run draws the same batch and
 takes its own share.
 """
 
@@ -54,7 +54,7 @@ def check_batch_size(config: TrainConfig, world_size: int) -> None:
 class Batches:
     """The training batches of one task; few-shot images are decoded once and kept.
 
-    Images are drawn without replacement until all were seen, then anew; one template is drawn a batch. A batch holds
+    Images are drawn without replacement until all were seen, then anew; one template is drawn per batch. A batch holds
     fewer classes than images, and each prompt is encoded once.
 
     Args:
@@ -76,7 +76,7 @@ class Batches:
     def drawn(self) -> str:
         """How many images there are to draw from and the start of a SHA-256 over them, to tell others from them.
 
-        Of few-shot images the pixels count, which are kept anyway; of all images, where they lie.
+        Few-shot images are identified by their pixels, which are in memory anyway; full sets by their paths.
         """
         digest = hashlib.sha256()
         for index, label in enumerate(self._images.labels):

@@ -43,7 +43,7 @@ def kind_of(file: Path) -> Kind:
     """What to read a file as.
 
     Raises:
-        WeightsError: it is missing, can't be opened, or is no checkpoint; says what it is, and what to do.
+        WeightsError: it is missing, can't be opened, or is no checkpoint; names its format and the next step.
     """
     try:
         size = _size(file)

@@ -1,4 +1,4 @@
-"""Whether the default weights can be had: asked once, where a download would be retried for a minute.
+"""Whether the default weights can be downloaded: checked once, where a download would be retried for a minute.
 
 Without torch, so that a forgotten ``--model`` is answered at once.
 """

@@ -1,4 +1,4 @@
-"""Which model and weights a command works on: those that were named, or those of the adapters at hand.
+"""Which model and weights a command works on: those that were named, or those of the adapters it reads.
 
 Of adapters it reads the headers alone, without torch, so that what contradicts is refused before anything slow.
 """

@@ -118,7 +118,7 @@ def _by_hand(model_name: str, tag: str) -> str:
 
 
 def _missing(model_name: str, pretrained: str, tags: list[str]) -> WeightsError:
-    """What to say of weights that are neither a tag nor a file."""
+    """The error for weights that are neither a tag nor a file."""
     said = f"weights {pretrained!r} for {model_name}: neither a known tag nor a file here"
     if "://" in pretrained and not find_weights(pretrained):
         return WeightsError(f"{said}; fetch it, and give the file")
@@ -149,7 +149,7 @@ def _from_file(model_name: str, file: Path, shapes: Shapes) -> tuple[nn.Module, 
 
 
 def _fitted(weights: Weights, shapes: Shapes, model_name: str, file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, if they are all of the model's, of its shapes: nothing is cut or stretched to fit.
+    """Return the tensors of a file if their names and shapes are exactly the model's; nothing is cropped or resized.
 
     Raises:
         WeightsError: names what is missing, has no place, or another shape.
@@ -198,7 +198,7 @@ def _fits(model_name: str, tensors: dict[str, Tensor]) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence libraries that say what the caller is told by an error, or asked for (random weights)."""
+    """Silence libraries: their warnings repeat our errors, or what the caller asked for (random weights)."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -38,11 +38,11 @@ class _Preprocess:
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """What is said beside a file of weights.
+    """The configuration found beside a file of weights.
 
     Attributes:
         model_cfg: open_clip's configuration of the model that was trained; None: not said.
-        preprocess: open_clip's ``PreprocessCfg`` as far as it is said; None: not said.
+        preprocess: open_clip's ``PreprocessCfg``, as far as the files give it; None where they don't.
     """
 
     model_cfg: dict | None = None
@@ -50,7 +50,7 @@ class WeightsConfig:
 
 
 def read_config(file: Path) -> WeightsConfig:
-    """What is said beside a file of weights; nothing, where there is no such file.
+    """Read the configuration beside a file of weights; empty where there is none.
 
     Raises:
         WeightsError: it can't be read, or says nothing that open_clip writes.

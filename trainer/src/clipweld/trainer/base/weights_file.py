@@ -157,7 +157,7 @@ def _check_tensors(file: Path, state: dict[str, object]) -> None:
 
 
 def _check_layout(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Refuse, by what it is, a checkpoint whose tensors have other libraries' names."""
+    """Refuse a checkpoint whose tensors have another library's names, and name the library."""
     if not tensors:
         raise refusal(file, "it holds no tensors", OTHER)
     if any(name.endswith((".lora_A", ".lora_B")) for name in tensors):

@@ -2,7 +2,7 @@
 
 The naive step follows the formulas to the letter: each image has a prompt of its own, read over the whole context;
 every block computes every token; experts are multiplied out into dense updates; attention is written out; dropout is
-torch's; float32. Both steps come to the same loss and the same gradients, which is checked before anything is timed, so
+torch's; float32. Both steps must give the same loss and the same gradients, which is checked before anything is timed:
 all that differs is time and memory.
 
 The floor is the arithmetic that no method of this kind can avoid: the frozen towers' forward pass and the backward pass
@@ -61,13 +61,13 @@ class BenchResult:
         loss_difference, gradient_difference: of the two steps in float32, relative.
         pool_seconds, naive_seconds: median over the pairs.
         speedup: median over the pairs of naive / pool; the steps of a pair follow each other at once.
-        speedup_range: the least and the most of a pair.
+        speedup_range: smallest and largest over the pairs.
         naive_flops: floating-point operations of the naive step.
         floor_flops: of the frozen towers, forward and backward.
         flops_per_second: at which the machine multiplies matrices in this precision, median over the pairs.
         floor_seconds: ``floor_flops / flops_per_second``.
         times_floor: median over the pairs of pool seconds / floor seconds, each at its own rate.
-        times_floor_range: the least and the most of a pair.
+        times_floor_range: smallest and largest over the pairs.
         pool_bytes, naive_bytes: the most memory held: by tensors on a GPU, or by a process of its own on a CPU.
     """
 

@@ -64,7 +64,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Sealed(Progress):
-    """The metadata of a file: with the hash that the whole must have."""
+    """The metadata of a file: with the hash over metadata and tensors."""
 
     sha256: Sha256
 
@@ -74,7 +74,7 @@ class Checkpoint:
 
     Args:
         path: where to keep it; its folder is made when needed.
-        identity: what is being learned, on what, with which settings: training goes on only where all of it is equal.
+        identity: the task, the model and the settings: training resumes only where all of them are equal.
         precision: of the training, as Lightning Fabric has it.
     """
 
@@ -88,7 +88,7 @@ class Checkpoint:
     def save_when_due(self, step: int, seconds: float, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
         """Save after a step, if the last save is long enough ago.
 
-        Where that fails, training goes on, with a warning logged: what was saved before stays.
+        Where that fails, training continues with a logged warning, and the previous save stays.
         """
         started = time.monotonic()
         if started < self._next_save:

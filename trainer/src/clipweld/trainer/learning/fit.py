@@ -38,7 +38,7 @@ MIN_LR = 1e-6
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step has to tell.
+    """What one optimiser step reports.
 
     Attributes:
         loss: what was minimised: CLIP's contrastive loss and all that holds back, weighted.
@@ -91,12 +91,12 @@ def fit(
         base: the base model, on the fabric's device; not changed.
         lineage: adapters learned before, oldest first.
         test_on: tasks whose accuracy before and after is measured and kept in the adapter.
-        start: the base with the lineage merged, where it is at hand already; not changed.
+        start: the base with the lineage merged, if the caller has it already; not changed.
         before: accuracies of the lineage on ``test_on``, where they are known already.
         fabric: devices and precision, already launched; every process returns the same. One CPU or GPU when None.
         unfinished: file to save training in as it goes; the caller removes it once the adapter is safe.
         resume: go on from that file, if it is there.
-        on_step: told of every optimiser step.
+        on_step: called after every optimiser step.
 
     Raises:
         TaskAlreadyLearned: the lineage has an adapter of this task.
@@ -341,7 +341,7 @@ def one_device(backbone: Backbone) -> Fabric:
 
 
 def cosine(lr: float, number: int, iterations: int) -> float:
-    """Learning rate of a step, counted from 1: half a cosine from ``lr`` down to ``MIN_LR``."""
+    """Return the learning rate of a step, counted from 1: half a cosine from ``lr`` down to ``MIN_LR``."""
     return MIN_LR + (lr - MIN_LR) * (1 + math.cos(math.pi * (number - 1) / iterations)) / 2
 
 

@@ -26,12 +26,12 @@ from clipweld.trainer.text import prompt_of
 TEMPLATE = "a photo of a {}"
 WORDS_PER_STEP = 32
 CHUNK = 256
-# From cosines to logits: the scale of the published CLIPs, whatever the model at hand has.
+# From cosines to logits: the scale of the published CLIPs, whatever the model's own is.
 LOGIT_SCALE = 100.0
 
 
 class WordAnchors:
-    """A model as it was before a task, seen through words.
+    """A model as it was before a task, as words describe it.
 
     Args:
         backbone: that model, before its first step; few-shot images are described here and now, and where there are too
@@ -56,7 +56,7 @@ class WordAnchors:
             self._model = None
 
     def tokens(self, number: int) -> Tensor:
-        """The words of a step: int64 (WORDS_PER_STEP, context_length)."""
+        """Return the words of a step: int64 (WORDS_PER_STEP, context_length)."""
         return self._tokens[self._drawn(number)]
 
     def loss(self, number: int, batch: Batch, image_features: Tensor, word_features: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def drift_loss(pools: Mapping[str, ExpertPool], past: Mapping[str, Tensor]) -> T
     """How far the experts move the layers' outputs on earlier tasks: squared, relative, mean over layers; a scalar.
 
     With dW = scaling * B A: ``tr(dW M dW^T) = scaling^2 * sum((A M A^T) * (B^T B))``, M the moments of ``past_inputs``.
-    All experts count as long as any of them may be merged, then only those that will be.
+    While the experts to merge are still open, all of them count; afterwards, only those that will be merged.
     """
     drifts = []
     for module, moment in past.items():

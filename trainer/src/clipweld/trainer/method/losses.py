@@ -13,7 +13,7 @@ from clipweld.trainer.method.experts import ExpertPool
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, labels: Tensor, logit_scale: Tensor) -> Tensor:
-    """CLIP's symmetric cross-entropy over a batch, where all pairs of one class are positives.
+    """Return CLIP's symmetric cross-entropy over a batch, in which all pairs of one class are positives.
 
     Args:
         image_features, text_features: (batch, embed_dim), L2-normalised, row i of both belonging together.
@@ -36,7 +36,7 @@ def orthogonality_loss(
 
     Args:
         past: by layer, the merged columns of all earlier tasks, concatenated (d_out, past_experts); empty for the first
-            task, whose loss is 0. One matrix product a layer, however many tasks there were.
+            task, whose loss is 0. One matrix product per layer, however many tasks there were.
     """
     if not past:
         return next(iter(pools.values())).lora_B.new_zeros(())

@@ -1,4 +1,4 @@
-"""Which experts of a pool serve a batch."""
+"""The router: which experts of a pool serve a batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Router(nn.Module):
         linear: width -> rank, on the routing token; None where the first ``k_active`` experts always serve.
         activation_counts: int64 (rank,), votes summed over training.
         consolidating: the experts that will be merged are active, whatever the votes.
-        active: int64 (experts,), who serves the batch at hand.
+        active: int64 (experts,), the experts that serve the current batch.
         gate: (batch, experts), their weight: exactly 1 in the forward pass, with the gradient of the softmax
             probability in the backward pass (straight-through). None where there is nothing to learn.
     """

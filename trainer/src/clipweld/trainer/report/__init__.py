@@ -1,4 +1,4 @@
-"""The report of continual-learning runs: one page that stands alone, and its figures."""
+"""The report of continual-learning runs: one self-contained page, and its figures."""
 
 from clipweld.trainer.report.write import write_report
 

@@ -39,7 +39,7 @@ class Votes:
 
 
 def votes(adapters: Sequence[Adapter]) -> Votes | None:
-    """The votes of a run; None where there are none to show."""
+    """Draw the votes of a run; None where it has none."""
     adapters = [adapter for adapter in adapters if any(map(any, adapter.activation_counts.values()))]
     if not adapters:
         return None

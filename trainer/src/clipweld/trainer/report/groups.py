@@ -157,7 +157,7 @@ class Section:
         return self.groups[0]
 
     def representative(self, group: Group) -> Run:
-        """One run that stands for a group in figures of a single run: the reference order, then the lowest seed."""
+        """Return the run shown where a figure has room for one: the reference order, then the lowest seed."""
         return min(group.runs, key=lambda run: (run.order != self.order, run.seed))
 
     def zero_shot(self, space: str) -> Spread:

@@ -1,1 +1,1 @@
-"""Learning several tasks in a row, by our method and by those that it is compared with."""
+"""Learning several tasks in a row, with our method and with the baselines."""

@@ -1,4 +1,4 @@
-"""The folder of a run: what is written there, and what tells whether a run may be resumed."""
+"""The folder of a run: its files, and the record that decides whether a run may be resumed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SequenceResult:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is of: it is gone on with only where all of it is equal.
+    """The identity of a run: it is resumed only where all of this is equal.
 
     ``method`` is one of ours in what this trainer writes; reports compare records of others too.
     """

@@ -3,7 +3,7 @@
 =========  ==========================================================  ============================================
 method     trains                                                      leaves behind
 =========  ==========================================================  ============================================
-pool       a pool of rank-1 experts a layer, off earlier tasks' ones   an adapter: the experts used most
+pool       a pool of rank-1 experts per layer, off earlier ones        an adapter: the experts used most
 lora       one plain LoRA of the same rank                             an adapter: all of it
 finetune   all weights                                                 the weights
 joint      all weights, on all tasks in turn: the upper bound          the weights
@@ -37,7 +37,7 @@ from clipweld.trainer.tensors import write_tensors
 
 @dataclass(frozen=True)
 class Learned:
-    """What one stage came to."""
+    """The result of one stage."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def unfinished(self) -> Path:
-        """Where the stage at hand is saved as it goes."""
+        """Where the current stage is saved while it trains."""
         return self.out / "unfinished.safetensors"
 
 

@@ -56,13 +56,13 @@ def run_sequence(
         watch: tasks that are tested but never learned.
         order_seed: shuffles ``tasks``; None leaves them in the order given.
         resume: go on with the run in ``out`` where it was interrupted; start it where there is none.
-        on_stage: told of the tasks that are learned next; what it returns is told of every step.
+        on_stage: called with the tasks that are learned next; what it returns is called after every step.
 
     Raises:
         ConfigError: a task is listed twice, batches of one image, or ``out`` holds a run and ``resume`` isn't set.
         TaskInvalid: two classes of a task are the same tokens.
         CheckpointError: ``out`` holds a run with other settings.
-        OutputError: ``out`` can't be written; what is there can be gone on with.
+        OutputError: ``out`` can't be written; what is there can be resumed.
     """
     fabric = fabric or one_device(base)
     config = config if method == "pool" else without_pool(config)
@@ -138,7 +138,7 @@ def _learn(
     resume: bool,
     on_stage: Callable[[Sequence[Task]], Callable[[Step], None]],
 ) -> list[Learned]:
-    """Learn what is left of a run, with its progress on record after every stage."""
+    """Learn the remaining stages of a run, and record its progress after each."""
     first = run.fabric.is_global_zero
     stages = [tasks] if progress.method == "joint" else [[task] for task in tasks]
     learned = list(progress.stages)
@@ -161,7 +161,7 @@ def _learn(
 def _result(
     space: LabelSpace, identity: Identity, tested: Sequence[Task], zero_shot: Accuracies, learned: Sequence[Learned]
 ) -> SequenceResult:
-    """What the stages came to, seen in one label space."""
+    """Collect the results of all stages in one label space."""
     rows = [[stage.accuracies[space][task.name] for task in tested] for stage in learned]
     square = [row[: len(identity.tasks)] for row in rows]
     return SequenceResult(

@@ -59,7 +59,7 @@ def load_task(
     Args:
         name: a shipped task, one of MTIL's, or the path of a folder (anything with a separator, or a folder here);
             ``NAME=FOLDER`` is a folder's task by another name.
-        data: where MTIL's data sets lie.
+        data: folder of MTIL's data sets.
         download: fetch what is missing, where torchvision still can.
         rename, templates: what to call a folder's task, and its prompts.
 
@@ -131,7 +131,7 @@ def find_learned(adapter: Adapter, data: Path = DATA) -> Task | None:
 
 
 def load_tasks(names: Sequence[str], data: Path = DATA, *, download: bool = False) -> list[Task]:
-    """The tasks of several names; the name of a list of tasks stands for all of its tasks, in their order.
+    """Load the tasks of several names; the name of a list of tasks expands to all of its tasks, in their order.
 
     Raises:
         ConfigError: two are of one name.
@@ -165,7 +165,7 @@ def shipped_tasks() -> list[Task]:
 
 
 def task_lists() -> dict[str, tuple[str, ...]]:
-    """Names that stand for several tasks: ``mini``, the shipped ones; MTIL's two orders, and X-TAIL's."""
+    """Names that expand to several tasks: ``mini``, the shipped ones; MTIL's two orders, and X-TAIL's."""
     return {"mini": shipped.names(), **LISTS}
 
 

@@ -3,8 +3,8 @@
 ``FOLDER/train/<class>/*`` and ``FOLDER/test/<class>/*``, or one tree ``FOLDER/<class>/*`` that is split 80/20 by a
 fixed seed. Splits are known in any case, as ``training``, ``testing``, ``val``, ``valid`` and ``validation`` too;
 validation images are the test images where there are no others, and are left out where there are. Class names are the
-folders' names, with ``_`` and ``-`` read as spaces, unless ``classes.txt`` lists others, one a line, in the folders'
-sorted order. Prompt templates come from ``templates.txt``, one a line, else ``a photo of a {}``.
+folders' names, with ``_`` and ``-`` read as spaces, unless ``classes.txt`` lists others, one per line, in the folders'
+sorted order. Prompt templates come from ``templates.txt``, one per line, else ``a photo of a {}``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names of the MTIL benchmark's tasks, at hand without torchvision: what is given is checked before it is imported."""
+"""Names of the MTIL benchmark's tasks. Without torchvision: arguments are checked before it is imported."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The eleven data sets of the MTIL benchmark, as torchvision reads them.
 
 Splits are torchvision's own; Caltech101, EuroSAT and SUN397 have none and get the 80/20 split of ``split.py``.
-Class names and templates follow those published with CLIP, templates cut to a handful a task.
+Class names and templates follow those published with CLIP, templates reduced to a handful per task.
 """
 
 from __future__ import annotations

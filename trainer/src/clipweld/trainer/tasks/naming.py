@@ -18,7 +18,7 @@ MAX_PAIRS = 12  # of folders with their names, in a warning
 
 
 def names_of(folder: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-    """What class folders stand for in prompts, and what is doubtful about it.
+    """The class names that folders give in prompts, and warnings about doubtful ones.
 
     Raises:
         TaskInvalid: two become one, or ``classes.txt`` has another number of names.

@@ -26,7 +26,7 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images that are opened one at a time, when asked for.
+    """Labelled images that are opened one at a time, on demand.
 
     Attributes:
         labels: index of the class of every image; known without decoding any.
@@ -80,7 +80,7 @@ class Images:
             ) from exc
 
     def readable(self, preprocess: Callable[[Image.Image], Tensor], tell: Callable[[str], None]) -> Images:
-        """Without those that can't be read, each of which ``tell`` is told of. Reads all, keeps none."""
+        """Return the images that can be read, and report each of the others to ``tell``. Reads all, keeps none."""
 
         def fault(index: int) -> str | None:
             try:
@@ -149,7 +149,7 @@ class Task:
 
     Attributes:
         name: what the adapter and the served task are called.
-        class_names: one a class, as they stand in a prompt.
+        class_names: one per class, as prompts have them.
         templates: prompts with one ``{}`` for the class name.
         load: split (``train`` or ``test``) -> its images.
         source: where the images come from, for messages and for the record.
@@ -179,9 +179,9 @@ class Task:
 
 
 def skip_unreadable(task: Task, preprocess: Callable[[Image.Image], Tensor], tell: Callable[[str], None]) -> Task:
-    """The same task without the images that can't be read, each of which ``tell`` is told of.
+    """Return the same task without the images that can't be read, each of which is reported to ``tell``.
 
-    A split is looked through when it is loaded first, which takes as long as reading all of it.
+    A split is checked when it is first loaded, which takes the time of reading all of it.
 
     Args:
         preprocess: the model's, which refuses some that can be decoded.

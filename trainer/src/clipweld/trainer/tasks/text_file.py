@@ -1,4 +1,4 @@
-"""Short text files that people write by hand, one entry a line, as editors on any system save them."""
+"""Short text files that people write by hand, one entry per line, as editors on any system save them."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def _check_places(folder: Path, names: list[str]) -> None:
 
 
 def beside(folder: Path, known: Sequence[str] = ()) -> Counter[str]:
-    """How many entries lie beside the folders in a folder, by kind, but for files of these names (in lower case)."""
+    """Count the entries beside the class folders, by kind, except files of these names (in lower case)."""
     left_out: Counter[str] = Counter()
     for name, is_folder in _entries(folder):
         if is_hidden(name):
