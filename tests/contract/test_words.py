@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NEVER = {
-    r"stands? (?:no more|in the repository|here|twice)|standing(?!:)|stand no more": "is loaded, active; is listed twice",
+    r"stands? (?:no more|in the repository|here|twice)|standing(?!:)|stand no more": "is loaded; is listed twice",
     r"rest(?:s|ing) in": "is stored in",
     r"strangers?(?:'s)?": "untrusted",
     r"(?:is|are|be|been|was) told(?: of| to)?": "is reported, is passed to",
