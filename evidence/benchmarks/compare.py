@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from evidence import command_line
 from evidence.benchmarks.contenders import CONTENDERS, INFINITY_VARIABLE, Clipweld, Contender, OpenClip
 from evidence.benchmarks.process import Failed, Worker, find_contender
 from evidence.benchmarks.table import HEADINGS, rows
+from evidence.command_line import POSITIVE
 
 OURS, REFERENCE = Clipweld.title, OpenClip.title  # what ratios are to, and whose answers are right: CLIP's own code
 TOLERANCE = 0.005  # of a probability: noise of two grey levels moves it by 0.001, a mirrored image by 0.02
@@ -34,16 +36,19 @@ console = Console(stderr=True)
 
 
 def main(
-    model: Annotated[list[str] | None, typer.Option(help="open_clip's names. [default: ViT-B-32 ViT-B-16]")] = None,
-    pretrained: Annotated[str, typer.Option(help="Their weights; speed doesn't depend on them.")] = "random",
-    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Images a call. [default: 1 32]")] = None,
-    images: Annotated[int, typer.Option(min=1, help="How many there are; a turn is 8 calls at most.")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="Each gives every contender a turn.")] = 7,
-    starts: Annotated[int, typer.Option(min=1, help="How often each is started; the median counts.")] = 3,
-    infinity: Annotated[Path | None, typer.Option(help="infinity_emb, where it is not on PATH.")] = None,
-    also: Annotated[list[str] | None, typer.Option(help="MODULE:CLASS: one more contender.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/compare.json"),
-    as_json: Annotated[bool, typer.Option("--json", help="Figures as JSON on stdout, no tables.")] = False,
+    *,
+    model: Annotated[list[str] | None, Parameter(help="open_clip's names. [default: ViT-B-32 ViT-B-16]")] = None,
+    pretrained: Annotated[str, Parameter(help="Their weights; speed doesn't depend on them.")] = "random",
+    batch_size: Annotated[
+        list[int] | None, Parameter(validator=POSITIVE, help="Images a call. [default: 1 32]")
+    ] = None,
+    images: Annotated[int, Parameter(validator=POSITIVE, help="How many there are; a turn is 8 calls at most.")] = 32,
+    rounds: Annotated[int, Parameter(validator=POSITIVE, help="Each gives every contender a turn.")] = 7,
+    starts: Annotated[int, Parameter(validator=POSITIVE, help="How often each is started; the median counts.")] = 3,
+    infinity: Annotated[Path | None, Parameter(help="infinity_emb, where it is not on PATH.")] = None,
+    also: Annotated[list[str] | None, Parameter(help="MODULE:CLASS: one more contender.")] = None,
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/compare.json"),
+    as_json: Annotated[bool, Parameter(name="--json", help="Figures as JSON on stdout, no tables.")] = False,
 ) -> None:
     """Time every contender that is installed; exit with 1 where one answers differently or fails."""
     if infinity:
@@ -65,7 +70,7 @@ def main(
     print(json.dumps(figures, indent=2)) if as_json else _show(figures)
     every = [c for measured in figures["models"].values() for c in measured.values()]
     if any("failed" in c or any("wrong" in batch for batch in c["batches"].values()) for c in every):
-        raise typer.Exit(1)
+        raise SystemExit(1)
 
 
 def _export(name: str, pretrained: str, images: int, folder: Path) -> None:
@@ -208,4 +213,4 @@ def _median(values: list[float | None]) -> float | None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

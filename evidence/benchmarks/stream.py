@@ -17,7 +17,7 @@ from typing import Annotated
 
 import numpy as np
 import onnxruntime
-import typer
+from cyclopts import Parameter
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -30,6 +30,8 @@ from clipweld.exporter.serving.triton import serve
 from clipweld.exporter.store.repository import Repository
 from clipweld.trainer.base.backbone import Backbone, load_backbone
 from clipweld.trainer.tasks import sample
+from evidence import command_line
+from evidence.command_line import POSITIVE
 
 LABELS = ["a cat", "a dog", "a flag", "a shoe"]
 PHOTO = (640, 480)  # pixels of the files, which are JPEG
@@ -37,12 +39,15 @@ IDLE_S = 0.3  # threads spin for a while after their work, and would take a core
 
 
 def main(
-    model: Annotated[str, typer.Option(help="open_clip's name of the model.")] = "ViT-B-16",
-    pretrained: Annotated[str, typer.Option(help="Its weights; speed doesn't depend on them.")] = "random",
-    images: Annotated[int, typer.Option(min=1, help="Files in the folder.")] = 96,
-    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="In process; again for more. [8, 16, 32]")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Each gives both a turn.")] = 5,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/stream.json"),
+    *,
+    model: Annotated[str, Parameter(help="open_clip's name of the model.")] = "ViT-B-16",
+    pretrained: Annotated[str, Parameter(help="Its weights; speed doesn't depend on them.")] = "random",
+    images: Annotated[int, Parameter(validator=POSITIVE, help="Files in the folder.")] = 96,
+    batch_size: Annotated[
+        list[int] | None, Parameter(validator=POSITIVE, help="In process; again for more. [8, 16, 32]")
+    ] = None,
+    rounds: Annotated[int, Parameter(validator=POSITIVE, help="Each gives both a turn.")] = 5,
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/stream.json"),
 ) -> None:
     """Images per second, measured in turn, and the client's share of what ONNX Runtime does in process."""
     sizes = batch_size or [8, 16, 32]
@@ -112,4 +117,4 @@ def _time(runs: dict, rounds: int) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

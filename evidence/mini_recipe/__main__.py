@@ -7,14 +7,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.logging import RichHandler
 
 from clipweld.trainer.errors import TrainerError
+from evidence import command_line
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-Work = Annotated[Path, typer.Option(help="Working folder: packages, pairs, checkpoint. Reused by the next run.")]
+app = command_line.application(__doc__)
+Work = Annotated[Path, Parameter(help="Working folder: packages, pairs, checkpoint. Reused by the next run.")]
 
 
 def _start_logging() -> None:
@@ -24,7 +25,7 @@ def _start_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
 
 
-@app.command()
+@app.command
 def pairs(work: Work) -> None:
     """Fetch the packages and build the pre-training pairs."""
     from evidence.mini_recipe import pairs, sources
@@ -36,8 +37,8 @@ def pairs(work: Work) -> None:
     logging.info("%d pairs: %s", len(built), dict(Counter(pair.source for pair in built)))
 
 
-@app.command()
-def tasks(work: Work, out: Annotated[Path, typer.Option(help="Where the zips and tasks.json go.")]) -> None:
+@app.command
+def tasks(work: Work, out: Annotated[Path, Parameter(help="Where the zips and tasks.json go.")]) -> None:
     """Build the six tasks."""
     from evidence.mini_recipe import sources, tasks
 
@@ -45,13 +46,13 @@ def tasks(work: Work, out: Annotated[Path, typer.Option(help="Where the zips and
     tasks.build(sources.Folder(work), out)
 
 
-@app.command()
+@app.command
 def train(
     work: Work,
-    minutes: Annotated[float, typer.Option(help="Wall-clock minutes of training.")] = 60.0,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    seed: Annotated[int, typer.Option(help="Seed of weights, captions and augmentation.")] = 0,
-    start_from: Annotated[Path | None, typer.Option(help="Weights to go on from, at half the rates.")] = None,
+    minutes: Annotated[float, Parameter(help="Wall-clock minutes of training.")] = 60.0,
+    threads: Annotated[int, Parameter(help="CPU threads.")] = 2,
+    seed: Annotated[int, Parameter(help="Seed of weights, captions and augmentation.")] = 0,
+    start_from: Annotated[Path | None, Parameter(help="Weights to go on from, at half the rates.")] = None,
 ) -> None:
     """Pre-train on the pairs; a second start resumes from the last checkpoint."""
     from safetensors.torch import load_file
@@ -67,10 +68,10 @@ def train(
     train.Training(pairs.load(work / "pairs.npz"), model_cfg, config, work / "training", start).run()
 
 
-@app.command()
+@app.command
 def measure(
-    weights: Annotated[Path, typer.Option(help="A safetensors file.")],
-    tasks: Annotated[Path | None, typer.Option(help="A folder of tasks; the shipped one if absent.")] = None,
+    weights: Annotated[Path, Parameter(help="A safetensors file.")],
+    tasks: Annotated[Path | None, Parameter(help="A folder of tasks; the shipped one if absent.")] = None,
 ) -> None:
     """Zero-shot accuracy on the six tasks, as a Markdown table."""
     from evidence.mini_recipe import measure
@@ -79,12 +80,12 @@ def measure(
     Console(highlight=False, width=200).print(measure.table(scores), markup=False)
 
 
-@app.command()
+@app.command
 def build(
     work: Work,
-    out: Annotated[Path, typer.Option(help="Where mini.safetensors, mini.json and tasks/ go.")],
-    minutes: Annotated[float, typer.Option(help="Wall-clock minutes of training.")] = 60.0,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    out: Annotated[Path, Parameter(help="Where mini.safetensors, mini.json and tasks/ go.")],
+    minutes: Annotated[float, Parameter(help="Wall-clock minutes of training.")] = 60.0,
+    threads: Annotated[int, Parameter(help="CPU threads.")] = 2,
 ) -> None:
     """Everything: tasks, pairs, training, and the scores on the shipped tasks."""
     from evidence.mini_recipe import measure as measuring
@@ -101,7 +102,7 @@ def build(
 def main() -> None:
     """Run the command line; an error of the recipe becomes one line and exit code 1."""
     try:
-        app()
+        command_line.start(app)
     except TrainerError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False)
         raise SystemExit(1) from error

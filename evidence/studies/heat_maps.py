@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import tyro
 from matplotlib.figure import Figure
 
 from clipweld.trainer.report.accuracy import heat_map
 from clipweld.trainer.report.figures import Picture, draw
 from clipweld.trainer.report.runs import read_runs
+from evidence import command_line
 
 PANELS = {"pool": "clipweld", "lora": "plain LoRA", "finetune": "fine-tuning"}
 SIZE = (10.6, 3.0)  # inches
 
 
-def main(runs: tyro.conf.Positional[Path], out: Path) -> None:
+def main(runs: Path, /, *, out: Path) -> None:
     """Draw it as a PNG.
 
     Args:
@@ -43,4 +43,4 @@ def picture(runs: Path) -> Picture:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m evidence.studies.heat_maps")
+    command_line.run(main, consume_multiple=True)

@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import tyro
+from cyclopts import Parameter
 from rich.console import Console
 
 from clipweld.trainer.config import METHODS, Method
+from evidence import command_line
 
 SEEDS = (0, 1, 2)
 ORDERS = (0, 1, 2)
@@ -94,7 +95,7 @@ ABLATIONS: dict[Length, dict[str, str]] = {
 Part = Literal["search", "methods", "ablations", "orders"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """Learn the six small tasks by every method, in several orders with several seeds."""
 
@@ -108,7 +109,7 @@ class Study:
     """Runs at a time, each on one CPU core: twice the speed of one run on two cores."""
 
 
-def main(study: Study) -> None:
+def main(study: Annotated[Study, Parameter(name="*")] = Study()) -> None:
     """Run all commands of the chosen parts."""
     runs = [
         command
@@ -174,4 +175,4 @@ FOLDERS = {"orders": "methods"}
 PARTS = {"search": search, "methods": methods, "ablations": ablations, "orders": orders}
 
 if __name__ == "__main__":
-    main(tyro.cli(Study, prog="python -m evidence.studies.mini"))
+    command_line.run(main, consume_multiple=True)

@@ -16,23 +16,29 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
+from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
 from clipweld.trainer.adapters.adapter import Adapter, save_adapter
 from clipweld.trainer.adapters.merge import STACKED
 from clipweld.trainer.base.backbone import Backbone, load_backbone
+from evidence import command_line
+from evidence.command_line import POSITIVE
 
 EXPERTS = 4  # what a task of the published settings leaves behind
 
 
 def main(
-    model: Annotated[str, typer.Option(help="open_clip's name of the model.")] = "ViT-B-16",
-    pretrained: Annotated[str, typer.Option(help="Its weights; cost doesn't depend on them.")] = "random",
-    tasks: Annotated[int, typer.Option(min=2, help="How many adapters, of random experts on every layer.")] = 11,
-    experts: Annotated[int, typer.Option(min=1, help="Experts that each keeps in a layer.")] = EXPERTS,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/release.json"),
+    *,
+    model: Annotated[str, Parameter(help="open_clip's name of the model.")] = "ViT-B-16",
+    pretrained: Annotated[str, Parameter(help="Its weights; cost doesn't depend on them.")] = "random",
+    tasks: Annotated[
+        int, Parameter(validator=Number(gte=2), help="How many adapters, of random experts on every layer.")
+    ] = 11,
+    experts: Annotated[int, Parameter(validator=POSITIVE, help="Experts that each keeps in a layer.")] = EXPERTS,
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/release.json"),
 ) -> None:
     """Merge all but the last adapter into a new repository, then all onto that, then all where no parent is left."""
     figures = {"model": model, "tasks": tasks, "experts": experts, "merges": {}}
@@ -119,4 +125,4 @@ def _merge(arguments: list[str | Path]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

@@ -10,9 +10,10 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-import tyro
+from cyclopts import Parameter
 from PIL import Image
 from rich.console import Console
 
@@ -24,11 +25,12 @@ from clipweld.trainer.files import replacing
 from clipweld.trainer.learning.dry_run import peak_memory
 from clipweld.trainer.learning.fit import Fitted, fit
 from clipweld.trainer.tasks import Images, Task
+from evidence import command_line
 
 CLASSES, IMAGES_A_CLASS = 4, 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """Learn synthetic tasks one after another with the small CLIP; print time and memory against tasks learned."""
 
@@ -42,7 +44,7 @@ class Scale:
     """Folder for scale.json."""
 
 
-def main(settings: Scale) -> None:
+def main(settings: Annotated[Scale, Parameter(name="*")] = Scale()) -> None:
     """Learn all, then compare the second and the last in turn: the machine's own drift falls out of the ratio."""
     console = Console(stderr=True)
     base = load_backbone("mini")
@@ -117,4 +119,4 @@ def synthetic(number: int) -> Task:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Scale, prog="python -m evidence.studies.scale"))
+    command_line.run(main, consume_multiple=True)

@@ -20,7 +20,7 @@ import onnxruntime
 import open_clip
 import torch
 import torch.nn.functional as F
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from clipweld.exporter.graph.towers import ImageTower
 from clipweld.exporter.graph.trace import fill, trace_image_tower, trace_text_tower
 from clipweld.trainer.base.backbone import Backbone, load_backbone
 from clipweld.trainer.base.cls_block import cut_to_longest
+from evidence import command_line
+from evidence.command_line import POSITIVE
 
 Run = Callable[[], object]
 OURS = "clipweld"
@@ -51,14 +53,15 @@ class OpenClipText(nn.Module):
 
 
 def main(
-    model: Annotated[str, typer.Option(help="open_clip's name of the model.")] = "ViT-B-16",
-    pretrained: Annotated[str, typer.Option(help="Its weights; speed doesn't depend on them.")] = "random",
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Each runs everything once.")] = 9,
+    *,
+    model: Annotated[str, Parameter(help="open_clip's name of the model.")] = "ViT-B-16",
+    pretrained: Annotated[str, Parameter(help="Its weights; speed doesn't depend on them.")] = "random",
+    batch_size: Annotated[int, Parameter(validator=POSITIVE)] = 8,
+    rounds: Annotated[int, Parameter(validator=POSITIVE, help="Each runs everything once.")] = 9,
     also: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE: one more ONNX of the image tower, with float32 pixels.")
+        list[str] | None, Parameter(help="NAME=FILE: one more ONNX of the image tower, with float32 pixels.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/speed.json"),
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/speed.json"),
 ) -> None:
     """Time the exported towers, their int8 or fp16, a plain torch.onnx.export, and open_clip eager and compiled."""
     logging.disable(logging.WARNING)
@@ -170,4 +173,4 @@ def _device() -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

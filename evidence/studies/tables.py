@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import tyro
-
 from clipweld.trainer.config import MEASURES
 from clipweld.trainer.report.groups import Group, Section, sections
 from clipweld.trainer.report.page import as_text, signed
 from clipweld.trainer.report.runs import read_runs
-from evidence import markdown
+from evidence import command_line, markdown
 
 HEADINGS = (
     "", "runs", "Transfer", "to zero-shot", "Average", "Last", "to the first row", "Forgetting",
@@ -22,7 +20,7 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def main(run: tyro.conf.Positional[tuple[Path, ...]], space: str = "task") -> None:
+def main(run: tuple[Path, ...], /, *, space: str = "task") -> None:
     """Print one Markdown table for each model and set of tasks.
 
     Args:
@@ -53,4 +51,4 @@ def _row(group: Group, section: Section, space: str) -> tuple[object, ...]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m evidence.studies.tables")
+    command_line.run(main, consume_multiple=True)

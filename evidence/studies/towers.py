@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import tyro
-
 from clipweld.trainer.adapters.adapter import Adapter, load_lineage
 from clipweld.trainer.adapters.merge import merge
 from clipweld.trainer.base.backbone import load_backbone, with_weights
@@ -19,12 +17,12 @@ from clipweld.trainer.files import replacing
 from clipweld.trainer.learning.evaluate import evaluate
 from clipweld.trainer.report.runs import RECORD
 from clipweld.trainer.tasks import load_task
-from evidence import markdown
+from evidence import command_line, markdown
 
 HALVES = {"image tower": ("image",), "text tower": ("text",), "both": ("image", "text")}
 
 
-def main(run: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = Path("runs/results/towers.json")) -> None:
+def main(run: tuple[Path, ...] = (), /, *, out: Path = Path("runs/results/towers.json")) -> None:
     """Test every run's first adapter by halves on all tasks, and print a Markdown table.
 
     Args:
@@ -73,4 +71,4 @@ def table(rows: Sequence[dict]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m evidence.studies.towers")
+    command_line.run(main, consume_multiple=True)

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import track
 
@@ -23,6 +23,8 @@ from clipweld.exporter.errors import ExporterError
 from clipweld.exporter.serving.triton import serve
 from clipweld.exporter.store.manifest import check_files
 from clipweld.exporter.store.repository import KINDS, Repository
+from evidence import command_line
+from evidence.command_line import POSITIVE
 from evidence.trust.record import Record
 from evidence.trust.served import write_versions
 
@@ -31,9 +33,10 @@ BUSY = "another exporter is writing to it; wait until it has finished"
 
 
 def main(
-    pairs: Annotated[int, typer.Option(min=1, help="How often two are started.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of commands and moments.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/concurrent_exporters.json"),
+    *,
+    pairs: Annotated[int, Parameter(validator=POSITIVE, help="How often two are started.")] = 50,
+    seed: Annotated[int, Parameter(help="Of commands and moments.")] = 0,
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/concurrent_exporters.json"),
 ) -> None:
     """Start two of merge, promote, rollback and prune at once, and look at what they say and leave."""
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-concurrent-") as folder:
@@ -108,4 +111,4 @@ def _command(repository: Repository, url: str, draw: random.Random) -> list[str]
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

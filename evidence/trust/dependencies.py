@@ -13,8 +13,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
+from evidence import command_line
 from evidence.trust.record import Record
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
@@ -23,8 +24,9 @@ NOT_PINNED = OURS | {"pip", "setuptools", "wheel"}  # and what an environment br
 
 
 def main(
-    sbom: Annotated[Path, typer.Option(help="Where the list goes, in CycloneDX JSON.")] = Path("runs/trust/sbom.json"),
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/dependencies.json"),
+    *,
+    sbom: Annotated[Path, Parameter(help="Where the list goes, in CycloneDX JSON.")] = Path("runs/trust/sbom.json"),
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/dependencies.json"),
 ) -> None:
     """Check every package of this environment."""
     with Record(out) as record:
@@ -80,4 +82,4 @@ def _normal(name: str) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

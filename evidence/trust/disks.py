@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow.parquet
-import typer
+from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.progress import track
 
@@ -38,6 +39,7 @@ from clipweld.client import ZeroShotClassifier
 from clipweld.exporter.serving.admin import KEY_FILE
 from clipweld.exporter.serving.triton import serve
 from clipweld.trainer.tasks import load_task, sample
+from evidence import command_line
 from evidence.trust.record import Record
 
 PAGE = 4096  # what a tmpfs gives out
@@ -187,9 +189,12 @@ PRINTED = (
 
 
 def main(
-    levels: Annotated[int, typer.Option(min=2, help="Sizes of the disk to try for each command, twice.")] = 25,
-    only: Annotated[str, typer.Option(help="Cases whose name has this in it.")] = "",
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/disks.json"),
+    *,
+    levels: Annotated[
+        int, Parameter(validator=Number(gte=2), help="Sizes of the disk to try for each command, twice.")
+    ] = 25,
+    only: Annotated[str, Parameter(help="Cases whose name has this in it.")] = "",
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/disks.json"),
 ) -> None:
     """Run every command on full, nearly full and read-only disks, and once more when there is room."""
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -199,7 +204,7 @@ def main(
                 pass
         except PermissionError as exc:
             print(f"disks: {exc}", file=sys.stderr)
-            raise typer.Exit(2) from exc
+            raise SystemExit(2) from exc
         with Rig(Path(folder), record) as rig:
             cases = [case for case in CASES if only in case.name]
             for case in cases:
@@ -516,4 +521,4 @@ def differing(wanted: dict[str, str], found: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

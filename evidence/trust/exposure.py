@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import psutil
 import tritonclient.grpc
 import tritonclient.http
-import typer
+from cyclopts import Parameter
 from tritonclient.utils import InferenceServerException
 
 from clipweld.client import ZeroShotClassifier
@@ -38,6 +38,8 @@ from clipweld.exporter.serving.admin import HEADER, KEY_VARIABLE, admin_key
 from clipweld.exporter.store.repository import Repository
 from clipweld.trainer.base.backbone import load_backbone
 from clipweld.trainer.tasks import sample
+from evidence import command_line
+from evidence.command_line import POSITIVE
 from evidence.trust.record import Record
 
 EXPORTER = (sys.executable, "-m", "clipweld.exporter")
@@ -109,11 +111,14 @@ STRANGERS = (
 
 
 def main(
-    guesses: Annotated[int, typer.Option(min=1, help="Wrong keys to try on each of model control's doors.")] = 20,
-    uploads: Annotated[int, typer.Option(min=1, help="Uploads that are too large, or lie about it.")] = 100,
-    garbled: Annotated[int, typer.Option(min=1, help="Damaged requests to the page.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of sizes and keys.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/exposure.json"),
+    *,
+    guesses: Annotated[
+        int, Parameter(validator=POSITIVE, help="Wrong keys to try on each of model control's doors.")
+    ] = 20,
+    uploads: Annotated[int, Parameter(validator=POSITIVE, help="Uploads that are too large, or lie about it.")] = 100,
+    garbled: Annotated[int, Parameter(validator=POSITIVE, help="Damaged requests to the page.")] = 2000,
+    seed: Annotated[int, Parameter(help="Of sizes and keys.")] = 0,
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/exposure.json"),
 ) -> None:
     """Start a server and a page as anyone would, and try what an attacker would."""
     draw = random.Random(seed)
@@ -336,4 +341,4 @@ def _process(command: list[str]) -> Iterator[subprocess.Popen]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

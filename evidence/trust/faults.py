@@ -23,7 +23,7 @@ from statistics import median
 from typing import Annotated
 
 import trustme
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import track
 
@@ -31,6 +31,8 @@ from clipweld.client import TLS
 from clipweld.exporter.serving.triton import RunningTriton, serve
 from clipweld.exporter.store.repository import CONFIG_FILE, Repository
 from clipweld.trainer.base.backbone import load_backbone
+from evidence import command_line
+from evidence.command_line import POSITIVE
 from evidence.trust.load import Load, Truth
 from evidence.trust.proxy import Pass, closed, flipped, garbled, proxied, silent, slow, truncated
 from evidence.trust.record import Record
@@ -119,9 +121,10 @@ class Bench:
 
 
 def main(
-    requests: Annotated[int, typer.Option(min=1, help="Calls in all, at least.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Of questions and misfortunes.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/faults.json"),
+    *,
+    requests: Annotated[int, Parameter(validator=POSITIVE, help="Calls in all, at least.")] = 10_000,
+    seed: Annotated[int, Parameter(help="Of questions and misfortunes.")] = 0,
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/faults.json"),
 ) -> None:
     """Break a server in each way in turn, and judge every call that its clients made meanwhile."""
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-faults-") as folder:
@@ -326,4 +329,4 @@ FAULTS: dict[str, Callable[[Bench], object]] = {
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

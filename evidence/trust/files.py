@@ -25,10 +25,13 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.progress import Progress
 
+from evidence import command_line
+from evidence.command_line import POSITIVE
 from evidence.trust.record import Record
 
 SECONDS = 30.0  # that one file may take; a reader that is stuck outside of Python gets three times as long
@@ -96,13 +99,18 @@ class Found:
 
 
 def main(
-    adapters: Annotated[int, typer.Option(min=0, help="Adapter files.")] = 100_000,
-    manifests: Annotated[int, typer.Option(min=0, help="Manifests.")] = 20_000,
-    others: Annotated[int, typer.Option(min=0, help="Files of each other kind; weights, a tenth.")] = 2_000,
-    atheris: Annotated[int, typer.Option(min=0, help="Files that atheris makes, guided by coverage.")] = 100_000,
-    seed: Annotated[int, typer.Option(help="Of all files, together with their number.")] = 0,
-    processes: Annotated[int, typer.Option(min=1, help="At a time.")] = 2,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/files.json"),
+    *,
+    adapters: Annotated[int, Parameter(validator=Number(gte=0), help="Adapter files.")] = 100_000,
+    manifests: Annotated[int, Parameter(validator=Number(gte=0), help="Manifests.")] = 20_000,
+    others: Annotated[
+        int, Parameter(validator=Number(gte=0), help="Files of each other kind; weights, a tenth.")
+    ] = 2_000,
+    atheris: Annotated[
+        int, Parameter(validator=Number(gte=0), help="Files that atheris makes, guided by coverage.")
+    ] = 100_000,
+    seed: Annotated[int, Parameter(help="Of all files, together with their number.")] = 0,
+    processes: Annotated[int, Parameter(validator=POSITIVE, help="At a time.")] = 2,
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/files.json"),
 ) -> None:
     """Spoil files of every kind that may come from anyone, and read each as the product does."""
     kept = out.with_suffix("")
@@ -364,4 +372,4 @@ def _progress(total: int) -> Iterator[Counter]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

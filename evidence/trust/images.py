@@ -29,7 +29,8 @@ from typing import Annotated
 import numpy as np
 import psutil
 import torch
-import typer
+from cyclopts import Parameter
+from cyclopts.validators import Number
 from open_clip.transform import PreprocessCfg
 from PIL import Image
 from rich.console import Console
@@ -44,6 +45,8 @@ from clipweld.trainer.base.backbone import load_backbone
 from clipweld.trainer.errors import UnreadableImage
 from clipweld.trainer.preprocessing import open_image, preprocessing
 from clipweld.trainer.tasks import Images, sample
+from evidence import command_line
+from evidence.command_line import POSITIVE
 from evidence.trust.image_damage import mutated
 from evidence.trust.pictures import ENDINGS, LARGE, of_unknown_range, saved, seeds
 from evidence.trust.record import Record
@@ -57,11 +60,14 @@ TRAINER = (sys.executable, "-m", "clipweld.trainer")
 
 
 def main(
-    files: Annotated[int, typer.Option(min=1, help="Files to damage.")] = 10_000,
-    commands: Annotated[int, typer.Option(min=2, help="How many of the files go through the commands.")] = 300,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
-    seed: Annotated[int, typer.Option(help="Of what is done to which file.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the figures go; files that broke something lie beside it.")] = Path(
+    *,
+    files: Annotated[int, Parameter(validator=POSITIVE, help="Files to damage.")] = 10_000,
+    commands: Annotated[
+        int, Parameter(validator=Number(gte=2), help="How many of the files go through the commands.")
+    ] = 300,
+    workers: Annotated[int, Parameter(validator=POSITIVE, help="Processes.")] = os.cpu_count() or 1,
+    seed: Annotated[int, Parameter(help="Of what is done to which file.")] = 0,
+    out: Annotated[Path, Parameter(help="Where the figures go; files that broke something lie beside it.")] = Path(
         "runs/trust/images.json"
     ),
 ) -> None:
@@ -316,4 +322,4 @@ def _ending(kind: str) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

@@ -31,11 +31,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import Progress
 
 from clipweld.exporter.serving.installation import SHARED_MEMORY
+from clipweld.trainer.command_line import WrongUsage
+from evidence import command_line
+from evidence.command_line import POSITIVE
 from evidence.trust.record import Record
 from evidence.trust.stage import Command, environment, stage
 
@@ -78,10 +81,11 @@ class Case:
 
 
 def main(
-    kills: Annotated[int, typer.Option(min=1, help="Of each command, at least.")] = 34,
-    only: Annotated[list[str] | None, typer.Option(help="A command to kill; again for more. All if left out.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/kills.json"),
+    *,
+    kills: Annotated[int, Parameter(validator=POSITIVE, help="Of each command, at least.")] = 34,
+    only: Annotated[list[str] | None, Parameter(help="A command to kill; again for more. All if left out.")] = None,
+    seed: Annotated[int, Parameter(help="Of the moments.")] = 0,
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/kills.json"),
 ) -> None:
     """Kill fit, sequence, merge, promote on a running server, prune, classify into a file, and serve."""
     with (
@@ -91,7 +95,7 @@ def main(
     ):
         if unknown := set(only or ()) - {command.name for command in commands}:
             known = ", ".join(command.name for command in commands)
-            raise typer.BadParameter(f"{', '.join(sorted(unknown))}: expected some of: {known}")
+            raise WrongUsage(f"{', '.join(sorted(unknown))}: expected some of: {known}")
         wanted = [command for command in commands if not only or command.name in only]
         study(wanted, kills, seed, Path(folder) / "cases", record, out.with_suffix(""))
 
@@ -340,4 +344,4 @@ def _glance(folder: Path) -> list[tuple[str, int]]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import onnx
 import torch
-import typer
+from cyclopts import Parameter
 from onnx import numpy_helper
 from PIL import Image
 from rich.console import Console
@@ -50,6 +50,8 @@ from clipweld.trainer.errors import NotFinite, TrainerError, WeightsError
 from clipweld.trainer.learning.fit import fit
 from clipweld.trainer.method import attach_pools
 from clipweld.trainer.tasks import Task, load_task, sample
+from evidence import command_line
+from evidence.command_line import POSITIVE
 from evidence.trust.record import Record
 
 NOT_NUMBERS = (math.nan, math.inf, -math.inf)
@@ -126,10 +128,11 @@ class World:
 
 
 def main(
-    plants: Annotated[int, typer.Option(min=1, help="Faults to plant, of every kind in turn.")] = 200,
-    only: Annotated[int | None, typer.Option(help="Plant this one alone, by its number.")] = None,
-    seed: Annotated[int, typer.Option(help="Of places and values.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/numbers.json"),
+    *,
+    plants: Annotated[int, Parameter(validator=POSITIVE, help="Faults to plant, of every kind in turn.")] = 200,
+    only: Annotated[int | None, Parameter(help="Plant this one alone, by its number.")] = None,
+    seed: Annotated[int, Parameter(help="Of places and values.")] = 0,
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/numbers.json"),
 ) -> None:
     """Plant faults in weights, adapters, training, exported towers and answers; each must be found and named."""
     numbers = range(plants) if only is None else [only]
@@ -430,4 +433,4 @@ def ask(ground: World, url: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

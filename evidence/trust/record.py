@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import typer
 from rich.console import Console
 
 
@@ -58,4 +57,4 @@ class Record:
         for line in self.broken:
             print(f"BROKEN: {line}", file=sys.stderr)
         if self.broken:
-            raise typer.Exit(1)
+            raise SystemExit(1)

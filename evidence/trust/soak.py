@@ -23,7 +23,8 @@ from statistics import median
 from typing import Annotated
 
 import psutil
-import typer
+from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.progress import Progress
 from scipy.stats import theilslopes
@@ -34,6 +35,7 @@ from clipweld.exporter.serving.switch import promote, rollback
 from clipweld.exporter.serving.triton import serve
 from clipweld.exporter.store.repository import Repository
 from clipweld.trainer.base.backbone import load_backbone
+from evidence import command_line
 from evidence.trust.asking import keep
 from evidence.trust.record import Record
 from evidence.trust.served import known, pictures, write_versions
@@ -47,9 +49,10 @@ KEPT_SAMPLES = 60
 
 
 def main(
-    minutes: Annotated[float, typer.Option(min=0.05, help="How long.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of questions and switches.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/soak.json"),
+    *,
+    minutes: Annotated[float, Parameter(validator=Number(gte=0.05), help="How long.")] = 20,
+    seed: Annotated[int, Parameter(help="Of questions and switches.")] = 0,
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/soak.json"),
 ) -> None:
     """Ask, switch, and measure memory, threads and files of the server and of its clients."""
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-soak-") as folder:
@@ -236,4 +239,4 @@ def _own_temporary_folder(folder: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 
 from clipweld.client import ZeroShotClassifier
@@ -33,6 +33,8 @@ from clipweld.exporter.errors import TritonFailed
 from clipweld.exporter.serving.triton import serve
 from clipweld.exporter.store.repository import KINDS, Repository
 from clipweld.trainer.tasks import sample
+from evidence import command_line
+from evidence.command_line import POSITIVE
 from evidence.trust.record import Record
 from evidence.trust.served import write_versions
 
@@ -63,9 +65,10 @@ def classify(): return clip.classify([sys.argv[2]] * 1000, labels=["cat", "dog"]
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is tried.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of files and victims.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("runs/trust/surroundings.json"),
+    *,
+    rounds: Annotated[int, Parameter(validator=POSITIVE, help="How often each is tried.")] = 10,
+    seed: Annotated[int, Parameter(help="Of files and victims.")] = 0,
+    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/surroundings.json"),
 ) -> None:
     """Try all of them."""
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-surroundings-") as folder:
@@ -313,4 +316,4 @@ def _proxy() -> Iterator[tuple[str, list[str]]]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

@@ -11,7 +11,7 @@ from evidence.studies import release
 
 @pytest.mark.slow
 def test_what_a_release_costs(tmp_path, capsys):
-    release.main("mini", "random", tasks=2, experts=1, out=tmp_path / "release.json")
+    release.main(model="mini", pretrained="random", tasks=2, experts=1, out=tmp_path / "release.json")
     figures = json.loads((tmp_path / "release.json").read_text())
     assert figures["same_bytes"]
     assert len(figures["merges"]) == 3

@@ -8,7 +8,6 @@ from contextlib import suppress
 from importlib.metadata import distributions
 
 import pytest
-import typer
 
 from evidence.trust import dependencies
 
@@ -21,8 +20,8 @@ def check(tmp_path, monkeypatch):
         (tmp_path / "constraints.txt").write_text(constraints)
         monkeypatch.setattr(dependencies, "CONSTRAINTS", tmp_path / "constraints.txt")
         monkeypatch.setattr(dependencies, "audit", lambda: (0, []))
-        with suppress(typer.Exit):
-            dependencies.main(tmp_path / "sbom.json", tmp_path / "record.json")
+        with suppress(SystemExit):
+            dependencies.main(sbom=tmp_path / "sbom.json", out=tmp_path / "record.json")
         return json.loads((tmp_path / "record.json").read_text())
 
     return check

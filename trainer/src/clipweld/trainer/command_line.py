@@ -33,7 +33,7 @@ def application(name: str, description: str, consume_multiple: bool = False) -> 
             negative="",
             consume_multiple=consume_multiple,
             allow_repeating=True,  # the last one counts, so that a script can add to a command that it was given
-            show_default=_shown,
+            show_default=shown,
         ),
     )
     app.register_install_completion_command()
@@ -76,7 +76,7 @@ class WrongUsage(CycloptsError):
         super().__init__(msg=message)
 
 
-def _shown(default: Any) -> Any:
+def shown(default: Any) -> Any:
     """A default as help shows it: not those that say nothing."""
     if default is None or default is False or default == ():
         return None
