@@ -7,6 +7,7 @@ from PIL import Image
 from clipweld.trainer import commands
 from clipweld.trainer.adapters.adapter import load_adapter
 from clipweld.trainer.cli import _precision, main
+from clipweld.trainer.tasks import as_learned, load_task
 
 QUICK = ["--model", "mini", "--iterations", "2", "--shots", "2", "--batch-size", "4"]
 
@@ -80,6 +81,18 @@ def test_fit_then_fit_again_then_evaluate(capsys, tmp_path):
     assert evaluated["learned"] == ["emoji", "clipart"]
     assert evaluated["accuracy"]["emoji"] == second.accuracy["after"]["emoji"]
     assert sorted(p.name for p in (tmp_path / "adapters").iterdir()) == ["clipart.safetensors", "emoji.safetensors"]
+
+
+@pytest.mark.slow
+def test_evaluate_uses_the_prompts_that_a_folder_was_learned_with(capsys, tmp_path):
+    adapters, folder = str(tmp_path / "adapters"), str(Path(__file__).parents[2] / "samples" / "bolts")
+    template = "not a {}"
+    main(["fit", "--task", folder, "--template", template, "--adapters", adapters, *QUICK, "--json"])
+    learned = load_adapter(json.loads(capsys.readouterr().out)["adapter"])
+    assert as_learned(load_task(folder), [learned]).templates == (template,)
+    assert as_learned(load_task("emoji"), [learned]).templates != (template,)
+    main(["evaluate", "--model", "mini", "--tasks", folder, "--adapters", adapters, "--json"])
+    assert json.loads(capsys.readouterr().out)["accuracy"] == learned.accuracy["after"]
 
 
 @pytest.mark.slow

@@ -225,7 +225,7 @@ def report(command: commands.Report) -> None:
 def evaluate(command: commands.Evaluate) -> None:
     """Test a model with its adapters merged."""
     from clipweld.trainer.base.hub import check_default_weights
-    from clipweld.trainer.tasks import load_tasks
+    from clipweld.trainer.tasks import as_learned, load_tasks
 
     found = load_tasks(command.tasks, command.data, download=command.download)
     check_default_weights(command.model, _weights(command))
@@ -240,6 +240,7 @@ def evaluate(command: commands.Evaluate) -> None:
     _announce_prompts(found, base, fabric)
     found = _readable(found, base, command)
     lineage = load_lineage(command.adapters, base.fingerprint)
+    found = [as_learned(task, lineage) for task in found]
     check_preprocessing(base, lineage)
     accuracies = evaluate_tasks(with_weights(base, merge(base.model.state_dict(), lineage)), found, fabric)["task"]
     if not fabric.is_global_zero:

@@ -6,7 +6,7 @@ import difflib
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ __all__ = [
     "Images",
     "Summary",
     "Task",
+    "as_learned",
     "catalogue",
     "check_distinct",
     "check_prompts",
@@ -128,6 +129,14 @@ def find_learned(adapter: Adapter, data: Path = DATA) -> Task | None:
         if task.class_names == adapter.class_names:
             return task
     return None
+
+
+def as_learned(task: Task, lineage: Sequence[Adapter]) -> Task:
+    """Return the task with the prompts that it was learned with, if the lineage has it: those are served, too."""
+    for adapter in lineage:
+        if (adapter.task, adapter.class_names) == (task.name, task.class_names):
+            return replace(task, templates=adapter.templates)
+    return task
 
 
 def load_tasks(names: Sequence[str], data: Path = DATA, *, download: bool = False) -> list[Task]:
