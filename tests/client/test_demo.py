@@ -169,7 +169,7 @@ def test_own_labels_on_a_real_triton(see, server, photo):
     assert page.nothing_was_wrong()
 
 
-def test_question_is_asked_again_when_the_task_or_the_labels_change(see, fake, photo):
+def test_a_change_of_task_or_labels_sends_the_question_again(see, fake, photo):
     page = see(fake.url)
     page.choose(photo)
     assert {name for name, _ in page.answered(1, 2)[0][1]} == {"zero", "one", "two"}
@@ -276,7 +276,7 @@ def test_server_that_is_away_and_comes_back(chromium, open_page, fake, photo):
     chromium.get("about:blank")
 
 
-def test_program_that_ended_is_said(see, fake, photo):
+def test_a_program_that_ended_is_reported(see, fake, photo):
     page = see(fake.url)
     page.driver.execute_script("window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))")
     page.choose(photo)
@@ -313,7 +313,7 @@ def test_narrow_window_needs_no_sideways_scrolling(see, fake, photo):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_its_ground(see, fake, photo, scheme):
+def test_text_contrasts_with_its_background(see, fake, photo, scheme):
     """Contrast of at least 4.5 to 1, as WCAG 2 asks of text."""
     fake.cards[2]["tasks"][0]["accuracy"]["after"] = 90.0
     page = see(fake.url)

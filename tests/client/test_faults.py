@@ -214,7 +214,7 @@ def test_a_version_that_comes_back_as_another_is_opened_anew(fake, picture, conn
             assert clip.card().task("digits").adapter_sha256 == f"{version:x<64}"
 
 
-def test_a_version_that_becomes_another_under_a_call_is_asked_again(fake, picture, connect):
+def test_a_call_is_retried_when_its_version_changes(fake, picture, connect):
     """The server goes and comes back as another between the two towers' answers."""
     with connect(fake.url, timeout_s=10) as clip:
         clip.classify(picture, LABELS)

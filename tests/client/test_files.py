@@ -82,7 +82,7 @@ def test_all_formats_say_the_same(fake, run, folder, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_an_interrupted_file_is_gone_on_with(fake, run, folder, tmp_path):
+def test_an_interrupted_file_is_resumed(fake, run, folder, tmp_path):
     out = tmp_path / "answers.jsonl"
     assert run(folder, "--labels", "cat, dog", "--out", out)[0] == 0
     whole = out.read_bytes()
@@ -132,7 +132,7 @@ def test_killed_and_run_again_no_image_is_missing_or_twice(server, folder, tmp_p
         ("answers.csv.part", '{"clipweld results": 1, "ques\n', "line 1 is damaged"),
     ],
 )
-def test_what_cannot_be_written_is_said_at_once(tmp_path, name, content, message):
+def test_an_unwritable_place_is_reported_at_once(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.write_text(content)

@@ -92,7 +92,7 @@ def test_whatever_is_left_out_of_a_folder_is_reported(scans):
     assert LeftOut(str(scans / "notes.txt"), "no image") in left_out
 
 
-def test_the_library_warns_unless_it_is_asked_to_report(fake, scans):
+def test_the_library_warns_unless_the_caller_collects_reports(fake, scans):
     with ZeroShotClassifier(fake.url) as clip:
         with pytest.warns(
             UserWarning, match=r"left out 1 linked folder .*, 2 links that lead nowhere .*11 hidden files"
@@ -176,7 +176,7 @@ def test_a_folder_without_images_leaves_no_results_behind(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_an_image_that_is_named_twice_is_asked_once_in_a_file_of_results(run, scans, tmp_path):
+def test_an_image_listed_twice_is_classified_once_in_a_results_file(run, scans, tmp_path):
     code, out, err = run(scans / "one.png", scans, f"{scans}/../scans/one.png", "--json", "--out", tmp_path / "a.csv")
     assert code == 0
     assert json.loads(out)["images"] == 2
@@ -199,7 +199,7 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("first", ["as it is", "absolute", "by a link to it"])
 @pytest.mark.parametrize("then", SPELLINGS)
-def test_results_go_on_however_the_folder_is_spelled(fake, run, tmp_path, monkeypatch, first, then):
+def test_results_are_resumed_however_the_folder_is_spelled(fake, run, tmp_path, monkeypatch, first, then):
     home = tmp_path / "home"
     for number in range(4):
         draw(home / f"scans/{number}.png", number)
@@ -230,7 +230,7 @@ def test_results_go_on_however_the_folder_is_spelled(fake, run, tmp_path, monkey
     assert out.read_text().splitlines()[:3] == lines
 
 
-def test_results_begun_before_there_were_paths_go_on(run, tmp_path, monkeypatch):
+def test_results_begun_before_paths_were_recorded_are_resumed(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in range(2):
         draw(tmp_path / f"scans/{number}.png", number)

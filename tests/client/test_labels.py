@@ -55,11 +55,11 @@ def run(fake, monkeypatch, capsys, tmp_path, picture):
         ("a photo of a {}", "{} of a {}", "a photo of a {} of a {}"),
     ],
 )
-def test_one_article_stands_before_a_label(template, label, prompt):
+def test_a_label_gets_one_article(template, label, prompt):
     assert prompt_of(template, label) == prompt
 
 
-def test_labels_with_articles_are_asked_as_people_mean_them(fake):
+def test_labels_with_articles_are_encoded_as_people_mean_them(fake):
     """The features of a label are those of its sentence, which the answers show."""
     pixels = np.full((9, 9, 3), 7, np.uint8)
     with ZeroShotClassifier(fake.url) as clip:
@@ -155,7 +155,7 @@ def test_labels_that_the_model_cannot_tell_apart_are_refused(fake, labels, messa
         list(clip.classify("no such image.png", labels))
 
 
-def test_what_a_task_has_learned_is_asked_as_it_is(fake):
+def test_a_learned_task_is_classified_with_its_own_prompts(fake):
     fake.cards[2]["tasks"][0]["class_names"] = ["a", "A", "b"]
     with ZeroShotClassifier(fake.url) as clip:
         (answer,) = clip.classify(np.full((9, 9, 3), 7, np.uint8), task="digits")

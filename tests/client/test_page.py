@@ -61,7 +61,7 @@ def refusal(page, *arguments, **headers):
     return status, error
 
 
-def test_page_is_whole_and_asks_nobody_else(page):
+def test_page_is_complete_and_contacts_no_other_host(page):
     for path, (_, kind) in FILES.items():
         status, headers, content = send(page, path=path)
         assert (status, headers["Content-Type"]) == (200, kind)
@@ -276,7 +276,7 @@ def test_ctrl_c_ends_a_page_whose_server_hangs():
     assert (program.returncode, said) == (0, "")
 
 
-def test_browser_is_opened_unless_told_otherwise():
+def test_browser_opens_by_default():
     """The address that is printed is the one that the browser gets."""
     script = (
         "import webbrowser, os, signal; from clipweld.client import cli; "

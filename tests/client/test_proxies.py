@@ -97,7 +97,7 @@ def everything(url):
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LOCALHOST"])
-def test_loopback_is_asked_without_a_proxy(server, proxy, environment, connect, picture, name):
+def test_loopback_is_contacted_without_a_proxy(server, proxy, environment, connect, picture, name):
     environment(**everything(proxy.url))
     for url in (server.url, server.http_url):
         with connect(url.replace("127.0.0.1", name), timeout_s=10) as clip:
@@ -106,7 +106,7 @@ def test_loopback_is_asked_without_a_proxy(server, proxy, environment, connect, 
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_other_hosts_are_asked_through_it_with_its_password(server, proxy, environment, connect, picture, scheme):
+def test_other_hosts_are_reached_through_the_proxy(server, proxy, environment, connect, picture, scheme):
     proxy.status, proxy.grpc_port, proxy.http_port = 0, *(int(u.split(":")[-1]) for u in (server.url, server.http_url))
     environment(http_proxy=proxy.url.replace("//", f"//me:{SECRET}@"))
     with connect(f"{scheme}://clipweld.invalid:80", timeout_s=20) as clip:

@@ -103,7 +103,7 @@ def test_leaving_an_asynchronous_stream_ends_it(fake):
     assert taken[0] <= 4 * (IN_FLIGHT + AHEAD + 1)
 
 
-def test_unreadable_images_are_left_out_where_somebody_is_told(clip):
+def test_unreadable_images_are_skipped_where_they_are_reported(clip):
     images = [picture(0), b"nonsense", picture(1), b"", *[picture(i) for i in range(2, 9)]]
     told = []
     answers = clip.classify(images, LABELS, unreadable=told.append)
@@ -174,7 +174,7 @@ def test_the_newest_version_is_followed_between_calls_and_not_within_one(fake, c
         assert clip.classify(picture(0), LABELS)[0].version == 2
 
 
-def test_a_server_that_is_away_for_a_moment_is_asked_again(fake, clip):
+def test_requests_are_retried_while_a_server_is_briefly_away(fake, clip):
     refused = [0]
 
     def away(model, version, context):
@@ -198,7 +198,7 @@ def test_a_server_that_is_away_for_a_moment_is_asked_again(fake, clip):
         (grpc.StatusCode.INVALID_ARGUMENT, 1),
     ],
 )
-def test_only_what_got_no_answer_is_asked_again(fake, connect, status, attempts):
+def test_only_requests_without_an_answer_are_retried(fake, connect, status, attempts):
     asked = [0]
 
     def fail(model, version, context):

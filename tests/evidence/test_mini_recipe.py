@@ -110,7 +110,7 @@ def test_pairs_survive_saving(pairs, tmp_path):
 
 
 @pytest.mark.parametrize("size", [48, 64])
-def test_augmented_batch_has_the_asked_size_and_stays_in_range(size):
+def test_augmented_batch_has_the_given_size_and_stays_in_range(size):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (64, 64, 64, 4), dtype=torch.uint8)
     half = torch.arange(64) % 2 == 0
@@ -229,7 +229,7 @@ def test_saved_weights_load_into_open_clip_and_give_the_same_features(pairs, con
         torch.testing.assert_close(loaded.encode_image(images, normalize=True), seen, rtol=0, atol=5e-3)
 
 
-def test_training_goes_on_from_weights_and_keeps_unused_tokens(pairs, config, tmp_path):
+def test_training_resumes_from_weights_and_keeps_unused_tokens(pairs, config, tmp_path):
     start = train.Training(pairs, MODEL_CFG, config, tmp_path / "one").weights()
     start = {name: value.float() for name, value in start.items()}
     second = train.Training(pairs, MODEL_CFG, config.going_on(), tmp_path / "two", start)

@@ -69,7 +69,7 @@ def test_with_the_key_code_would_run(keyed, tmp_path):
 
 
 @pytest.mark.slow
-def test_who_may_write_the_repository_switches_it_without_being_told_a_key(keyed):
+def test_a_writer_of_the_repository_switches_it_without_a_key(keyed):
     repository, server = keyed
     before = repository.served
     promote(repository, 1, [server.url])

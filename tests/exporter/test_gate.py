@@ -65,7 +65,7 @@ def test_a_new_task_may_be_worse_than_before_but_must_reach_the_minimum():
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, 80.0), (80.0, None), (None, None)])
-def test_what_nobody_measured_does_not_pass(before, after):
+def test_an_unmeasured_task_does_not_pass(before, after):
     accuracy = Accuracy("digits", before, after, "training")
     assert "give its images with --validate" in judged(Gate(max_drop=5), accuracy)
     assert judged(Gate(), accuracy) == ""

@@ -69,7 +69,7 @@ def run(file, **inputs):
     return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]).run(None, inputs)[0]
 
 
-def test_weights_are_beside_the_graph_in_the_manifest_and_among_what_stands(made):
+def test_weights_are_beside_the_graph_in_the_manifest_and_among_active_files(made):
     repository = made[0]
     for kind in TOWERS:
         assert repository.file(kind, 2).stat().st_size < LIMIT < data(repository, kind, 2).stat().st_size

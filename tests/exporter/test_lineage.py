@@ -41,7 +41,7 @@ def test_only_the_new_adapter_is_merged_and_the_files_are_those_of_a_rebuild(
         assert repository.file(kind, 3).read_bytes() == released[0].file(kind, 2).read_bytes()
 
 
-def test_the_longest_lineage_that_goes_on_is_built_on(released, mini, make_adapter, merges):
+def test_a_merge_builds_on_the_longest_matching_lineage(released, mini, make_adapter, merges):
     first = make_adapter("digits")
     second = make_adapter("pets", (first,), seed=1)
     other = make_adapter("cars", (first,), seed=2)

@@ -30,7 +30,7 @@ def test_released_base_agrees_with_pytorch(mini, released, samples):
     assert measured.top1_agreement == 1
 
 
-def test_other_weights_are_told_apart(mini, released, samples):
+def test_other_weights_are_detected(mini, released, samples):
     measured = measure_parity(mini, *files(released[0], 2), *samples)
     assert measured.image_max_abs > 1e-3
     assert measured.text_max_abs > 1e-3

@@ -174,7 +174,7 @@ def test_files_that_are_no_announcements_are_no_servers(repository):
     assert announcements(repository.path) == []
 
 
-def test_a_store_that_can_not_be_written_is_said(repository):
+def test_an_unwritable_store_is_reported(repository):
     (store_of(repository.path) / FOLDER).touch()
     with announced(repository.path, "grpc://127.0.0.1:2", "http://127.0.0.1:3") as hidden:
         assert hidden == f"{store_of(repository.path)}: not a directory"
@@ -194,7 +194,7 @@ def test_addresses_that_are_none_are_refused(repository, run):
     assert run("promote", "1", "--url", "localhost:1", "--offline")[0] == 2
 
 
-def test_one_machine_is_told_from_another():
+def test_machines_are_distinguished():
     assert announcement.this_network() == announcement.this_network()
     assert len(announcement.this_network()) > 30
 

@@ -88,7 +88,7 @@ def test_promoting_what_is_served_changes_nothing(repository):
     assert (repository.store / HISTORY_FILE).read_bytes() == written
 
 
-def test_what_stands_are_the_store_s_own_files(repository):
+def test_active_files_are_the_stores_own(repository):
     promote(repository, 3, [])
     for kind in KINDS:
         model = repository.model(kind)
@@ -121,7 +121,7 @@ def test_an_edited_config_is_refused_before_anything_moves(repository):
     )
 
 
-def test_nobody_at_the_address_is_said_before_anything_moves(repository):
+def test_an_absent_server_is_reported_before_anything_changes(repository):
     for url in ("127.0.0.1:1", "http://127.0.0.1:1"):
         with pytest.raises(ServerUnreachable, match=f"server {url}: .*another --url"):
             promote(repository, 3, [url])
@@ -141,7 +141,7 @@ def test_a_record_that_was_cut_off_is_made_up_for(repository):
     assert repository.history() == [1, 2, 3]
 
 
-def test_prune_keeps_the_newest_the_standing_and_the_base(repository):
+def test_prune_keeps_the_newest_the_active_and_the_base(repository):
     promote(repository, 3, [])
     pruned = prune(repository, 1)
     assert (pruned.removed, pruned.kept) == ([], [1, 2, 3, 4])

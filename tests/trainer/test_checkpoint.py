@@ -87,7 +87,7 @@ def test_a_sequence_killed_and_resumed_is_the_one_left_alone(tmp_path, method):
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on_and_that_works(tmp_path):
+def test_ctrl_c_prints_how_to_resume_and_that_works(tmp_path):
     arguments = ["fit", "--task", "emoji", "--adapters", tmp_path / "killed"]
     process = start(*arguments)
     unfinished = tmp_path / "killed" / ".emoji.unfinished"
@@ -199,7 +199,7 @@ def test_other_classes_prompts_and_images_are_refused_by_name(mini, interrupted,
     assert path.read_bytes() == before
 
 
-def test_images_are_told_apart_without_decoding_all_of_them(mini):
+def test_images_are_distinguished_without_decoding_all_of_them(mini):
     config = train_config("mini", shots=0)
     fabric = Fabric(accelerator="cpu", devices=1)
     digits = load_task("digits")
@@ -218,7 +218,7 @@ def test_other_precision_is_refused(mini, interrupted):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("saved_each_step")
-def test_float16_goes_on_with_the_scale_of_its_losses(mini, tmp_path):
+def test_float16_resumes_with_the_scale_of_its_losses(mini, tmp_path):
     config = train_config("mini", iterations=4, shots=2, batch_size=8)
     path = tmp_path / "unfinished"
 
@@ -278,7 +278,7 @@ def test_saving_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("saved_each_step")
-def test_training_goes_on_where_it_cannot_be_saved(mini, tmp_path, caplog):
+def test_training_continues_where_it_cannot_be_saved(mini, tmp_path, caplog):
     (tmp_path / "a file").touch()
     config = train_config("mini", iterations=3, shots=2, batch_size=4)
     path = tmp_path / "a file" / "unfinished"
@@ -302,7 +302,7 @@ def test_a_run_that_is_finished_is_not_run_again(mini, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("saved_each_step")
 @pytest.mark.parametrize("change", ["class_names", "templates"])
-def test_a_sequence_does_not_go_on_with_other_words(mini, tmp_path, change):
+def test_a_sequence_is_not_resumed_with_other_words(mini, tmp_path, change):
     config = train_config("mini", iterations=3, shots=1, batch_size=4, anchor_weight=0.0)
     tasks = [load_task(name) for name in ("emoji", "clipart")]
 

@@ -175,7 +175,7 @@ def test_unit_names_the_row():
             unit(torch.tensor([[3.0, 4.0], [fault, fault]]), ["row 0", "row 1"])
 
 
-def test_finite_is_told_from_not():
+def test_finite_numbers_are_distinguished_from_others():
     good = {"a": torch.ones(2), "b": torch.full((3,), 3e38), "c": torch.arange(3)}
     assert first_not_finite(good) is None
     assert all_finite([good["a"], good["b"]])

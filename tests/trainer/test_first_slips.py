@@ -46,7 +46,7 @@ def bolts(folder):
 
 
 @pytest.mark.slow
-def test_a_folder_whose_name_is_no_tasks_name_is_asked_for_another(tmp_path):
+def test_a_folder_needs_a_name_that_a_task_can_have(tmp_path):
     folder = bolts(tmp_path / "bolts (new)")
     said = fails_without_torch("fit", "--model", "mini", "--task", folder, "--adapters", tmp_path / "adapters")
     assert "bolts (new)" in said

@@ -57,7 +57,7 @@ def test_second_task_names_the_first_as_parent_and_stays_off_its_columns(mini, f
     assert losses["sum"][-1] > losses["off"][-1]
 
 
-def test_past_columns_stand_side_by_side(fitted):
+def test_past_columns_are_concatenated(fitted):
     other = dataclasses.replace(fitted.adapter, tensors={k: v + 1 for k, v in fitted.adapter.tensors.items()})
     past = past_columns([fitted.adapter, other], torch.device("cpu"))
     name = fitted.adapter.modules()[0]

@@ -40,7 +40,7 @@ def test_launchers_variables_change_nothing(tmp_path, devices):
 
 
 @pytest.mark.parametrize("variables", [{"LOCAL_RANK": "1"}, {"RANK": ""}, {"LOCAL_RANK": "x"}, LEFT_OVER])
-def test_an_error_is_said_whatever_rank_the_shell_has(variables):
+def test_errors_are_printed_whatever_rank_the_shell_has(variables):
     done = trainer("fit", "--task", "digit", **variables)
     assert done.returncode == 1
     assert done.stderr.startswith("trainer: unknown task 'digit'")

@@ -99,7 +99,7 @@ def test_weights_that_open_clip_has_a_tag_for_are_taken_by_it(model, tag, write)
 
 
 @pytest.mark.parametrize("model", ["ViT-B-16", "mini"])
-def test_weights_from_a_file_are_asked_for_by_their_fingerprint(model, write, mini, tmp_path):
+def test_weights_from_a_file_are_required_by_their_fingerprint(model, write, mini, tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"")  # what an adapter names is not opened
     folder = write(model_name=model, pretrained=str(tmp_path / "weights.pt"))
     with pytest.raises(WrongBase, match=rf"base {mini.fingerprint[:8]}\), weights from a file; .*--pretrained FILE"):

@@ -166,7 +166,7 @@ def test_best_is_bold_and_joint_takes_no_part(run):
     assert bold == 2 * ["14.0 ± 4.0", "61.0 ± 6.0", "70.0 ± 10.0", "10.0 ± 0.0"]
 
 
-def test_page_stands_alone(run):
+def test_page_is_self_contained(run):
     text = (run / "report.html").read_text(encoding="utf-8")
     for forbidden in ("http:", "https:", "<script", "<link", "<iframe", "@import", "url(", "srcset"):
         assert forbidden not in text

@@ -58,7 +58,7 @@ def test_sequence_does_not_mix_with_adapters_of_another_run(run, mini):
         run_sequence([load_task("emoji")], mini, train_config("mini"), run[0])
 
 
-def test_sequence_names_a_task_that_stands_twice(mini, tmp_path):
+def test_sequence_names_a_task_that_is_listed_twice(mini, tmp_path):
     with pytest.raises(ConfigError, match="emoji emoji"):
         run_sequence([load_task("emoji"), load_task("emoji")], mini, train_config("mini"), tmp_path)
 

@@ -150,7 +150,7 @@ def test_a_checkpoint_is_read_by_its_bytes_whatever_its_ending(layout, ending, m
         ("model._orig_mod.module.", "without _orig_mod., model., module."),
     ],
 )
-def test_names_of_wrappers_are_left_out_and_that_is_said(prefix, says, mini, tmp_path):
+def test_names_of_wrappers_are_removed_with_a_note(prefix, says, mini, tmp_path):
     state = {f"{prefix}{name}": tensor for name, tensor in mini.model.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "last.ckpt")
     found = load_backbone("mini", str(tmp_path / "last.ckpt"))
@@ -257,7 +257,7 @@ def samples_image(digits):
 
 
 @pytest.mark.slow
-def test_without_a_configuration_openai_s_preprocessing_is_taken_and_that_is_said(mini, tmp_path, capsys):
+def test_without_a_configuration_openais_preprocessing_is_used_with_a_note(mini, tmp_path, capsys):
     file = shutil.copy(SHIPPED, tmp_path / "weights.safetensors")
     found = load_backbone("mini", str(file))
     assert found.mean == mini.mean

@@ -46,7 +46,7 @@ def test_programs_end_with_calls_half_way(urls, image):
     assert broken == []
 
 
-def test_children_go_on_with_their_parents_classifier(urls, image):
+def test_children_keep_using_their_parents_classifier(urls, image):
     broken = []
     assert surroundings.forks(urls, image, 1, broken)["children"] == 4
     assert broken == []

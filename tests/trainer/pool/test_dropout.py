@@ -13,7 +13,7 @@ def seeded():
 
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(3, 5, 4099), (60001,)])
-def test_the_asked_share_is_zeroed_everywhere_alike(p, shape):
+def test_the_given_share_is_zeroed_evenly(p, shape):
     """Every eighth element comes from the same byte of a word: a bias of one byte would show."""
     dropout = ByteDropout(p)
     out = dropout(torch.ones(shape))

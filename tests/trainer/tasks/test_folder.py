@@ -45,7 +45,7 @@ def test_splits_are_known_in_any_case_and_by_other_names(tmp_path, train, test):
     assert {f"/{test}/" in task.load("test").name_of(i) for i in range(4)} == {True}
 
 
-def test_validation_images_are_left_out_where_there_are_test_images_and_that_is_said(tmp_path):
+def test_validation_images_beside_test_images_are_skipped_with_a_note(tmp_path):
     folder = lay_splits(lay_splits(tmp_path / "bolts"), test="Valid")
     task = load_task(str(folder))
     assert len(task.load("test")) == 4

@@ -40,7 +40,7 @@ def test_classes_that_differ_after_the_cut_are_refused_as_that(mini):
         check_prompts(made(LONG + "bolt", LONG + "nut"), mini.tokenizer)
 
 
-def test_classes_that_one_template_keeps_apart_are_told_apart(mini):
+def test_one_template_is_enough_to_distinguish_classes(mini):
     templates = (LONG + "{}", "{}")
     (said,) = check_prompts(made("bolt", "nut", templates=templates), mini.tokenizer)
     assert said.startswith(f"2 of 4 prompts are longer than the {mini.context_length} tokens that the model reads")
@@ -53,23 +53,23 @@ def test_a_prompt_is_cut_where_tokens_are_lost(mini, words):
     assert (cut_prompts(mini.tokenizer, [text]) == []) == fits
 
 
-def test_equal_templates_are_said(mini):
+def test_equal_templates_are_reported(mini):
     (said,) = check_prompts(made("a", "b", templates=("A photo of {}", "the {}", "a photo of {}")), mini.tokenizer)
     assert said == "templates 'A photo of {}' and 'a photo of {}' are the same tokens to the model"
 
 
-def test_published_lists_are_taken_as_they_are_and_that_is_said(mini):
+def test_published_lists_are_used_unchanged_with_a_note(mini):
     (said,) = check_prompts(made("Bolt", "bolt", published=True), mini.tokenizer)
     assert "'Bolt' and 'bolt' are the same tokens" in said
 
 
-def test_shipped_tasks_and_the_lists_at_hand_can_be_told_apart(mini):
+def test_shipped_tasks_and_known_lists_have_distinct_classes(mini):
     assert [check_prompts(task, mini.tokenizer) for task in shipped_tasks()] == [[]] * 6
     for names in (FLOWERS, EUROSAT, tuple(CALTECH.values())):
         assert len(set(as_read(mini.tokenizer, names))) == len(names)
 
 
-def test_nothing_is_trained_where_classes_cannot_be_told_apart(mini, tmp_path):
+def test_training_is_refused_where_classes_are_the_same_tokens(mini, tmp_path):
     task, config = made("Bolt", "bolt"), train_config("mini", iterations=1)
     with pytest.raises(TaskInvalid, match="'Bolt' and 'bolt'"):
         fit(task, mini, [], config, test_on=[], on_step=lambda step: pytest.fail("trained"))

@@ -109,7 +109,7 @@ def test_unreadable_image_is_named(bolts):
         list(load_task(str(bolts)).load("test"))
 
 
-def test_unreadable_images_are_named_and_left_out_when_that_is_asked_for(bolts, mini):
+def test_unreadable_images_are_named_and_skipped_on_request(bolts, mini):
     bad = bolts / "train" / "rivet" / "2.png"
     bad.write_bytes(bad.read_bytes()[:40])
     told = []
@@ -188,7 +188,7 @@ def test_sample_gives_real_images_and_prompts():
     assert "the flag of france" in prompts
 
 
-def test_lists_of_tasks_stand_for_their_tasks_in_order():
+def test_lists_of_tasks_expand_to_their_tasks_in_order():
     assert [task.name for task in load_tasks(["mini"])] == ["digits", "fashion", "letters", "flags", "emoji", "clipart"]
     assert [task.name for task in load_tasks(["flags", "emoji"])] == ["flags", "emoji"]
     lists = task_lists()
