@@ -168,7 +168,8 @@ class ZeroShotClassifier(_Classifier):
         """Encode images.
 
         Args:
-            images, deadline_s: as in `classify`.
+            images: as in `classify`.
+            deadline_s: as in `classify`.
 
         Returns:
             float32 (num_images, embed_dim), L2-normalised, all from one version.
@@ -189,7 +190,7 @@ class ZeroShotClassifier(_Classifier):
             float32 (num_texts, embed_dim), L2-normalised, all from one version.
 
         Raises:
-            As in `classify`.
+            ClientError: as in `classify`.
         """
         return run(self._core.text_features(_texts(texts), _checked(deadline_s)))
 

@@ -105,7 +105,8 @@ def release(
     Args:
         backbone: the base.
         adapters: one lineage, in order (see ``load_lineage``); empty writes the base alone.
-        images, prompts: samples on which ONNX Runtime and PyTorch must agree.
+        images: samples on which ONNX Runtime and PyTorch must agree.
+        prompts: the same, of the text tower.
         report: called with a line when a step begins.
         precision: of the version; the base, version 1, is always float32.
 
