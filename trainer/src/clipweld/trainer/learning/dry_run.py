@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,10 +84,12 @@ def parts_of(pools: PoolSet) -> dict[str, int]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: on a GPU by torch, else by this process."""
+    """Return the most bytes held so far: on a GPU by torch, else by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux, whose getrusage counts what the parent process held, too
-        return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"))[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Preferred on Linux, where getrusage includes the peak of the parent process.
+    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"))):
+        return 1024 * int(found[1])
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -40,7 +40,8 @@ class SplitAttention(nn.Module):
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if isinstance(self.q_proj, ExpertPool):  # then all three are
             dropout = self.q_proj.dropout
-            dropped = {x: dropout(x) for x in set(inputs)}
+            # Not a set: its order would depend on memory addresses, and with it which input draws which dropout.
+            dropped = {x: dropout(x) for x in dict.fromkeys(inputs)}
             outputs = [layer(x, dropped[x]) for layer, x in zip(layers, inputs, strict=True)]
         else:
             outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
