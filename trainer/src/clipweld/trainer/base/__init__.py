@@ -1,1 +1,1 @@
-"""The CLIP that everything starts from: its weights, its layers, and the batches that it is given."""
+"""The base CLIP: its weights, its layers and its training batches."""
