@@ -1,4 +1,4 @@
-"""An open_clip model by name: its towers, preprocessing, tokenizer, and the fingerprint of its weights."""
+"""An open_clip model: its towers, preprocessing, tokenizer, and the fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
 
 open_clip.add_model_config(MINI / "mini.json")
 
-PREPROCESSING = "preprocessing"  # of an adapter's config
-# The weights a model gets when none are named.
+PREPROCESSING = "preprocessing"  # key in an adapter's config
+# Default weights of the models whose default is not OpenAI's.
 DEFAULT_PRETRAINED = {"mini": str(MINI / "mini.safetensors")}
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A CLIP as open_clip builds it, in float32 and eval mode, with all that belongs to it.
+    """A CLIP as open_clip builds it, in float32 and eval mode, with its preprocessing and tokenizer.
 
     Attributes:
-        model: open_clip's own module, but for the image tower's last block (`cls_block`); its weights may be replaced
-            by merged ones, its layers never.
-        preprocess: open_clip's transform, PIL image -> float32 tensor (3, image_size, image_size); raises ValueError
-            for more pixels than ``clipweld.trainer.preprocessing`` allows.
+        model: open_clip's own module, except for the image tower's last block (``cls_block``). Its weights may be
+            replaced by merged ones, its layers never.
+        preprocess: open_clip's transform, PIL image -> float32 tensor (3, image_size, image_size). Raises ValueError
+            for images with more pixels than ``clipweld.trainer.preprocessing`` allows.
         tokenizer: open_clip's tokenizer, list of str -> int64 tensor (batch, context_length).
-        fingerprint: SHA-256 of the base weights, whatever file they came from.
-        notes: what people should know about how the weights were read, a line each.
+        fingerprint: SHA-256 of the base weights, independent of the file format.
+        notes: what users should know about how the weights were read, one line each.
     """
 
     model_name: str
@@ -66,18 +66,18 @@ class Backbone:
 
     @property
     def preprocessing(self) -> str:
-        """How images are prepared, in words."""
+        """Description of the preprocessing, as adapters record it."""
         return _in_words(self.mean, self.std, self.interpolation, self.resize_mode)
 
     @property
     def own_preprocessing(self) -> dict[str, str]:
-        """What an adapter keeps of it: nothing, where the weights' name says it."""
+        """The entry that an adapter's config records; empty if the name of the weights implies the preprocessing."""
         usual = usual_preprocessing(self.model_name, self.pretrained)
         return {} if self.preprocessing == usual else {PREPROCESSING: self.preprocessing}
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
+        """Device of the model's weights."""
         return self.model.logit_scale.device
 
 
@@ -85,15 +85,16 @@ def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
     """Build an open_clip CLIP and load its weights.
 
     Args:
-        model_name: a name that open_clip knows, or ``mini``, the small CLIP that ships with clipweld; as
-            ``clipweld.trainer.base.model_names.find_model`` takes it.
+        model_name: a name that open_clip knows, or ``mini``, the small CLIP that ships with clipweld, in any spelling
+            that ``clipweld.trainer.base.model_names.find_model`` accepts.
         pretrained: one of open_clip's tags, a local checkpoint file, or ``random`` (weights of seed 0, for speed
-            work). None takes the model's default: the shipped weights of ``mini``, else ``openai``.
+            measurements). None takes the model's default: the shipped weights for ``mini``, else ``openai``.
 
     Raises:
         UnknownModel: open_clip has no model of that name.
         UnsupportedModel: a tower is not open_clip's own transformer.
-        WeightsError: no such tag or file, no network to fetch it, or weights that don't fit or aren't finite.
+        WeightsError: there is no such tag or file, no network to download it, or the weights don't fit or aren't
+            finite.
     """
     if pretrained is not None and not pretrained.strip():
         raise WeightsError(
@@ -132,16 +133,16 @@ def load_backbone(model_name: str, pretrained: str | None = None) -> Backbone:
 
 
 def usual_preprocessing(model_name: str, pretrained: str) -> str:
-    """How images are prepared for weights of a name, in words: as their tag says, else as for OpenAI's."""
+    """Describe the preprocessing that a name of weights implies: that of the tag, else that of OpenAI's weights."""
     usual = asdict(PreprocessCfg()) | get_pretrained_cfg(model_name, pretrained)
     return _in_words(*(usual[name] for name in ("mean", "std", "interpolation", "resize_mode")))
 
 
 def check_preprocessing(backbone: Backbone, lineage: Sequence[Adapter]) -> None:
-    """Refuse adapters that were trained on images prepared otherwise than the backbone has them.
+    """Refuse adapters that were trained with another preprocessing than the backbone's.
 
     Raises:
-        WrongBase: says both.
+        WrongBase: names both.
     """
     for adapter in lineage:
         usual = usual_preprocessing(adapter.model_name, adapter.pretrained)
@@ -159,17 +160,17 @@ def _in_words(mean: Sequence[float], std: Sequence[float], interpolation: str, r
 
 
 def with_weights(backbone: Backbone, state_dict: dict[str, Tensor]) -> Backbone:
-    """The same backbone on other weights, as a copy; ``fingerprint`` stays that of the base."""
+    """Return a copy of the backbone with other weights; ``fingerprint`` stays that of the base."""
     model = copy.deepcopy(backbone.model)
     model.load_state_dict(state_dict)
     return replace(backbone, model=model)
 
 
 def check_supported(model: nn.Module, model_name: str) -> None:
-    """Accept models whose towers are both open_clip's own transformers, read at one token.
+    """Accept models whose towers are both open_clip's own transformers and use the features of one token.
 
     Raises:
-        UnsupportedModel: names what differs.
+        UnsupportedModel: names the difference.
     """
     supported = "supported: open_clip's own ViT and text transformer, such as ViT-B-32, ViT-B-16, ViT-L-14"
     if type(model) is not open_clip.CLIP:
@@ -188,12 +189,12 @@ def check_supported(model: nn.Module, model_name: str) -> None:
 
 
 def transformer_blocks(model: open_clip.CLIP) -> list[nn.Module]:
-    """The residual blocks of the image tower, then of the text tower."""
+    """Return the residual blocks of the image tower, then those of the text tower."""
     return [*model.visual.transformer.resblocks, *model.transformer.resblocks]
 
 
 def fingerprint(state_dict: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and float32 values of all weights, in the order of their names."""
+    """Return the SHA-256 over names, shapes and float32 values of all weights, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(state_dict):
         value = state_dict[name].detach().to("cpu", torch.float32).contiguous()
@@ -204,12 +205,12 @@ def fingerprint(state_dict: dict[str, Tensor]) -> str:
 
 @torch.no_grad()
 def encode_classes(backbone: Backbone, class_names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
-    """Zero-shot classifier weights (num_classes, embed_dim), L2-normalised.
+    """Return zero-shot classifier weights (num_classes, embed_dim), L2-normalised.
 
-    Prompt ensembling as CLIP does it: the mean of the normalised features of all templates, normalised again.
+    CLIP's prompt ensembling: the mean of the normalised features of all templates, normalised again.
 
     Raises:
-        NotFinite: the features of a prompt, or those of a class together, have no direction.
+        NotFinite: the features of a prompt, or the mean over a class's templates, can't be normalised.
     """
     prompts = [prompt_of(template, name) for name in class_names for template in templates]
     chunks = backbone.tokenizer(prompts).to(backbone.device).split(256)
