@@ -1,7 +1,7 @@
-"""Which images and prompts a training step sees: a function of the seed and the step's number alone.
+"""The images and prompts of each training step, a function of the seed and the step number only.
 
-So an interrupted run resumes exactly where it stopped, and every process of a run draws the same batch and
-takes its own share.
+An interrupted run therefore resumes exactly where it stopped, and every process of a run draws the same batch and takes
+its own share.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from clipweld.trainer.text import prompt_of
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with their prompts. Of the images each process has its share; labels and prompts are those of all.
+    """Images with their prompts. Each process has its share of the images, but all labels and prompts.
 
     Attributes:
-        indices: which of the drawn training images this process has.
-        pixels: float32 (share, 3, S, S), those images.
+        indices: this process's images, by their index in the training set (the few-shot one, where ``shots`` is set).
+        pixels: float32 (share, 3, image_size, image_size), those images.
         labels: int64 (batch,), of the images of all processes, in the order of the processes.
         tokens: int64 (distinct prompts, context_length).
-        text_of: int64 (batch,), which of the prompts belongs to which image.
+        text_of: int64 (batch,), for each image the row of ``tokens`` with its prompt.
     """
 
     indices: list[int]
@@ -41,8 +41,10 @@ class Batch:
 
 
 def check_batch_size(config: TrainConfig, world_size: int) -> None:
-    """Raises:
-    ConfigError: a batch of one image, whose loss is zero whatever the model answers.
+    """Refuse a batch of one image, because its contrastive loss is always zero.
+
+    Raises:
+        ConfigError: there is only one image in a batch over all processes.
     """
     if config.batch_size * world_size < 2:
         raise ConfigError(
@@ -54,11 +56,11 @@ def check_batch_size(config: TrainConfig, world_size: int) -> None:
 class Batches:
     """The training batches of one task; few-shot images are decoded once and kept.
 
-    Images are drawn without replacement until all were seen, then anew; one template is drawn per batch. A batch holds
-    fewer classes than images, and each prompt is encoded once.
+    Images are drawn without replacement until all have been seen, then shuffled again. One template is drawn per batch.
+    Images of one class share a prompt, which is encoded once.
 
     Args:
-        rank, world_size: which share of each batch of ``world_size * batch_size`` images is wanted here.
+        rank, world_size: which share of each batch of ``world_size * batch_size`` images this process takes.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Batches:
         self._kept: dict[int, Tensor] = {}
 
     def drawn(self) -> str:
-        """How many images there are to draw from and the start of a SHA-256 over them, to tell others from them.
+        """Return the number of training images and the start of a SHA-256 over them, to detect other images.
 
         Few-shot images are identified by their pixels, which are in memory anyway; full sets by their paths.
         """
@@ -86,11 +88,11 @@ class Batches:
         return f"{len(self)} drawn, SHA-256 {digest.hexdigest()[:16]}"
 
     def __len__(self) -> int:
-        """How many images there are to draw from."""
+        """Return the number of training images."""
         return len(self._images)
 
     def __getitem__(self, number: int) -> Batch:
-        """The batch of a step, counted from 1."""
+        """Return the batch of a step, counted from 1."""
         total = self._size * self._world_size
         chosen = self._drawn((number - 1) * total, total)
         share = chosen[self._rank * self._size : (self._rank + 1) * self._size]
@@ -102,7 +104,7 @@ class Batches:
         return Batch(share, *(t.to(self._backbone.device) for t in (self.pixels(share), labels, tokens, text_of)))
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
-        """Training images (batch, 3, S, S) by their place among those drawn, preprocessed, in main memory."""
+        """Return training images by index, preprocessed: float32 (batch, 3, image_size, image_size), on the CPU."""
         decoded = []
         for index in indices:
             image = self._kept.get(index)
@@ -114,7 +116,7 @@ class Batches:
         return torch.stack(decoded)
 
     def _drawn(self, start: int, count: int) -> list[int]:
-        """``count`` images from ``start`` on of an endless row of permutations."""
+        """Return ``count`` indices from position ``start`` of an endless sequence of permutations."""
         chosen: list[int] = []
         while len(chosen) < count:
             epoch, offset = divmod(start + len(chosen), len(self))
