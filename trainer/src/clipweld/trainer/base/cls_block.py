@@ -1,4 +1,4 @@
-"""open_clip's towers, computed where they are read: equal to rounding, and cheaper."""
+"""open_clip's towers, computed only for the token that is used: equal up to rounding, and cheaper."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class ClsBlock(ResidualAttentionBlock):  # type: ignore[misc]  # open_clip has no types
-    """The last block of an image tower, for the one token that is read after it.
+    """The last block of an image tower, computed for [CLS] only, the one token that is used after it.
 
-    Only [CLS] asks: other tokens are keys and values, and go neither through the last attention's output layer nor
-    through the last MLP. Of a block's products a sixth is left. Parts and names of weights are the block's own.
+    Only [CLS] is a query. The other tokens are keys and values, and skip the last attention's output layer and the last
+    MLP, which leaves a sixth of the block's matrix products. Submodules and names of weights are those of the block.
     """
 
     def __init__(self, block: ResidualAttentionBlock) -> None:
@@ -28,24 +28,26 @@ class ClsBlock(ResidualAttentionBlock):  # type: ignore[misc]  # open_clip has n
 
 
 def read_at_cls(model: open_clip.CLIP) -> None:
-    """Have the image tower compute no more of its last block than is read; in place."""
+    """Replace the image tower's last block, in place, by one that computes only [CLS]."""
     blocks = model.visual.transformer.resblocks
-    if type(blocks[-1]) is ResidualAttentionBlock:  # open_clip's other block has queries and keys from one input
+    if type(blocks[-1]) is ResidualAttentionBlock:  # open_clip's other block takes q, k and v from one input
         blocks[-1] = ClsBlock(blocks[-1])
 
 
 def cut_to_longest(tokens: Tensor) -> Tensor:
-    """Drop the columns after the last EOT of a batch of tokens (batch, seq_len).
+    """Drop the columns after the last EOT in a batch of tokens (batch, seq_len).
 
-    The text tower is causal and read at EOT, so what follows it can't matter: exact, and several times cheaper.
+    The text tower is causal and its features are those of EOT, so later tokens can't change the result. This is exact,
+    and several times cheaper.
     """
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 
 
 def encode_text(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
-    """Text features (batch, embed_dim), not normalised, of tokens (batch, seq_len) of any length up to the context.
+    """Return text features (batch, embed_dim), not normalised, of tokens (batch, seq_len).
 
-    open_clip's own ``encode_text`` takes the full context only; this one is equal to it on every length.
+    ``seq_len`` may be anything up to the context length. open_clip's own ``encode_text`` takes the full context only;
+    the features are the same.
     """
     length = tokens.shape[1]
     x = model.token_embedding(tokens) + model.positional_embedding[:length]
