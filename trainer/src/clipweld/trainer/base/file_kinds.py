@@ -1,4 +1,4 @@
-"""What a file is that was given as weights, by its first bytes; the ending of its name may say anything."""
+"""The format of a weights file, detected from its first bytes because its suffix may be wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FETCH = "fetch the file itself, again"
 UNPACK = "unpack it, and give the checkpoint that is in it"
 OTHER = "give a checkpoint of open_clip: safetensors, or torch.save(model.state_dict(), FILE)"
 
-# How foreign files begin, what they are, and what to do.
+# First bytes of foreign formats, the reason for the refusal, and the next step.
 BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "it is a Git LFS pointer, not the file itself", "run: git lfs pull"),
     (b"/annex/objects/", "it is a pointer of git-annex, not the file itself", "run: git annex get"),
@@ -40,7 +40,7 @@ BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
 
 
 def kind_of(file: Path) -> Kind:
-    """What to read a file as.
+    """Return the format of a weights file.
 
     Raises:
         WeightsError: it is missing, can't be opened, or is no checkpoint; names its format and the next step.
@@ -62,12 +62,12 @@ def kind_of(file: Path) -> Kind:
 
 
 def refusal(file: Path, what: str, step: str) -> WeightsError:
-    """The error that a file is no weights, or none that can be used."""
+    """Return the error for a file that holds no weights, or unusable ones."""
     return WeightsError(f"weights {str(file)!r} could not be loaded: {what}; {step}")
 
 
 def _size(file: Path) -> int:
-    """Bytes of a regular file."""
+    """Return the size in bytes of a regular file."""
     if not file.exists():
         if file.is_symlink():
             raise refusal(file, f"it is a link to {os.readlink(file)}, which is not there", FETCH)
@@ -107,7 +107,7 @@ def _check_foreign(file: Path, head: bytes, size: int) -> None:
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether bytes are text, maybe cut off within a character."""
+    """Whether bytes are UTF-8 text, possibly cut off within a character."""
     try:
         text = head.decode("utf-8")
     except UnicodeDecodeError as exc:
@@ -118,7 +118,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def _is_safetensors(file: Path, head: bytes, size: int) -> bool:
-    """Whether bytes begin as safetensors do: with the header's length, and an object of JSON."""
+    """Whether bytes begin as safetensors do: with the length of the header, then a JSON object."""
     length = int.from_bytes(head[:8], "little")
     if head[8:9] != b"{" or length > MAX_SAFETENSORS_HEADER:
         return False
