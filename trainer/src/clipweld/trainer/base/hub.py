@@ -1,6 +1,6 @@
-"""Whether the default weights can be downloaded: checked once, where a download would be retried for a minute.
+"""A quick check whether the default weights can be downloaded; the download itself would retry for a minute.
 
-Without torch, so that a forgotten ``--model`` is answered at once.
+It doesn't import torch, so that a forgotten ``--model`` is reported at once.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from huggingface_hub import constants, try_to_load_from_cache
 from clipweld.trainer.base.model_choice import DEFAULT_MODEL
 from clipweld.trainer.errors import WeightsError
 
-# Where open_clip fetches the default model's weights from.
+# Where open_clip downloads the default model's weights from.
 REPOSITORY = "timm/vit_base_patch16_clip_224.openai"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 LOOK_S = 6.0
 
 
 def check_default_weights(model_name: str, pretrained: str | None) -> None:
-    """Refuse to start without a network and without the weights; says nothing of weights that are not the default ones.
+    """Check that the default weights are cached or can be downloaded. Other weights are not checked.
 
     Raises:
-        WeightsError: the default weights are not here, and can't be fetched.
+        WeightsError: the default weights are not cached, and the hub can't be reached.
     """
     if model_name != DEFAULT_MODEL or pretrained not in (None, "openai"):
         return
@@ -39,7 +39,7 @@ def check_default_weights(model_name: str, pretrained: str | None) -> None:
 
 
 def _unreachable(address: str) -> str | None:
-    """Why an address doesn't answer; None where it does. Proxies count, as the environment names them."""
+    """Return why an address doesn't answer, or None if it does. The environment's proxies are used."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     found = [f"no answer within {LOOK_S:g} s"]
@@ -53,7 +53,7 @@ def _unreachable(address: str) -> str | None:
         except (OSError, ValueError, http.client.HTTPException) as exc:
             found[:] = [str(getattr(exc, "reason", exc))]
 
-    look = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
+    look = threading.Thread(target=ask, daemon=True)  # DNS lookups have no timeout of their own
     look.start()
     look.join(LOOK_S)
     return next(iter(found), None)
