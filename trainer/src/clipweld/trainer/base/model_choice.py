@@ -1,6 +1,6 @@
-"""Which model and weights a command works on: those that were named, or those of the adapters it reads.
+"""The choice of a command's model and weights: those that were given, else those of the adapters.
 
-Of adapters it reads the headers alone, without torch, so that what contradicts is refused before anything slow.
+Only the headers of adapters are read, without torch, so that contradictions are refused before anything slow.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from clipweld.trainer.header import read_claims
 from clipweld.trainer.schemas import printable
 
 DEFAULT_MODEL = "ViT-B-16"
-QUICK = "-quickgelu"  # ends the second name of an architecture, for the same weights
+QUICK = "-quickgelu"  # suffix of an architecture's second name, for the same weights
 
 
 @dataclass(frozen=True)
 class _Base:
-    """What an adapter says that it was trained on."""
+    """The model and weights that an adapter claims to be trained on."""
 
     task: str
     model_name: str
@@ -36,16 +36,17 @@ class _Base:
 
 
 def choose_model(given: str | None, adapters: Path | None = None) -> str:
-    """open_clip's name of the model to load.
+    """Return open_clip's name of the model to load.
 
     Args:
-        given: what the user named, as ``find_model`` takes it. None takes the adapters' model, or the default.
-        adapters: the folder to read. None, or one without adapters, has nothing to say.
+        given: the name that the user gave, as ``find_model`` accepts it. None takes the adapters' model, else the
+            default.
+        adapters: a folder of adapters. None and a folder without adapters have no effect.
 
     Raises:
-        AdapterError: what is called like an adapter is none (``adapter_files``).
-        UnknownModel: no model of this name.
-        WrongBase: the adapters are of two models, or of another one than was named.
+        AdapterError: a file has an adapter's name but is none (``adapter_files``).
+        UnknownModel: there is no model of this name.
+        WrongBase: the adapters belong to two models, or to another one than was given.
     """
     named = None if given is None else find_model(given)
     base = _base(adapters)
@@ -60,13 +61,13 @@ def choose_model(given: str | None, adapters: Path | None = None) -> str:
 
 
 def choose_weights(given: str | None, model_name: str, adapters: Path | None = None) -> str | None:
-    """The weights to load, as ``clipweld.trainer.base.backbone.load_backbone`` takes them.
+    """Return the weights to load, as ``clipweld.trainer.base.backbone.load_backbone`` accepts them.
 
     Args:
-        given: what the user named. None takes those of the adapters, or the model's default.
+        given: the weights that the user gave. None takes those of the adapters, or the model's default.
 
     Raises:
-        WrongBase: the adapters were trained on weights from a file, and it was not given.
+        WrongBase: the adapters were trained on weights from a file, and no file was given.
     """
     base = _base(adapters)
     if given is not None or base is None or base.pretrained == model_name == SHIPPED:
@@ -75,12 +76,12 @@ def choose_weights(given: str | None, model_name: str, adapters: Path | None = N
 
     if base.pretrained in ("random", *list_pretrained_tags_by_model(model_name)):
         return base.pretrained
-    # A path in an adapter is its writer's word: it is not opened here.
+    # An adapter may come from an untrusted source, so a path in it is never opened.
     raise WrongBase(f"adapters in {adapters}: {base}, weights from a file; give that file with --pretrained FILE")
 
 
 def _base(adapters: Path | None) -> _Base | None:
-    """What all adapters in a folder are of; those that can't be read are left to ``load_lineage``, which names them."""
+    """Return the common base of the adapters in a folder. ``load_lineage`` reports those that can't be read."""
     found = [base for path in _files(adapters) if (base := _read(path))]
     for other in found[1:]:
         if (other.architecture, other.base_fingerprint) != (found[0].architecture, found[0].base_fingerprint):
