@@ -1,4 +1,4 @@
-"""Names of models as people write them; open_clip is imported only where a name is none."""
+"""Names of models as people write them. open_clip is imported only to explain an unknown name."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SIZES = {"base": "B", "large": "L"}
 
 
 def find_model(name: str, known: Collection[str] | None = None) -> str:
-    """The model that a name means: its case and its separators don't matter, so ViT-B/16 is ViT-B-16.
+    """Return the model of a name. Case and separators are ignored, so ViT-B/16 is ViT-B-16.
 
     Args:
-        known: the models that there are. None takes open_clip's own and the one that ships.
+        known: the existing models. None takes open_clip's own and ``mini``.
 
     Raises:
-        UnknownModel: there is none of this name; says what to give instead.
+        UnknownModel: there is no model of this name; suggests what to give instead.
     """
     known = _known() if known is None else known
     if name in known:
@@ -36,7 +36,7 @@ def find_model(name: str, known: Collection[str] | None = None) -> str:
 
 
 def _known() -> list[str]:
-    """All models, by open_clip's files: importing it takes seconds."""
+    """Return the names of all models from open_clip's files, because importing it takes seconds."""
     found = find_spec("open_clip")
     if found is None or found.submodule_search_locations is None:
         raise ModuleNotFoundError("no open_clip", name="open_clip")
@@ -45,12 +45,12 @@ def _known() -> list[str]:
 
 
 def _key(name: str) -> str:
-    """What is left of a name without its case and its separators; ViT-L/14@336px is OpenAI's for ViT-L-14-336."""
+    """Return a name without case and separators. ViT-L/14@336px is OpenAI's name of ViT-L-14-336."""
     return re.sub(r"[\s/_@-]", "", name.lower().removesuffix("px"))
 
 
 def _instead(name: str, by_key: dict[str, str]) -> str:
-    """What to give in place of a name that is no model's."""
+    """Return the advice for a name that no model has."""
     if not name.strip():
         return "give one, such as --model ViT-B-16, or leave out --model"
     if Path(name).is_file() or name.lower().endswith(WEIGHTS_SUFFIXES):
@@ -71,7 +71,7 @@ def _instead(name: str, by_key: dict[str, str]) -> str:
 
 
 def find_weights(name: str) -> tuple[str, str] | None:
-    """The model and the tag that one name means together: as hubs, transformers and open_clip's list write them."""
+    """Return the model and tag behind one combined name, as hubs, transformers or open_clip's list write it."""
     from open_clip import list_pretrained
     from open_clip.pretrained import get_pretrained_cfg
 
