@@ -1,4 +1,4 @@
-"""From the name of a model and of weights to open_clip's module: its tags are fetched, files are read here."""
+"""Loading of weights into open_clip's models: open_clip downloads its tags, this module reads files."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Pretrained:
     """A model with its weights.
 
     Attributes:
-        model: open_clip's module, with the preprocessing that its weights were trained with.
-        name: what the weights are called: a tag as open_clip writes it, or the file as it was given.
-        notes: what people should know about how they were read.
+        model: open_clip's module, configured with the preprocessing of its weights.
+        name: the tag as open_clip writes it, or the file as it was given.
+        notes: what users should know about how the weights were read.
     """
 
     model: open_clip.CLIP
@@ -48,10 +48,10 @@ class Pretrained:
 
 
 def skeleton(model_name: str) -> nn.Module:
-    """A model without numbers, made in no time and memory.
+    """Return a model on the meta device, which takes neither time nor memory.
 
     Raises:
-        UnsupportedModel: its towers are other libraries'.
+        UnsupportedModel: a tower is not open_clip's own.
     """
     config = open_clip.get_model_config(model_name)
     foreign = {"hf_model_name": config["text_cfg"], "timm_model_name": config["vision_cfg"], "multimodal_cfg": config}
@@ -68,11 +68,11 @@ def build(model_name: str, pretrained: str, shapes: Shapes) -> Pretrained:
     """Build a model and load its weights.
 
     Args:
-        pretrained: a tag of open_clip's, whatever its case; a file; or ``random``.
-        shapes: of the model's tensors.
+        pretrained: one of open_clip's tags, in any case; a file; or ``random``.
+        shapes: the shapes of the model's tensors, by name.
 
     Raises:
-        WeightsError: no such tag or file, no network to fetch it, or weights that don't fit.
+        WeightsError: there is no such tag or file, no network to download it, or the weights don't fit.
     """
     if pretrained == "random":
         with _quiet(), torch.random.fork_rng(devices=[]):
@@ -93,7 +93,7 @@ def _plain(tag: str) -> str:
 
 
 def _fetched(model_name: str, tag: str) -> nn.Module:
-    # OpenAI's weights were trained with QuickGELU: open_clip's tags say so, its plain configurations don't.
+    # OpenAI's weights were trained with QuickGELU. open_clip's tags say so, its model configurations don't.
     quick = get_pretrained_cfg(model_name, tag).get("quick_gelu", False)
     try:
         with _quiet():
@@ -106,7 +106,7 @@ def _fetched(model_name: str, tag: str) -> nn.Module:
 
 
 def _by_hand(model_name: str, tag: str) -> str:
-    """How to come by a tag's weights, and their preprocessing, without the network that open_clip needs."""
+    """Return the advice how to get a tag's weights and preprocessing onto a machine without a network."""
     known = get_pretrained_cfg(model_name, tag)
     address = known.get("url") or f"open_clip_model.safetensors of https://huggingface.co/{known['hf_hub'].rstrip('/')}"
     quick = f"{model_name}-quickgelu"
@@ -118,7 +118,7 @@ def _by_hand(model_name: str, tag: str) -> str:
 
 
 def _missing(model_name: str, pretrained: str, tags: list[str]) -> WeightsError:
-    """The error for weights that are neither a tag nor a file."""
+    """Return the error for weights that are neither a tag nor a file."""
     said = f"weights {pretrained!r} for {model_name}: neither a known tag nor a file here"
     if "://" in pretrained and not find_weights(pretrained):
         return WeightsError(f"{said}; fetch it, and give the file")
@@ -152,10 +152,10 @@ def _fitted(weights: Weights, shapes: Shapes, model_name: str, file: Path) -> di
     """Return the tensors of a file if their names and shapes are exactly the model's; nothing is cropped or resized.
 
     Raises:
-        WeightsError: names what is missing, has no place, or another shape.
+        WeightsError: names the tensors that are missing, unknown, or of another shape.
     """
     tensors = dict(weights.tensors)
-    for name in ("logit_scale", "logit_bias"):  # numbers, which some save as lists of one
+    for name in ("logit_scale", "logit_bias"):  # scalars, which some programs save with shape (1,)
         if name in tensors and tensors[name].numel() == 1 and name in shapes:
             tensors[name] = tensors[name].reshape(shapes[name])
     other = [name for name in shapes if name in tensors and tensors[name].shape != shapes[name]]
@@ -176,7 +176,7 @@ def _fitted(weights: Weights, shapes: Shapes, model_name: str, file: Path) -> di
 
 
 def _fits(model_name: str, tensors: dict[str, Tensor]) -> bool:
-    """Whether tensors have the sizes of a model's towers."""
+    """Whether the tensors have the sizes of a model's towers."""
     config = open_clip.get_model_config(model_name)
     image, text = ({**default, **config[f"{tower}_cfg"]} for tower, default in TOWERS.items())
     if not isinstance(image["image_size"], int) or not isinstance(image["layers"], int):
@@ -198,7 +198,7 @@ def _fits(model_name: str, tensors: dict[str, Tensor]) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence libraries: their warnings repeat our errors, or what the caller asked for (random weights)."""
+    """Silence libraries, whose warnings repeat our errors or what the caller asked for (random weights)."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
