@@ -1,4 +1,4 @@
-"""``open_clip_config.json``, which open_clip saves beside weights: their architecture and preprocessing."""
+"""``open_clip_config.json``, which open_clip saves beside weights, with their architecture and preprocessing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipweld.trainer.errors import WeightsError
 from clipweld.trainer.schemas import Json, one_line, read_json_file
 
 NAME = "open_clip_config.json"
-# What the shapes of tensors don't show, by tower.
+# Fields of a tower's configuration that the shapes of its tensors don't show.
 UNSEEN = ("heads", "head_width", "pool_type", "no_causal_mask", "act_kwargs", "norm_kwargs")
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -23,7 +23,7 @@ Size = Annotated[int, Field(gt=0)]
 
 @dataclass(frozen=True, kw_only=True)
 class _Preprocess:
-    """The part of ``preprocess_cfg`` that counts; what is left out is OpenAI's."""
+    """The fields of ``preprocess_cfg`` that are used. Fields left out are those of OpenAI's weights."""
 
     __pydantic_config__: ClassVar[Any] = ConfigDict(extra="ignore")
 
@@ -41,8 +41,8 @@ class WeightsConfig:
     """The configuration found beside a file of weights.
 
     Attributes:
-        model_cfg: open_clip's configuration of the model that was trained; None: not said.
-        preprocess: open_clip's ``PreprocessCfg``, as far as the files give it; None where they don't.
+        model_cfg: open_clip's configuration of the trained model; None if it is not given.
+        preprocess: the given fields of open_clip's ``PreprocessCfg``; None if there are none.
     """
 
     model_cfg: dict | None = None
@@ -53,7 +53,7 @@ def read_config(file: Path) -> WeightsConfig:
     """Read the configuration beside a file of weights; empty where there is none.
 
     Raises:
-        WeightsError: it can't be read, or says nothing that open_clip writes.
+        WeightsError: it can't be read, or has nothing that open_clip writes.
     """
     beside = file.with_name(NAME)
     if not beside.exists() and not beside.is_symlink():
@@ -83,13 +83,13 @@ def _check_objects(*values: object) -> None:
 
 
 def check_config(config: WeightsConfig, model_name: str, file: Path, from_openai: bool) -> None:
-    """Refuse weights that are known to be trained in another architecture than the model has.
+    """Refuse weights that are known to be trained in another architecture than the model's.
 
-    What the shapes of tensors don't show makes no error, only worse answers: QuickGELU's weights under GELU, or other
-    numbers of heads.
+    Differences that the shapes of tensors don't show, such as GELU for QuickGELU or another number of heads, raise no
+    error in torch, but make the features worse.
 
     Raises:
-        WeightsError: says what differs.
+        WeightsError: names the difference.
     """
     if config.model_cfg is None and not from_openai:
         return
@@ -108,7 +108,7 @@ def check_config(config: WeightsConfig, model_name: str, file: Path, from_openai
         said = config.model_cfg.get(tower, {})
         for name in UNSEEN:
             has = ours[tower].get(name, default.get(name))
-            theirs = said.get(name, default.get(name) if "width" in said else has)  # parts may be all that is said
+            theirs = said.get(name, default.get(name) if "width" in said else has)  # the configuration may be partial
             if theirs != has:
                 raise WeightsError(
                     f"weights {file} were trained with {tower}.{name} {one_line(repr(theirs))}, model {model_name} has "
@@ -117,15 +117,15 @@ def check_config(config: WeightsConfig, model_name: str, file: Path, from_openai
 
 
 def configured_quick_gelu(model_name: str) -> bool:
-    """Whether open_clip builds a model of this name with OpenAI's approximation of GELU."""
+    """Whether open_clip builds this model with QuickGELU, OpenAI's approximation of GELU."""
     return bool((open_clip.get_model_config(model_name) or {}).get("quick_gelu", False))
 
 
 def preprocess_for(config: WeightsConfig, image_size: int, model_name: str, file: Path) -> dict:
-    """``PreprocessCfg``'s fields as they are said beside weights, for the model's size.
+    """Return the fields of ``PreprocessCfg`` that are given beside weights, without the image size.
 
     Raises:
-        WeightsError: they are said for images of another size.
+        WeightsError: they are for images of another size than the model's.
     """
     said = {name: value for name, value in (config.preprocess or {}).items() if name != "size"}
     size = (config.preprocess or {}).get("size", image_size)
