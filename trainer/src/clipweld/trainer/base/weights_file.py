@@ -1,4 +1,4 @@
-"""Checkpoint files that anyone may have written: read as tensors alone, never as a program."""
+"""Checkpoint files from untrusted sources: they are read as tensors, and no code in them is run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from clipweld.trainer.base.file_kinds import FETCH, OTHER, kind_of, refusal
 from clipweld.trainer.header import check_header
 from clipweld.trainer.schemas import one_line, sha256_of
 
-# OpenAI's own TorchScript archives, by the hash in their addresses.
+# SHA-256 of OpenAI's own TorchScript archives, from their addresses.
 OPENAI_SHA256 = frozenset(
     found[1]
     for model, tag in open_clip.list_pretrained()
     if (found := re.search(r"/([0-9a-f]{64})/[^/]+\.pt$", get_pretrained_url(model, tag)))
 )
-# What OpenAI's own files hold besides weights.
+# Entries of OpenAI's own files that are not weights.
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
-# Where training programs put a model's weights in what they save.
+# Names under which training programs save a model's weights.
 ENTRIES = ("state_dict", "model_state_dict", "model", "module")
-# What wrappers put into the names of tensors: torch.compile, DataParallel, FSDP; and, before all of them, Lightning.
+# Parts that wrappers (torch.compile, DataParallel, FSDP) add to the names of tensors, and prefixes of outer modules, as
+# in Lightning checkpoints.
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 OUTER = ("model", "clip", "clip_model", "net")
 SAVE = "where they were made, save them alone: torch.save(model.state_dict(), FILE)"
@@ -39,12 +40,12 @@ SAVE = "where they were made, save them alone: torch.save(model.state_dict(), FI
 
 @dataclass(frozen=True)
 class Weights:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        tensors: floating-point, by name, without the names of wrappers.
-        from_openai: whether the file is OpenAI's own, or of its layout: trained with QuickGELU.
-        notes: what was done to the names, for people.
+        tensors: floating-point tensors by name, without the names of wrappers.
+        from_openai: whether the file is OpenAI's own or has its layout, so that it was trained with QuickGELU.
+        notes: what users should know about how the names were read.
     """
 
     tensors: dict[str, Tensor]
@@ -53,10 +54,10 @@ class Weights:
 
 
 def read_weights(file: Path) -> Weights:
-    """Read a checkpoint; that runs no program, and takes no memory beyond the file's own size.
+    """Read a checkpoint without running code in it, and with no more memory than the file's own size.
 
     Raises:
-        WeightsError: it is no checkpoint of tensors alone, or of another library's layout; says which, and what to do.
+        WeightsError: it holds more than tensors, or has another library's layout; names it and the next step.
     """
     kind = kind_of(file)
     state: object
@@ -103,13 +104,13 @@ def _read_torch(file: Path, *, zipped: bool) -> object:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except UnpicklingError as exc:
         raise refusal(file, f"it holds more than tensors{_objects(file, zipped)}", SAVE) from exc
-    except Exception as exc:  # torch lets errors of all types through that a corrupted file brings about
+    except Exception as exc:  # torch raises errors of any type for a corrupted file
         what = f"it is cut off, corrupted, or not torch.save's ({type(exc).__name__}: {one_line(str(exc))})"
         raise refusal(file, what, FETCH) from exc
 
 
 def _objects(file: Path, zipped: bool) -> str:
-    """The kinds of objects that a checkpoint would have torch build, where it can tell without building them."""
+    """Return the types of a checkpoint's non-tensor objects, if they can be listed without unpickling them."""
     try:
         names = sorted(get_unsafe_globals_in_checkpoint(str(file))) if zipped else []
     except Exception:  # as above: a pickle may be anything
@@ -118,7 +119,7 @@ def _objects(file: Path, zipped: bool) -> str:
 
 
 def _entry(file: Path, state: object) -> tuple[dict, list[str]]:
-    """The entry of a checkpoint that holds the weights, which may be all of it."""
+    """Return the entry of a checkpoint that holds the weights, or all of it, and notes for users."""
     if not isinstance(state, dict):
         raise refusal(file, f"it holds a {type(state).__name__}, expected a dictionary of tensors", SAVE)
     found = [entry for entry in ENTRIES if isinstance(state.get(entry), dict)]
@@ -130,7 +131,7 @@ def _entry(file: Path, state: object) -> tuple[dict, list[str]]:
 
 
 def _unwrapped(file: Path, state: dict) -> tuple[dict, list[str]]:
-    """Tensors by their names in the model that was wrapped; and the wrappers' names."""
+    """Return the tensors by their names in the unwrapped model, and the names of the wrappers."""
     if odd := next((name for name in state if not isinstance(name, str)), None):
         raise refusal(file, f"it has an entry {one_line(repr(odd))}, expected tensors by their names", SAVE)
     wrappers = {part for name in state for part in name.split(".")[:-1] if part in WRAPPERS}
@@ -144,7 +145,7 @@ def _unwrapped(file: Path, state: dict) -> tuple[dict, list[str]]:
 
 
 def _check_tensors(file: Path, state: dict[str, object]) -> None:
-    """Refuse what is no tensor, and tensors that would take more memory than their file."""
+    """Refuse entries that are not tensors, and tensors that would take more memory than their file."""
     size = file.stat().st_size
     for name, tensor in state.items():
         where = f"{one_line(name)!r}"
