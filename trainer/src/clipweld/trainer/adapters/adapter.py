@@ -1,9 +1,9 @@
-"""The adapter file: what a task leaves behind.
+"""The adapter file, which holds one learned task.
 
-A safetensors file. Tensors, float32, by open_clip module path: ``<module>.lora_A (k_merge, d_in)`` and
-``<module>.lora_B (d_out, k_merge)``, only the experts that are merged, and maybe ``<module>.inputs``. One metadata
-entry, ``clipweld``, holds JSON: all that ``Adapter`` carries besides the tensors, and the SHA-256 over both. Adapters
-are content-addressed like commits: each names its parents, the hashes of every adapter merged before it, in order.
+It is a safetensors file. Its tensors are float32 and named by open_clip's module paths: ``<module>.lora_A``
+(k_merge, d_in) and ``<module>.lora_B`` (d_out, k_merge) of the experts to merge, and optionally ``<module>.inputs``.
+The metadata entry ``clipweld`` holds JSON: all other fields of ``Adapter``, and the SHA-256 over both. Adapters are
+content-addressed, like commits: each names its parents, the hashes of all adapters merged before it, in order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TENSOR = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.(lora_A|lora_B|inputs)")
 
 @dataclass(frozen=True)
 class Metadata:
-    """What an adapter says besides its tensors; the types are what ``load_adapter`` accepts.
+    """The fields of an adapter besides its tensors; ``load_adapter`` accepts these types only.
 
     Attributes:
         base_fingerprint: SHA-256 of the base weights below the lineage (``Backbone.fingerprint``).
@@ -43,7 +43,7 @@ class Metadata:
         scaling: factor of every expert, alpha / rank.
         accuracy: ``{"before": {task: percent}, "after": {task: percent}}`` on this and every earlier task.
         config: the resolved settings of the run.
-        activation_counts: by layer, the votes that each expert of its pool got in training, kept ones or not.
+        activation_counts: by layer, the votes for each expert of its pool in training, merged or not.
     """
 
     task: Annotated[str, AfterValidator(task_name)]
@@ -65,32 +65,33 @@ class Adapter(Metadata):
     """One learned task.
 
     Attributes:
-        tensors: float32 ``<module>.lora_A (k_merge, d_in)`` and ``<module>.lora_B (d_out, k_merge)``; where later tasks
-            shall keep off this one's inputs, ``<module>.inputs (directions, d_in)`` (``method.drift``).
+        tensors: float32 ``<module>.lora_A (k_merge, d_in)`` and ``<module>.lora_B (d_out, k_merge)``; if trained with a
+            drift loss, also ``<module>.inputs (directions, d_in)``, from which later tasks compute theirs
+            (``method.drift``).
     """
 
     tensors: dict[str, Tensor] = field(repr=False)
 
     def metadata(self) -> dict:
-        """All fields but the tensors, ready for JSON."""
+        """Return all fields but the tensors, ready for JSON."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
 
     @cached_property
     def sha256(self) -> str:
-        """Hash over metadata and tensors: the adapter's identity."""
+        """SHA-256 over metadata and tensors: the adapter's identity."""
         return content_sha256({"format": FORMAT, **self.metadata()}, self.tensors)
 
     def modules(self) -> list[str]:
-        """Paths of the adapted layers, sorted."""
+        """Return the paths of the adapted layers, sorted."""
         return sorted(name.removesuffix(".lora_A") for name in self.tensors if name.endswith(".lora_A"))
 
     def experts(self, module: str) -> tuple[Tensor, Tensor]:
-        """``lora_A (k_merge, d_in)`` and ``lora_B (d_out, k_merge)`` of one layer."""
+        """Return ``lora_A (k_merge, d_in)`` and ``lora_B (d_out, k_merge)`` of one layer."""
         return self.tensors[f"{module}.lora_A"], self.tensors[f"{module}.lora_B"]
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the task leaves behind."""
+        """Number of values in the tensors."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     def __str__(self) -> str:
@@ -98,13 +99,15 @@ class Adapter(Metadata):
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
-    """Write the file whole or not at all."""
+    """Write the adapter file atomically."""
     write_tensors(path, adapter.tensors, {ENTRY: _seal(adapter)})
 
 
 def check_readable(adapter: Adapter) -> None:
-    """Raises:
-    AdapterError: ``load_adapter`` would refuse what it says besides its tensors: there is too much of it.
+    """Check that ``load_adapter`` will accept the metadata.
+
+    Raises:
+        AdapterError: the metadata is too large to be read again.
     """
     try:
         read_json(SealedMetadata, _seal(adapter))
@@ -126,12 +129,12 @@ class SealedMetadata(Metadata):
 
 
 def load_adapter(path: Path | str) -> Adapter:
-    """Read an adapter and prove it whole.
+    """Read an adapter and verify its integrity.
 
     Raises:
-        AdapterError: no such file, or one that can't be read.
-        AdapterCorrupt: not a safetensors file of ours, one bit differs from what was written, or it says what no fit
-            writes: other types, words that make no task, tensors that are not finite.
+        AdapterError: there is no such file, or it can't be read.
+        AdapterCorrupt: it is not clipweld's safetensors file, its content doesn't match its SHA-256, or it holds what
+            no fit writes: wrong types, class names or templates that make no task, tensors that are not finite.
     """
     path = Path(path)
     check_file(path)
@@ -161,15 +164,16 @@ def load_adapter(path: Path | str) -> Adapter:
 
 
 def load_lineage(source: Path | str | Sequence[Path | str], base_fingerprint: str) -> list[Adapter]:
-    """Adapters in the order they were learned, proven to be one chain on one base.
+    """Load adapters in the order they were learned, and check that they are one chain on one base.
 
     Args:
-        source: a folder of adapters (an absent or empty one is the empty lineage), or the files themselves.
+        source: a folder of adapters (a missing or empty one is the empty lineage), or the files themselves.
+        base_fingerprint: that of the base weights to merge into.
 
     Raises:
-        AdapterError: two files are copies of one adapter, or what is called like an adapter is none.
-        WrongBase: trained on other weights than ``base_fingerprint``.
-        BrokenChain: one is missing, was replaced, or two were learned side by side.
+        AdapterError: two files are copies of one adapter, or a file has an adapter's name but is none.
+        WrongBase: an adapter was trained on other weights than those of ``base_fingerprint``.
+        BrokenChain: an adapter is missing, was replaced, or lacks layers of the others, or two have the same parents.
     """
     files = adapter_files(Path(source)) if isinstance(source, (str, Path)) else map(Path, source)
     loaded = sorted(
@@ -203,20 +207,20 @@ def load_lineage(source: Path | str | Sequence[Path | str], base_fingerprint: st
 
 
 def check_place(path: Path, task: str) -> None:
-    """Prove that an adapter of a task can be saved there without taking the place of another task's.
+    """Check that saving a task's adapter to a path would not overwrite another task's.
 
     Raises:
-        AdapterError: names the task whose adapter is there.
+        AdapterError: another task's adapter is there; names it.
     """
     if os.path.lexists(path):
         check_name(path, load_adapter(path).task, task)
 
 
 def check_unchanged(folder: Path, lineage: Sequence[Adapter]) -> None:
-    """Prove that a folder holds the very adapters that a task was learned on top of.
+    """Check that a folder still holds exactly the adapters that a task was learned on top of.
 
     Raises:
-        BrokenChain: names those that came or went.
+        BrokenChain: names the adapters that were added or removed.
     """
     there = {adapter.sha256: f"{path} came" for path in adapter_files(folder) for adapter in [load_adapter(path)]}
     before = {adapter.sha256: f"{adapter} went" for adapter in lineage}
@@ -225,9 +229,11 @@ def check_unchanged(folder: Path, lineage: Sequence[Adapter]) -> None:
 
 
 def _check_side_by_side(loaded: Sequence[tuple[Adapter, Path]]) -> None:
-    """Raises:
-    AdapterError: two files are copies of one adapter.
-    BrokenChain: two adapters were learned on top of the same ones.
+    """Refuse copies and branches.
+
+    Raises:
+        AdapterError: two files are copies of one adapter.
+        BrokenChain: two adapters have the same parents.
     """
     places: dict[str, Path] = {}
     branches: dict[tuple[str, ...], tuple[Adapter, Path]] = {}
@@ -248,8 +254,10 @@ def _check_side_by_side(loaded: Sequence[tuple[Adapter, Path]]) -> None:
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:
-    """Raises:
-    ValueError: a lora_A without its lora_B of one rank, inputs of another width, not float32, not finite, or more.
+    """Check names, dtypes and shapes of the tensors, and that all values are finite.
+
+    Raises:
+        ValueError: names the first fault.
     """
     for name, tensor in tensors.items():
         if not TENSOR.fullmatch(name):
