@@ -1,4 +1,4 @@
-"""The folder that adapters are kept in: which of its files are adapters, and one writer at a time."""
+"""The folder of adapters: which of its files are adapters, and a lock for its only writer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SUFFIX = ".safetensors"
 
 
 def check_named(folder: Path) -> None:
-    """Prove that a folder that was named to be read is there: a slip would have the base alone taken for its adapters.
+    """Check that a folder to read exists, because a typo would otherwise give the base without adapters.
 
     Raises:
-        AdapterError: says what is there instead.
+        AdapterError: there is no such folder.
     """
     if not folder.is_dir():
         found = "not a folder" if os.path.lexists(folder) else "no such folder"
@@ -28,13 +28,14 @@ def check_named(folder: Path) -> None:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """The adapters of a folder, by name: what ends in ``.safetensors``, in capitals too, and isn't hidden.
+    """List the adapters of a folder: all files ending in ``.safetensors``, in any case, that aren't hidden.
 
     Returns:
-        their paths; none of an absent folder.
+        their paths, sorted; an empty list for a missing folder.
 
     Raises:
-        AdapterError: the folder can't be read, or what is called like an adapter is none: a folder, a broken link.
+        AdapterError: the folder can't be read, or something with an adapter's name is no file, but a folder or a broken
+            link.
     """
     try:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() == SUFFIX and path.name[0] != ".")
@@ -48,14 +49,15 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def check_free(folder: Path, task: str) -> None:
-    """Refuse to learn a task into a folder that has no place for its adapter. Reads headers alone, without torch.
+    """Check that a task can be learned into a folder. Only headers are read, without torch.
 
     Raises:
         TaskAlreadyLearned: the folder has an adapter of the task.
-        AdapterError: another task's adapter has the name that this one's would get.
+        AdapterError: another task's adapter has the file name of this one's.
     """
     learned = {path: _task_of(path) for path in adapter_files(folder)}
-    # With unfinished training beside it, ``learn_into`` proves the adapter whole, removes that, and says the same.
+    # If there is unfinished training too, ``learn_into`` first verifies the adapter and removes the checkpoint, then
+    # raises the same error.
     if not (folder / f".{task}.unfinished").exists():
         check_new(task, learned.values())
     path = folder / f"{task}{SUFFIX}"
@@ -64,10 +66,10 @@ def check_free(folder: Path, task: str) -> None:
 
 
 def check_new(task: str, learned: Iterable[str | None]) -> None:
-    """Prove that a task is none of those that were learned before.
+    """Check that a task has not been learned before.
 
     Raises:
-        TaskAlreadyLearned: it is.
+        TaskAlreadyLearned: it has.
     """
     if task in learned:
         raise TaskAlreadyLearned(
@@ -77,13 +79,15 @@ def check_new(task: str, learned: Iterable[str | None]) -> None:
 
 
 def check_name(path: Path, other: str, task: str) -> None:
-    """Prove that a file may be replaced by the adapter of a task.
+    """Check that a file may be replaced by the adapter of a task.
 
     Args:
-        other: the task whose adapter it is.
+        path: the file.
+        other: the task of the adapter in it.
+        task: the task of the new adapter.
 
     Raises:
-        AdapterError: that is another task.
+        AdapterError: they are different tasks.
     """
     if other != task:
         raise AdapterError(
@@ -100,8 +104,10 @@ def _task_of(path: Path) -> str | None:
 
 
 def check_file(path: Path) -> None:
-    """Raises:
-    AdapterError: there is no regular file; says what is there.
+    """Check that a path is a regular file.
+
+    Raises:
+        AdapterError: it is not; says what is there.
     """
     if path.is_file():
         return
@@ -118,14 +124,14 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep other commands that write to a folder out of it until the block ends.
+    """Lock a folder against other commands that write to it until the block ends.
 
-    The folder is made where it is absent, and removed again if the block left nothing there. The lock is the system's:
-    it ends with the process, whatever ends that.
+    A missing folder is created, and removed again if the block leaves it empty. The operating system releases the lock
+    when the process ends, even if it is killed.
 
     Raises:
-        FolderBusy: another command holds it.
-        OutputError: it can't be made.
+        FolderBusy: another command holds the lock.
+        OutputError: the folder can't be created.
     """
     made = not folder.is_dir()
     with output_errors(folder):
@@ -139,7 +145,7 @@ def held(folder: Path) -> Iterator[None]:
                 f"{folder}: another trainer is learning into it; wait until it has finished, or give another folder"
             ) from exc
         except OSError:
-            pass  # some network file systems have no locks; adapters are compared again before one is saved
+            pass  # some network file systems have no locks; ``check_unchanged`` runs before an adapter is saved
         yield
     finally:
         os.close(lock)
