@@ -1,4 +1,4 @@
-"""The method: a single LoRA in every linear layer, seen as a pool of rank-1 experts."""
+"""The method: one LoRA per linear layer, treated as a pool of rank-1 experts."""
 
 from clipweld.trainer.method.experts import ExpertPool
 from clipweld.trainer.method.injection import PoolSet, attach_pools, detach_pools
