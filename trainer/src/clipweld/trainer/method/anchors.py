@@ -1,11 +1,11 @@
-"""Words as anchors: hold what a model knows in place while it learns, without an image or a name of earlier tasks.
+"""Word anchors: a loss that preserves a model's knowledge, without images or class names of earlier tasks.
 
-A thousand common words (ImageNet's class names, which come with open_clip) stand in for everything the model is not
-being taught. Two things must stay as they were before the task: the features of the words themselves (text tower), and
-how the words describe the task's own images (image tower). The first is feature distillation, the second *Learning
-without Forgetting* (arXiv 1606.09282) with words in the place of classes. Both count in logits: a cosine that is off by
-0.01 moves a logit by one, so at a scale of 100 it is no trifle. A step's words pass through the text tower beside its
-prompts, so they hold the very experts that the prompts train; their votes count like any.
+A thousand common words (ImageNet's class names, which come with open_clip) represent everything that the model is not
+being taught. Two things must stay as they were before the task: the features of the words (text tower), and the
+similarities of the task's images to the words (image tower). The first is feature distillation, the second *Learning
+without Forgetting* (arXiv 1606.09282) with words in place of classes. Both are measured in logits, because at CLIP's
+scale of 100 a cosine that is off by 0.01 moves a logit by one. A step's words pass through the text tower in one batch
+with its prompts, so that they constrain the same experts that the prompts train, and vote for experts too.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ LOGIT_SCALE = 100.0
 
 
 class WordAnchors:
-    """A model as it was before a task, as words describe it.
+    """Features of words and images as a model computed them before a task.
 
     Args:
-        backbone: that model, before its first step; few-shot images are described here and now, and where there are too
-            many to keep, a copy of the model stays.
+        backbone: the model before its first step. Few-shot images are encoded at once; for a full training set, whose
+            features are computed per batch, a copy of the model is kept instead.
         batches: the task's images.
+        seed: draws the words of each step.
     """
 
     @torch.no_grad()
@@ -60,17 +61,17 @@ class WordAnchors:
         return self._tokens[self._drawn(number)]
 
     def loss(self, number: int, batch: Batch, image_features: Tensor, word_features: Tensor) -> Tensor:
-        """How far a model in training has moved, as a scalar.
+        """Return the anchor loss of a step.
 
         Args:
-            number: the step, which drew the words.
-            batch: its images are those of this process.
-            image_features: (share, embed_dim), what the model in training makes of them, L2-normalised.
-            word_features: (WORDS_PER_STEP, embed_dim), what it makes of the step's words, L2-normalised.
+            number: the step, which determines the words.
+            batch: the batch, of whose images this process has a share.
+            image_features: (share, embed_dim), L2-normalised, of the model in training.
+            word_features: (WORDS_PER_STEP, embed_dim), L2-normalised, of the step's words.
 
         Returns:
-            KL divergence from the old to the new description of the images, mean over the share, plus how much of
-            its logit a word loses on its own old features, mean over the step's words.
+            a scalar: KL(before || now) of the images' distributions over all words, mean over the share, plus the drop
+            of each word's logit with its own old features, mean over the step's words.
         """
         before = self._encode(batch.pixels) if self._images is None else self._images[batch.indices]
         described = (LOGIT_SCALE * before @ self._words.T).softmax(dim=-1)
@@ -83,5 +84,5 @@ class WordAnchors:
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
-        """Features (batch, embed_dim) of images as the model saw them before the task, L2-normalised."""
+        """Return the features (batch, embed_dim) of images before the task, L2-normalised."""
         return F.normalize(self._model.encode_image(pixels), dim=-1)
