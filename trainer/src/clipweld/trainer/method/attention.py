@@ -1,7 +1,7 @@
-"""The attention of open_clip's blocks as four linear layers, so that each can carry a pool.
+"""The attention of open_clip's blocks as four linear layers, so that each can have a pool.
 
-open_clip has two: torch's nn.MultiheadAttention, and its own ``Attention``, which may normalise queries and keys, scale
-heads and normalise what goes into the last layer. Both keep q, k and v stacked in one matrix.
+open_clip uses two classes: torch's nn.MultiheadAttention, and its own ``Attention``, which may normalise queries and
+keys, scale heads and normalise the input of the output layer. Both stack q, k and v in one matrix.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from clipweld.trainer.method.experts import ExpertPool
 
 
 class SplitAttention(nn.Module):
-    """Self-attention with q, k, v and out as layers of their own; called as nn.MultiheadAttention is."""
+    """Attention with separate q, k, v and out layers, and the interface of nn.MultiheadAttention."""
 
-    q_proj: nn.Module  # a layer, or the pool in its place
+    q_proj: nn.Module  # nn.Linear, or the pool that replaces it
 
     def __init__(self, attention: nn.MultiheadAttention | Attention) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class SplitAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 
     def _heads(self, *inputs: Tensor) -> list[Tensor]:
-        """q, k and v, each (batch, heads, seq_len, head_dim). Pools that see one input share its dropout."""
+        """Return q, k and v, each (batch, heads, seq_len, head_dim). Pools with the same input share its dropout."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if isinstance(self.q_proj, ExpertPool):  # then all three are
             dropout = self.q_proj.dropout
@@ -49,7 +49,7 @@ class SplitAttention(nn.Module):
 
 
 class SplitOwnAttention(SplitAttention):
-    """The same for open_clip's own ``Attention``, called as that is, with all it may do besides."""
+    """The same for open_clip's own ``Attention``, with its interface, norms and head scales."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__(attention)
@@ -66,12 +66,12 @@ class SplitOwnAttention(SplitAttention):
 
 
 def split_attention(attention: nn.MultiheadAttention | Attention) -> SplitAttention:
-    """What computes the same with q, k, v and out as layers of their own; weights are used in place, not copied."""
+    """Return an equivalent attention with separate q, k, v and out layers, which share its weights."""
     return SplitOwnAttention(attention) if isinstance(attention, Attention) else SplitAttention(attention)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen linear layer around existing tensors."""
+    """Return a frozen linear layer around existing tensors."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
