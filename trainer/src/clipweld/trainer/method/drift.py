@@ -1,9 +1,9 @@
-"""What earlier tasks feed into each layer, so that new experts can leave it in peace.
+"""The drift loss, which keeps new experts from changing the layers' outputs on earlier tasks.
 
-For a layer with input x, the second moment E[x x^T] over a task's images and prompts says which directions the task
-uses, and how much. Of an update dW, ``tr(dW E[x x^T] dW^T)`` is how far it moves the layer's output on that task, in
-squared length: no image is needed any more to know. The principal directions stand in for the whole moment and travel
-with the adapter. It is the idea of null-space methods (arXiv 2103.09762, 2103.07113), with a penalty for a wall.
+For a layer with input x, the second moment E[x x^T] over a task's images and prompts says how much the task uses each
+input direction. An update dW moves the layer's output on that task by ``tr(dW E[x x^T] dW^T)``, the mean squared length
+of the change, which can be computed without any image of the task. An adapter stores the principal directions of the
+moment. Null-space methods (arXiv 2103.09762, 2103.07113) forbid such updates; here they are penalised.
 """
 
 from __future__ import annotations
@@ -31,16 +31,19 @@ MAX_IMAGES = 1024
 def principal_inputs(
     task: Task, backbone: Backbone, pools: PoolSet, batches: Batches, directions: int
 ) -> dict[str, Tensor]:
-    """Per layer, ``<module>.inputs (directions, d_in)``: rows whose outer products add up to nearly E[x x^T].
+    """Return per layer ``<module>.inputs (directions, d_in)``: rows whose outer products add up to nearly E[x x^T].
 
-    Layers that see the same input, as q, k and v do, have one entry: that of k, for in the last block q sees less.
+    q, k and v have the same input and one common entry, that of k, because in the last block q sees only [CLS].
 
     Args:
-        backbone: the model that has just learned the task, its pools still attached.
-        batches: the task's training images, of which at most ``MAX_IMAGES`` are looked at.
+        task: its templates and class names give the prompts.
+        backbone: the model that has just learned the task, with its pools still attached.
+        pools: the attached pools.
+        batches: the task's training images, of which at most ``MAX_IMAGES`` are used.
+        directions: the number of rows per layer.
 
     Raises:
-        NotFinite: names the layer.
+        NotFinite: the second moment of a layer's inputs is NaN or infinite; names the layer.
     """
     sums: dict[str, Tensor] = {}
     tokens_seen: dict[str, int] = {}
@@ -51,7 +54,7 @@ def principal_inputs(
             x = inputs[0]
             if texts is None:
                 x = x.flatten(0, 1).float()
-            else:  # what follows a prompt's EOT is padding
+            else:  # the tokens after EOT are padding
                 x = x[torch.arange(x.shape[1], device=x.device) <= texts.argmax(dim=-1)[:, None]].float()
             sums[module] = sums.get(module, 0) + x.T @ x
             tokens_seen[module] = tokens_seen.get(module, 0) + len(x)
@@ -79,13 +82,16 @@ def principal_inputs(
 
 
 def past_inputs(lineage: Sequence[Adapter], pools: PoolSet) -> dict[str, Tensor]:
-    """Per layer (d_in, d_in): second moments of what all earlier tasks feed into it, added up.
+    """Return per layer the sum of the second moments (d_in, d_in) of its inputs on all earlier tasks.
 
-    Each task counts relative to the squared length of the layer's own output on it, so that layers and tasks weigh
-    alike. Empty where no adapter carries inputs. The size doesn't grow with the number of tasks.
+    Each moment is divided by the mean squared length of the layer's own output on the task, so that layers and tasks
+    have equal weight. The size doesn't grow with the number of tasks.
+
+    Returns:
+        an empty dict if no adapter has inputs.
 
     Raises:
-        NotFinite: those of an adapter are no numbers, or lead nowhere; names it and the layer.
+        NotFinite: an adapter's inputs give outputs that are not finite or zero; names the adapter and the layer.
     """
     carrying = [adapter for adapter in lineage if any(name.endswith(".inputs") for name in adapter.tensors)]
     if not carrying:
@@ -110,10 +116,10 @@ def past_inputs(lineage: Sequence[Adapter], pools: PoolSet) -> dict[str, Tensor]
 
 
 def drift_loss(pools: Mapping[str, ExpertPool], past: Mapping[str, Tensor]) -> Tensor:
-    """How far the experts move the layers' outputs on earlier tasks: squared, relative, mean over layers; a scalar.
+    """Return the relative squared change of the layers' outputs on earlier tasks, mean over layers; a scalar.
 
-    With dW = scaling * B A: ``tr(dW M dW^T) = scaling^2 * sum((A M A^T) * (B^T B))``, M the moments of ``past_inputs``.
-    While the experts to merge are still open, all of them count; afterwards, only those that will be merged.
+    With dW = scaling * B A and M from ``past_inputs``: ``tr(dW M dW^T) = scaling^2 * sum((A M A^T) * (B^T B))``.
+    All experts count until the ones to merge are fixed (``Router.consolidating``), then only those.
     """
     drifts = []
     for module, moment in past.items():
@@ -125,14 +131,14 @@ def drift_loss(pools: Mapping[str, ExpertPool], past: Mapping[str, Tensor]) -> T
 
 
 def _input_of(module: str) -> str:
-    """The layer under whose name a layer's inputs are kept."""
+    """Return the layer whose name a layer's inputs are stored under."""
     parent, _, name = module.rpartition(".")
     return f"{parent}.k_proj" if name in ("q_proj", "v_proj") else module
 
 
 def _factor(moment: Tensor, directions: int) -> Tensor:
-    """The largest principal directions of a second moment (d, d) as rows (directions, d), scaled by their weight."""
-    with torch.random.fork_rng():  # the method starts from a random guess: always the same one
+    """Return the principal directions of a second moment (d, d) as rows (directions, d), times sqrt(singular value)."""
+    with torch.random.fork_rng():  # svd_lowrank starts from random numbers; the seed makes the result reproducible
         torch.manual_seed(0)
         vectors, values, _ = torch.svd_lowrank(moment, q=min(2 * directions, len(moment)), niter=4)
     return (vectors * values.sqrt()).T[:directions].cpu().contiguous()
