@@ -1,4 +1,4 @@
-"""Dropout whose random numbers are cheap."""
+"""Dropout with cheap random numbers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class ByteDropout(nn.Module):
-    """Dropout that draws a random byte an element, and leaves it to the caller to scale up what is kept.
+    """Dropout that draws one random byte per element, and leaves the scaling of the kept elements to the caller.
 
-    torch's own draws a random number an element, on a CPU one after the other: a fifth of a training step's time. A
-    byte is an eighth of one. What follows a dropout here is a product down to a few features, which are cheaper to
-    scale than x.
+    torch's own dropout draws one random number per element, which a CPU does sequentially and which takes a fifth of a
+    training step. Here one 64-bit number serves eight elements. The caller follows with a product down to a few
+    features, which are cheaper to scale than x.
 
     Attributes:
-        p: the share of elements that is zeroed in training, in [0, 1).
+        p: the share of elements that is zeroed in training, in [0, 1); rounded to a multiple of 1/256.
     """
 
     def __init__(self, p: float) -> None:
@@ -23,7 +23,7 @@ class ByteDropout(nn.Module):
 
     @property
     def kept(self) -> float:
-        """The share of elements that is kept in training: 1 - p, to a 256th. What x is to be divided by."""
+        """The share of elements that is kept in training, 1 - p rounded to 1/256: the caller divides by it."""
         return 1 - min(round(256 * self.p), 255) / 256
 
     def forward(self, x: Tensor) -> Tensor:
