@@ -14,17 +14,17 @@ from clipweld.trainer.method.router import Router
 
 
 class ExpertPool(nn.Module):
-    """A frozen linear layer with ``rank`` rank-1 experts beside it.
+    """A frozen linear layer with ``rank`` parallel rank-1 experts.
 
     Expert i adds ``scaling * b_i a_i^T`` to the weight, with a_i a row of ``lora_A`` and b_i a column of ``lora_B``.
-    In training the router's active experts serve the batch. In eval mode the pool is what the merge will make of it:
-    the ``k_merge`` most activated experts, no router, no votes, no dependence on the batch.
+    In training the router's active experts serve the batch. In eval mode the pool computes what the merged weights will
+    compute: the ``k_merge`` most activated experts, without router or votes, independent of the batch.
 
     Attributes:
         lora_A: (rank, d_in), Kaiming-uniform.
         lora_B: (d_out, rank), zeros, so that a fresh pool changes nothing.
         router: picks the experts; several layers may share one.
-        leads: whether the router decides on this layer's input; where a router is shared, on that of the first one.
+        leads: whether the router decides on this layer's input. Only the first of the layers that share a router leads.
     """
 
     def __init__(self, base_layer: nn.Linear, config: PoolConfig, router: Router, *, leads: bool = True) -> None:
@@ -41,14 +41,15 @@ class ExpertPool(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight: open_clip asks a block's ``c_fc`` for its dtype."""
+        """The base layer's weight, because open_clip reads a block's dtype from ``c_fc.weight``."""
         return self.base_layer.weight
 
     def forward(self, x: Tensor, dropped: Tensor | None = None) -> Tensor:
         """x (batch, seq_len, d_in) -> (batch, seq_len, d_out).
 
         Args:
-            dropped: what dropout has left of x, where the caller has it already.
+            x: the layer's input.
+            dropped: x after dropout, if the caller has computed it already.
         """
         out = self.base_layer(x)
         if not self.training:
@@ -60,10 +61,10 @@ class ExpertPool(nn.Module):
         hidden = F.linear(dropped, self.lora_A[self.router.active]) * (self.scaling / self.dropout.kept)
         if self.router.gate is not None:
             hidden = hidden * self.router.gate[:, None, :]
-        # Experts as rows: the backward products of columns take ten times as long on a CPU.
+        # Experts as rows: with columns the backward products take ten times longer on a CPU.
         return out + hidden @ self.lora_B.T[self.router.active]
 
     def merged_experts(self) -> tuple[Tensor, Tensor]:
-        """``lora_A (k_merge, d_in)`` and ``lora_B (d_out, k_merge)`` of the most activated experts."""
+        """Return ``lora_A (k_merge, d_in)`` and ``lora_B (d_out, k_merge)`` of the most activated experts."""
         experts = self.router.most_activated()
         return self.lora_A[experts], self.lora_B[:, experts]
