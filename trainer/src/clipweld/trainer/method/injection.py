@@ -1,4 +1,4 @@
-"""Pools into both towers, and out again."""
+"""Attaching pools to both towers, and detaching them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from clipweld.trainer.method.router import Router, RoutingPosition
 
 @dataclass
 class PoolSet:
-    """The pools of a model, by the open_clip path of the layer each one sits on."""
+    """The pools of a model, by the open_clip path of the layer that each one replaces."""
 
     pools: dict[str, ExpertPool]
     _originals: list[tuple[nn.Module, str, nn.Module]] = field(repr=False)
     _hook: RemovableHandle = field(repr=False)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that training changes, by name: experts, routers, counts. The live ones, not copies."""
+        """Return the tensors that training changes, by name: experts, routers, counts. They are not copies."""
         state: dict[str, Tensor] = {}
         for module, pool in self.pools.items():
             state |= {f"{module}.lora_A": pool.lora_A, f"{module}.lora_B": pool.lora_B}
@@ -35,21 +35,21 @@ class PoolSet:
         return state
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All that is trained: experts and routers."""
+        """Return all trained parameters: experts and routers."""
         return (tensor for tensor in self.state().values() if isinstance(tensor, nn.Parameter) and tensor.requires_grad)
 
     @property
     def num_trainable(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained values."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def consolidate(self) -> None:
-        """From here on train exactly the experts that will be merged."""
+        """Train only the experts that will be merged from now on."""
         for pool in self.pools.values():
             pool.router.consolidating = True
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """What the task leaves behind: ``<module>.lora_A`` and ``<module>.lora_B`` of the merged experts, float32."""
+        """Return ``<module>.lora_A`` and ``<module>.lora_B`` of the experts to merge, float32, on the CPU."""
         tensors = {}
         for module, pool in self.pools.items():
             lora_A, lora_B = pool.merged_experts()  # noqa: N806
@@ -58,15 +58,16 @@ class PoolSet:
         return tensors
 
     def activation_counts(self) -> dict[str, list[int]]:
-        """By layer, the votes that each expert of its pool got."""
+        """Return by layer the number of votes for each expert of its pool."""
         return {module: pool.router.activation_counts.tolist() for module, pool in self.pools.items()}
 
 
 def attach_pools(model: open_clip.CLIP, config: PoolConfig) -> PoolSet:
-    """Put a pool on q, k, v, out, c_fc and c_proj of every block of both towers.
+    """Replace q, k, v, out, c_fc and c_proj in every block of both towers by pools.
 
-    The image tower is routed on token 0, the text tower on each prompt's EOT token, which a hook on the token
-    embedding notes as the tokens come in. Base weights are used in place, not copied.
+    The image tower is routed on token 0, the text tower on each prompt's EOT token (or on token 0 too, with
+    ``config.route_on`` "first"). A hook on the token embedding records the EOT positions, because the blocks don't see
+    the tokens. Base weights are shared, not copied.
     """
     image, text = RoutingPosition(sharded=True), RoutingPosition(sharded=False)
 
@@ -98,13 +99,13 @@ def attach_pools(model: open_clip.CLIP, config: PoolConfig) -> PoolSet:
 
 
 def detach_pools(pool_set: PoolSet) -> None:
-    """Leave the model as ``attach_pools`` found it."""
+    """Restore the model to its state before ``attach_pools``."""
     pool_set._hook.remove()
     for parent, name, layer in reversed(pool_set._originals):
         setattr(parent, name, layer)
 
 
 def _layers(block: ResidualAttentionBlock) -> list[tuple[nn.Module, str]]:
-    """The six linear layers of a block, in the order they are called."""
+    """Return the six linear layers of a block as (parent, name), in the order they are called."""
     attention = [(block.attn, name) for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
     return attention + [(block.mlp, name) for name in ("c_fc", "c_proj")]
