@@ -1,4 +1,4 @@
-"""What training minimises: CLIP's loss with soft targets, and the activation-guided orthogonality (AGO) of experts."""
+"""The losses: CLIP's with soft targets, and the activation-guided orthogonality (AGO) of experts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, labels: Tens
     """Return CLIP's symmetric cross-entropy over a batch, in which all pairs of one class are positives.
 
     Args:
-        image_features, text_features: (batch, embed_dim), L2-normalised, row i of both belonging together.
-        labels: int64 (batch,), class of every pair.
-        logit_scale: the frozen temperature, already exponentiated.
+        image_features, text_features: (batch, embed_dim), L2-normalised; row i of both is one pair.
+        labels: int64 (batch,), the class of each pair.
+        logit_scale: the frozen scale, already exponentiated.
 
     Returns:
-        a scalar: the mean of both directions; a row's targets are 1 / number of its positives.
+        a scalar, the mean over both directions. Each positive of a row has the target 1 / number of positives.
     """
     logits = logit_scale * image_features @ text_features.T
     same = (labels[:, None] == labels[None, :]).to(logits.dtype)
@@ -32,11 +32,13 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, labels: Tens
 def orthogonality_loss(
     pools: Mapping[str, ExpertPool], past: Mapping[str, Tensor], reduce: Literal["sum", "mean"]
 ) -> Tensor:
-    """AGO: ``|B_now^T B_past|``, summed or averaged within a layer, then averaged over layers.
+    """Return the AGO loss: ``|B_now^T B_past|``, summed or averaged within a layer, then averaged over layers.
 
     Args:
-        past: by layer, the merged columns of all earlier tasks, concatenated (d_out, past_experts); empty for the first
-            task, whose loss is 0. One matrix product per layer, however many tasks there were.
+        pools: the pools in training, by layer; their most activated experts count.
+        past: by layer, the merged columns of all earlier tasks, concatenated (d_out, past_experts), so that any number
+            of tasks takes one matrix product per layer. Empty for the first task, whose loss is 0.
+        reduce: how the overlaps are reduced within a layer.
     """
     if not past:
         return next(iter(pools.values())).lora_B.new_zeros(())
