@@ -10,12 +10,12 @@ from clipweld.trainer.config import PoolConfig
 
 
 class RoutingPosition:
-    """Which token of a sequence a tower is routed on; shared by all routers of the tower.
+    """The token of a sequence that a tower is routed on; shared by all routers of the tower.
 
     Attributes:
         index: None for token 0 (the image tower's [CLS]), or an int64 tensor (batch,): the EOT token of each text.
-        sharded: whether every process sees other samples, so that their votes must be summed. Images are shared out
-            among processes, texts are not.
+        sharded: whether each process sees different samples, so that votes must be summed over processes. Images are
+            split among processes, texts are not.
     """
 
     def __init__(self, *, sharded: bool) -> None:
@@ -23,25 +23,25 @@ class RoutingPosition:
         self.sharded = sharded
 
     def pick(self, x: Tensor) -> Tensor:
-        """The routing token's features (batch, width) of x (batch, seq_len, width)."""
+        """Return the routing token's features (batch, width) of x (batch, seq_len, width)."""
         if self.index is None:
             return x[:, 0]
         return x[torch.arange(x.shape[0], device=x.device), self.index]
 
 
 class Router(nn.Module):
-    """Two-stage composition (arXiv 2601.22828): samples vote, the batch is served by the experts with most votes.
+    """Two-stage composition (arXiv 2601.22828): samples vote, and the experts with the most votes serve the batch.
 
-    Each sample votes for its ``k_active`` most probable experts; the ``k_active`` experts with most votes are active
-    for the whole batch. Serves the pool of one layer, or those of a whole block.
+    Each sample votes for its ``k_active`` most probable experts. The ``k_active`` experts with the most votes serve
+    the whole batch. A router belongs to one pool, or to all pools of a block.
 
     Attributes:
-        linear: width -> rank, on the routing token; None where the first ``k_active`` experts always serve.
+        linear: width -> rank, on the routing token; None if the first ``k_active`` experts always serve.
         activation_counts: int64 (rank,), votes summed over training.
-        consolidating: the experts that will be merged are active, whatever the votes.
+        consolidating: whether the experts to merge are active, regardless of the votes.
         active: int64 (experts,), the experts that serve the current batch.
         gate: (batch, experts), their weight: exactly 1 in the forward pass, with the gradient of the softmax
-            probability in the backward pass (straight-through). None where there is nothing to learn.
+            probability in the backward pass (straight-through). None if the router is not trained.
     """
 
     activation_counts: Tensor
@@ -60,7 +60,7 @@ class Router(nn.Module):
         self.gate: Tensor | None = None
 
     def forward(self, x: Tensor) -> None:
-        """Decide for a batch x (batch, seq_len, width): sets ``active`` and ``gate``."""
+        """Set ``active`` and ``gate`` for a batch x (batch, seq_len, width)."""
         if self.linear is None:
             self.active = self.most_activated() if self.consolidating else self._first(self.k_active)
             return
@@ -72,9 +72,9 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def vote(self, probabilities: Tensor) -> Tensor:
-        """Indices (k_active,) of the experts that serve this batch, from probabilities (batch, rank).
+        """Return the indices (k_active,) of the experts that serve this batch, from probabilities (batch, rank).
 
-        Votes are summed over all processes first, so that each has the same active set.
+        Votes are summed over all processes first, so that all have the same active experts.
         """
         choices = probabilities.topk(self.k_active, dim=-1).indices
         votes = torch.bincount(choices.flatten(), minlength=probabilities.shape[1])
@@ -84,7 +84,7 @@ class Router(nn.Module):
         return votes.topk(self.k_active).indices.sort().values
 
     def most_activated(self) -> Tensor:
-        """Indices (k_merge,) of the experts that will be merged."""
+        """Return the indices (k_merge,) of the experts to merge."""
         if self.linear is None:
             return self._first(self.k_merge)
         return self.activation_counts.topk(self.k_merge).indices.sort().values
