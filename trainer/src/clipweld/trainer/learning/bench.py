@@ -1,12 +1,12 @@
-"""What a training step costs: beside a naive step, and beside the least that this machine could need.
+"""The cost of a training step, compared with a naive step and with a lower bound on this machine.
 
-The naive step follows the formulas to the letter: each image has a prompt of its own, read over the whole context;
-every block computes every token; experts are multiplied out into dense updates; attention is written out; dropout is
-torch's; float32. Both steps must give the same loss and the same gradients, which is checked before anything is timed:
-all that differs is time and memory.
+The naive step implements the formulas literally: one prompt per image, over the whole context length; every block
+computes every token; experts are multiplied out into dense updates; attention is not fused; dropout is torch's;
+everything is in float32. Both steps must give the same loss and the same gradients, which is checked before anything is
+timed, so that they differ in time and memory only.
 
-The floor is the arithmetic that no method of this kind can avoid: the frozen towers' forward pass and the backward pass
-that carries gradients through them, at the rate at which the machine multiplies matrices of their size.
+The floor is the arithmetic that every method of this kind needs: the frozen towers' forward pass and the backward pass
+through them, at the speed at which the machine multiplies matrices of their size.
 """
 
 from __future__ import annotations
@@ -44,31 +44,31 @@ from clipweld.trainer.text import prompt_of
 
 NUM_CLASSES = 100
 TEMPLATE = "a photo of a {}, a kind of thing."
-# Relative difference of losses and of gradients in float32 that rounding explains.
+# Relative difference of losses and gradients that float32 rounding explains.
 TOLERANCE = 1e-3
-FEW = 3  # pairs, of which the least and the most say little
-WIDE = 0.1  # of a ratio: half a range beyond that can't tell two machines or two methods apart
+FEW = 3  # with fewer pairs, smallest and largest say little
+WIDE = 0.1  # of a ratio: if half its range is wider, two machines or two methods can't be compared
 
 Kind = Literal["pool", "naive"]
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """A training step of the pool, beside a naive one and the floor.
+    """A training step of the pool, compared with a naive one and the floor.
 
     Attributes:
         precision: of the pool's step; the naive step is in float32.
-        loss_difference, gradient_difference: of the two steps in float32, relative.
+        loss_difference, gradient_difference: relative differences of the two steps in float32.
         pool_seconds, naive_seconds: median over the pairs.
-        speedup: median over the pairs of naive / pool; the steps of a pair follow each other at once.
+        speedup: median over the pairs of naive / pool; the steps of a pair run directly after each other.
         speedup_range: smallest and largest over the pairs.
         naive_flops: floating-point operations of the naive step.
-        floor_flops: of the frozen towers, forward and backward.
-        flops_per_second: at which the machine multiplies matrices in this precision, median over the pairs.
+        floor_flops: floating-point operations of the frozen towers, forward and backward.
+        flops_per_second: the machine's speed of matrix products in this precision, median over the pairs.
         floor_seconds: ``floor_flops / flops_per_second``.
-        times_floor: median over the pairs of pool seconds / floor seconds, each at its own rate.
+        times_floor: median over the pairs of pool seconds / floor seconds, each with the pair's own speed.
         times_floor_range: smallest and largest over the pairs.
-        pool_bytes, naive_bytes: the most memory held: by tensors on a GPU, or by a process of its own on a CPU.
+        pool_bytes, naive_bytes: peak memory: of tensors on a GPU, or of a separate process on a CPU.
     """
 
     model: str
@@ -94,7 +94,7 @@ class BenchResult:
 
     @property
     def warning(self) -> str | None:
-        """Why the figures mean nothing, in a sentence; None where they do."""
+        """A sentence why the figures are not reliable, or None if they are."""
         step = "give more --pairs, on a machine that does nothing else"
         if self.pairs < FEW:
             return f"{self.pairs} pairs are too few to tell how sure the figures are; {step}"
@@ -110,17 +110,19 @@ class BenchResult:
 def bench(
     model: str, pretrained: str | None = None, *, batch_size: int, pairs: int, accelerator: str, precision: Precision
 ) -> BenchResult:
-    """Time steps of both kinds in turn, after both were seen to do the same.
+    """Time alternating steps of both kinds, after checking that both compute the same.
 
     Args:
-        pairs: how many of each.
-        accelerator, precision: as Lightning Fabric has them.
+        model, pretrained: as for ``load_backbone``.
+        batch_size: images per step.
+        pairs: number of steps of each kind.
+        accelerator, precision: as for Lightning Fabric.
 
     Raises:
         BenchError: the two steps differ by more than rounding.
     """
     build = partial(Steps, model, pretrained, batch_size, accelerator, precision)
-    pool_bytes, naive_bytes = _peak(build, "pool"), _peak(build, "naive")  # while this process holds little itself
+    pool_bytes, naive_bytes = _peak(build, "pool"), _peak(build, "naive")  # while this process holds little memory
     steps = build()
     loss_difference, gradient_difference = steps.differences()
     for name, difference in (("losses", loss_difference), ("gradients", gradient_difference)):
@@ -166,9 +168,9 @@ def bench(
 
 
 class Steps:
-    """A model with fresh pools and a batch of random images, on which a step can be taken in two ways.
+    """A model with fresh pools and a batch of random images, for steps of both kinds.
 
-    Experts are picked without a router: the votes of prompts that occur twice would count twice in the naive step.
+    Experts are picked without a router, because in the naive step prompts that occur twice would vote twice.
 
     Attributes:
         product_flops: floating-point operations of ``product``.
@@ -189,7 +191,7 @@ class Steps:
         )
         self.pools = attach_pools(self._model, config)
         for pool in self.pools.pools.values():
-            nn.init.normal_(pool.lora_B, std=0.02)  # zeros would have no gradient reach lora_A
+            nn.init.normal_(pool.lora_B, std=0.02)  # with zeros, the gradient of lora_A would be zero
         self._objective = Objective(backbone, self.pools, config, fabric)
         self._optimizer = torch.optim.AdamW(self.pools.parameters(), lr=1e-6, fused=True)
         layer = self._model.visual.transformer.resblocks[0].mlp.c_fc.weight
@@ -199,21 +201,21 @@ class Steps:
         self._model.train()
 
     def pool(self) -> None:
-        """A step as ``trainer fit`` takes it."""
+        """Take a step as ``trainer fit`` does."""
         self._step(self._objective.loss(self._batch))
 
     def naive(self) -> None:
-        """The same step, naively."""
+        """Take the same step naively."""
         self._step(self._naive_loss())
 
     @torch.no_grad()
     def product(self) -> Tensor:
-        """The product of the image tower's largest layer, in the precision of the pool's step."""
+        """Compute the matrix product of the image tower's largest layer, in the precision of the pool's step."""
         with self._objective.fabric.autocast():
             return self._factors[0] @ self._factors[1]
 
     def differences(self) -> tuple[float, float]:
-        """Between the losses, and between the gradients, of the two steps in float32 without dropout, relative."""
+        """Return the relative differences of losses and gradients of both steps, in float32 without dropout."""
         dropouts = [pool.dropout for pool in self.pools.pools.values()]
         rate = dropouts[0].p
         for dropout in dropouts:
@@ -229,7 +231,7 @@ class Steps:
         return losses, gradients
 
     def seconds(self, step: Callable[[], object]) -> float:
-        """Of one call, until the device has done all of it."""
+        """Time one call, until the device has finished it."""
         started = time.perf_counter()
         step()
         if self.device.type != "cpu":
@@ -250,7 +252,7 @@ class Steps:
 
     @contextmanager
     def _multiplied_out(self) -> Iterator[None]:
-        """Every pool computes with a dense update."""
+        """Replace every pool by a ``DensePool`` until the block ends."""
         places = {path: path.rpartition(".") for path in self.pools.pools}
         for path, (parent, _, name) in places.items():
             setattr(self._model.get_submodule(parent), name, DensePool(self.pools.pools[path]))
@@ -283,7 +285,7 @@ class DensePool(nn.Module):
 
 @contextmanager
 def every_token(model: open_clip.CLIP) -> Iterator[None]:
-    """The image tower's last block computes all of its tokens, as open_clip's own does."""
+    """Let the image tower's last block compute all tokens, as open_clip's own does, until the block ends."""
     last = model.visual.transformer.resblocks[-1]
     if isinstance(last, ClsBlock):
         last.__dict__["forward"] = super(ClsBlock, last).forward
@@ -294,7 +296,7 @@ def every_token(model: open_clip.CLIP) -> Iterator[None]:
 
 
 def random_batch(backbone: Backbone, batch_size: int) -> Batch:
-    """Random images of random classes, of which there are ``NUM_CLASSES``, with their prompts."""
+    """Return random images of random classes out of ``NUM_CLASSES``, with their prompts."""
     draw = random.Random(0)
     names = draw.sample(open_clip.IMAGENET_CLASSNAMES, NUM_CLASSES)
     labels = torch.tensor(draw.choices(range(NUM_CLASSES), k=batch_size))
@@ -305,7 +307,9 @@ def random_batch(backbone: Backbone, batch_size: int) -> Batch:
 
 
 def frozen_flops(model: open_clip.CLIP, batch: Batch) -> int:
-    """Operations of a pass forward and one back, down to the positions, through towers without pools; none is done."""
+    """Count the operations of a forward and backward pass, down to the positional embeddings, through towers without
+    pools. The model is on the meta device, so nothing is computed.
+    """
     shapes = copy.deepcopy(model).to("meta").requires_grad_(False).train()
     for positions in (shapes.visual.positional_embedding, shapes.positional_embedding):
         positions.requires_grad_(True)
@@ -317,14 +321,14 @@ def frozen_flops(model: open_clip.CLIP, batch: Batch) -> int:
 
 
 def _peak(build: Callable[[], Steps], kind: Kind) -> int:
-    """The most bytes held in two steps. Steps of the other kind don't count: a process of its own takes them."""
+    """Return the peak memory of two steps in bytes, measured in a new process, where no other steps have run."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(_peak_here, build, kind).result()
 
 
 def _peak_here(build: Callable[[], Steps], kind: Kind) -> int:
     steps = build()
-    for _ in range(2):  # the optimiser's moments come with the first
+    for _ in range(2):  # the first step creates the optimiser's moments
         getattr(steps, kind)()
     return peak_memory(steps.device)
 
