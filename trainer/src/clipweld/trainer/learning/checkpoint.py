@@ -1,7 +1,7 @@
-"""Training that was interrupted: what is needed to go on as if nothing had happened.
+"""Checkpoints of unfinished training, from which it resumes with the same result as without an interruption.
 
-One safetensors file, written whole or not at all: the tensors in training, the optimiser's state, and as metadata what
-is being learned with which settings, how far it is, and by how much float16 losses are scaled.
+A checkpoint is one safetensors file, written atomically: the tensors in training and the optimiser's state, and as
+metadata the task, the settings, the progress, and the state of the float16 loss scaler.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from clipweld.trainer.header import ENTRY
 from clipweld.trainer.schemas import STRICT, Count, Json, Sha256, one_line, read_json
 from clipweld.trainer.tensors import canonical, content_sha256, read_tensors, write_tensors
 
-# A save follows after this many seconds, or later where saving itself takes long: at most a twentieth of all time.
+# Seconds between saves. More if saving itself takes long: at most a twentieth of the time goes into saving.
 SAVE_EVERY_S = 5.0
 SHARE = 20
-ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # what the optimiser keeps of every parameter
+ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # the optimiser's state of each parameter
 
-SHOWN = 100  # characters of two lists that are shown whole
+SHOWN = 100  # characters; of longer lists, a message shows only the first difference
 
 _log = logging.getLogger(__name__)
 
 
 class Trainee(Protocol):
-    """What a method trains: the pools of a model, or all its weights."""
+    """The trained part of a model: its pools, or all its weights."""
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that training changes, by name; the live ones."""
+        """Return the tensors that training changes, by name; they are not copies."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Those that have a gradient."""
+        """Return the tensors that have a gradient."""
 
     def consolidate(self) -> None:
-        """Called once, where the last part of training begins."""
+        """Begin the last part of training; called before each of its steps."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training is, as the file says it."""
+    """The progress of training, as saved in the file."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
@@ -73,9 +73,9 @@ class Checkpoint:
     """One file of unfinished training.
 
     Args:
-        path: where to keep it; its folder is made when needed.
-        identity: the task, the model and the settings: training resumes only where all of them are equal.
-        precision: of the training, as Lightning Fabric has it.
+        path: of the file; its folder is created if necessary.
+        identity: the task, the model and the settings: training resumes only if all of them are equal.
+        precision: Lightning Fabric's precision plugin, which has the state of the loss scaler.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], precision: Precision) -> None:
@@ -88,7 +88,7 @@ class Checkpoint:
     def save_when_due(self, step: int, seconds: float, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
         """Save after a step, if the last save is long enough ago.
 
-        Where that fails, training continues with a logged warning, and the previous save stays.
+        If saving fails, a warning is logged, training continues, and the previous save stays.
         """
         started = time.monotonic()
         if started < self._next_save:
@@ -109,13 +109,13 @@ class Checkpoint:
         self._next_save = done + max(SAVE_EVERY_S, SHARE * (done - started))
 
     def load(self, trainee: Trainee, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-        """Put the saved state, if there is one, into what is being trained.
+        """Load the saved state, if there is one, into the trainee and the optimiser.
 
         Returns:
-            the steps taken and the seconds they took; (0, 0.0) where nothing was saved.
+            the number of steps taken and their time in seconds; (0, 0.0) if there is no file.
 
         Raises:
-            CheckpointError: the file is not whole, or is of training with other settings.
+            CheckpointError: the file is damaged, or belongs to training with other settings.
         """
         if not self.path.exists():
             return 0, 0.0
@@ -140,7 +140,7 @@ class Checkpoint:
     def _optimizer_state(
         self, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer
     ) -> dict[int, dict[str, Tensor]]:
-        """By the place of a parameter, its values: single numbers, or tensors of the parameter's shape."""
+        """Return the optimiser's state by parameter index; its tensors are scalars or have the parameter's shape."""
         shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name in tensors:
@@ -177,7 +177,7 @@ class Checkpoint:
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What differs between two records of settings: ``lr 0.1, not 0.2``; of long lists, the first thing that does."""
+    """List the differences between two records of settings: ``lr 0.1, not 0.2``; of long lists, the first only."""
     missing = object()
     faults = []
     for name in sorted(found.keys() | wanted.keys()):
