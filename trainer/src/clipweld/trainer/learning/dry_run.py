@@ -1,4 +1,4 @@
-"""How big and how long learning a task will be, from its first three steps."""
+"""An estimate of a task's training time, memory and size, from its first three steps."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class DryRun:
-    """What learning a task takes.
+    """The cost of learning a task.
 
     Attributes:
-        trainable_parameters: how many numbers are trained.
-        parts: the same by tower, experts and routers apart.
-        kept_parameters: how many numbers the task leaves behind.
-        kept_bytes: what they take on disk, float32.
-        memory_bytes: the most memory held in three steps: of the GPU, or of the whole process on a CPU.
+        trainable_parameters: number of trained values.
+        parts: the same by tower, for experts and routers separately.
+        kept_parameters: number of values in the adapter's tensors.
+        kept_bytes: size of these tensors in bytes, float32.
+        memory_bytes: peak memory over three steps: of the GPU, or of the whole process on a CPU.
         seconds_per_step: median of three steps.
     """
 
@@ -47,7 +47,7 @@ class DryRun:
 def dry_run(
     task: Task, base: Backbone, lineage: Sequence[Adapter], config: TrainConfig, fabric: Fabric | None = None
 ) -> DryRun:
-    """Take three of the steps that ``fit`` would take, and forget them.
+    """Take the first three steps of ``fit``, and discard the result.
 
     Raises:
         TaskAlreadyLearned: the lineage has an adapter of this task.
@@ -74,7 +74,7 @@ def dry_run(
 
 
 def parts_of(pools: PoolSet) -> dict[str, int]:
-    """How many numbers are trained in each tower, experts and routers apart."""
+    """Return the number of trained values in each tower, for experts and routers separately."""
     parts = dict.fromkeys(("image_experts", "image_routers", "text_experts", "text_routers"), 0)
     for name, tensor in pools.state().items():
         if tensor.requires_grad:
