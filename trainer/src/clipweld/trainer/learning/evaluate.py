@@ -24,16 +24,18 @@ Accuracies = dict[LabelSpace, dict[str, float]]
 
 @torch.inference_mode()
 def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = None) -> Accuracies:
-    """Top-1 accuracy in percent on each task's test images, for both label spaces.
+    """Return the top-1 accuracy in percent on each task's test images, for both label spaces.
 
-    A class name that several tasks share is one class in the union, and so are names that become the same tokens: an
-    answer is right by its name as the model reads it.
+    In the union, class names that several tasks share count as one class, and so do names with the same tokens, because
+    the model can't tell them apart.
 
     Args:
-        fabric: shares the images out among its processes; each gets the whole result.
+        backbone: the model to test.
+        tasks: the tasks whose class names make up the union.
+        fabric: splits the images among its processes; each returns the whole result.
 
     Raises:
-        NotFinite: images or class names have features without a direction; names the task.
+        NotFinite: the features of images or class names are NaN, infinite or zero; names the task or the class.
     """
     rank, world_size = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     classes = [encode_classes(backbone, task.class_names, task.templates) for task in tasks]
@@ -67,6 +69,6 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
 
 
 def encode_images(backbone: Backbone, images: Images, indices: Iterable[int]) -> Tensor:
-    """Image features (batch, embed_dim), L2-normalised."""
+    """Return image features (batch, embed_dim), L2-normalised."""
     pixels = torch.stack([images.pixels(index, backbone.preprocess) for index in indices])
     return F.normalize(backbone.model.encode_image(pixels.to(backbone.device)), dim=-1)
