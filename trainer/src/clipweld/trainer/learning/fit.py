@@ -1,4 +1,4 @@
-"""Learning: the loop that all methods share, and one task -> one adapter."""
+"""The training loop that all methods share, and ``fit``, which learns one task as one adapter."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Step:
     """What one optimiser step reports.
 
     Attributes:
-        loss: what was minimised: CLIP's contrastive loss and all that holds back, weighted.
+        loss: the minimised sum: CLIP's contrastive loss and the weighted losses against forgetting.
         contrastive: CLIP's loss alone.
-        images_per_s: of all devices together.
+        images_per_s: over all devices.
     """
 
     number: int
@@ -57,11 +57,11 @@ class Fitted:
     """A learned task.
 
     Attributes:
-        adapter: what it leaves behind.
-        backbone: the model with the adapter, and all before it, merged.
-        accuracies: of that model, on the tasks it was tested on.
-        trainable_parameters: how many numbers were trained.
-        seconds: spent training, evaluation not counted; those before an interruption included.
+        adapter: the adapter of the task.
+        backbone: the model with this adapter and all earlier ones merged.
+        accuracies: of that model, on the tasks of ``test_on``.
+        trainable_parameters: number of trained values.
+        seconds: training time without evaluation, including the time before an interruption.
     """
 
     adapter: Adapter
@@ -90,21 +90,21 @@ def fit(
     Args:
         base: the base model, on the fabric's device; not changed.
         lineage: adapters learned before, oldest first.
-        test_on: tasks whose accuracy before and after is measured and kept in the adapter.
+        test_on: tasks whose accuracy before and after is measured and recorded in the adapter.
         start: the base with the lineage merged, if the caller has it already; not changed.
-        before: accuracies of the lineage on ``test_on``, where they are known already.
-        fabric: devices and precision, already launched; every process returns the same. One CPU or GPU when None.
-        unfinished: file to save training in as it goes; the caller removes it once the adapter is safe.
-        resume: go on from that file, if it is there.
+        before: accuracies of the lineage on ``test_on``, if they are known already.
+        fabric: devices and precision, already launched; every process returns the same. None takes the base's device.
+        unfinished: checkpoint file of the training; the caller removes it once the adapter is saved.
+        resume: continue from that file, if it exists.
         on_step: called after every optimiser step.
 
     Raises:
         TaskAlreadyLearned: the lineage has an adapter of this task.
-        TaskInvalid: two of its classes are the same tokens.
-        ConfigError: a batch of one image.
-        AdapterError: the adapter would say more than can be read again (``check_readable``).
-        CheckpointError: ``unfinished`` holds training of another task or with other settings.
-        NotFinite: training diverged, or what came of it can't be used; ``unfinished`` is from before.
+        TaskInvalid: two of its classes have the same tokens.
+        ConfigError: a batch has one image only.
+        AdapterError: the adapter's metadata would be too large to be read again (``check_readable``).
+        CheckpointError: ``unfinished`` is a checkpoint of another task or with other settings.
+        NotFinite: training diverged, or the result can't be used; ``unfinished`` is from before the fault.
     """
     check_new(task.name, (adapter.task for adapter in lineage))
     check_prompts(task, base.tokenizer)
@@ -120,7 +120,7 @@ def fit(
         try:
             batches = batches_of(task, model, config, fabric)
             adapter = untrained(task, base, parents, config, before, pools)
-            check_readable(adapter)  # before hours of training
+            check_readable(adapter)  # now, rather than after hours of training
             objective = Objective(
                 model, pools, config, fabric,
                 past_columns=past_columns(lineage, base.device) if config.ago != "off" else {},
@@ -143,7 +143,7 @@ def fit(
 def untrained(
     task: Task, base: Backbone, parents: tuple[str, ...], config: TrainConfig, before: Accuracies, pools: PoolSet
 ) -> Adapter:
-    """The adapter of a task before it is learned: all that it says then, and no tensors."""
+    """Return the adapter of a task before training: its metadata so far, and no tensors."""
     return Adapter(
         task=task.name,
         class_names=task.class_names,
@@ -163,15 +163,16 @@ def untrained(
 
 @dataclass(frozen=True)
 class Objective:
-    """What a training step minimises: CLIP's loss on its batch, and what keeps it off things known before.
+    """The loss of a training step: CLIP's loss on its batch, and the losses against forgetting earlier tasks.
 
-    Every process sees its share of the images and all of the prompts; image features are gathered, so the loss is that
-    of the whole batch wherever it is computed. The mean of the processes' gradients is then the gradient of that loss.
+    Each process has its share of the images and all prompts. Image features are gathered, so that every process
+    computes the loss of the whole batch. The mean of the processes' gradients is then the gradient of that loss.
 
     Attributes:
-        trainee: what is trained of the model: its pools, or all its weights.
-        past_columns: what earlier tasks merged, which the AGO loss keeps off.
-        past_inputs: what earlier tasks feed into the layers, where the drift loss keeps the outputs.
+        model: the model in training.
+        trainee: the trained part of the model: its pools, or all its weights.
+        past_columns: lora_B of earlier tasks by layer, for the AGO loss (``past_columns``).
+        past_inputs: second moments of earlier tasks' inputs by layer, for the drift loss (``method.drift``).
     """
 
     model: Backbone
@@ -182,17 +183,17 @@ class Objective:
     past_inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def loss(self, batch: Batch, anchors: WordAnchors | None = None, number: int = 1) -> Tensor:
-        """A scalar, the sum of its terms; ``number`` is the step, which draws the anchors' words."""
+        """Return the sum of the terms, a scalar; ``number`` is the step, which determines the anchors' words."""
         return added(self.terms(batch, anchors, number))
 
     def terms(self, batch: Batch, anchors: WordAnchors | None, number: int) -> dict[str, Tensor]:
-        """What adds up to the loss, weighted, by name."""
+        """Return the weighted terms of the loss by name, each a scalar."""
         config, model = self.config, self.model.model
         words = [anchors.tokens(number)] if anchors else []
         tokens = cut_to_longest(torch.cat([batch.tokens, *words]))
         with self.fabric.autocast():
             encoded = model.encode_image(batch.pixels), encode_text(model, tokens)
-        # In float32 whatever the towers are in: at a scale of 100, bfloat16's rounding moves a logit by tenths.
+        # In float32 even if the towers run in bfloat16, whose rounding moves a logit by tenths at a scale of 100.
         own_features, text_features = (F.normalize(features.float(), dim=-1) for features in encoded)
         gathered = cast("Tensor", self.fabric.all_gather(own_features, sync_grads=True))
         image_features = gathered.flatten(0, -2)
@@ -219,17 +220,17 @@ def train(
     resume: bool,
     on_step: Callable[[Step], None],
 ) -> float:
-    """Train the objective's model in place. Tasks take turns, ``config.iterations`` steps each.
+    """Train the objective's model in place. Tasks alternate, with ``config.iterations`` steps each.
 
     Args:
-        batches: of every task.
+        batches: those of each task.
 
     Returns:
-        seconds spent.
+        training time in seconds, including the time before an interruption.
 
     Raises:
-        NotFinite: a loss, or what an update made, is NaN or infinite; names the step and what was so first. Raised by
-            every process alike, and nothing of it was saved.
+        NotFinite: a loss, an updated weight or an optimiser moment is NaN or infinite; names the step and the first
+            such value. Every process raises it, before anything of that step is saved.
     """
     model, trainee, config, fabric = objective.model, objective.trainee, objective.config, objective.fabric
     anchors = [WordAnchors(model, own, config.seed) if config.anchor_weight else None for own in batches]
@@ -256,7 +257,7 @@ def train(
         fabric.backward(loss)
         average_gradients(fabric, parameters)
         mean_loss = float(cast("Tensor", fabric.all_reduce(loss.detach(), reduce_op="mean")))
-        if not math.isfinite(mean_loss):  # before the weights take it up
+        if not math.isfinite(mean_loss):  # before it gets into the weights
             seed_dropout(config.seed, number)
             first = first_fault(model.model, batch.pixels, terms, fabric)
             raise not_finite(number, f"the loss is {mean_loss}, and the first", first, config, fabric)
@@ -274,17 +275,17 @@ def train(
 
 
 def added(terms: Mapping[str, Tensor]) -> Tensor:
-    """The sum of a loss's terms."""
+    """Return the sum of a loss's terms."""
     return functools.reduce(torch.add, terms.values())
 
 
 def seed_dropout(seed: int, number: int) -> None:
-    """Have a step draw its own dropout, whatever was drawn before."""
+    """Seed the dropout of a step by its number, so that it doesn't depend on earlier draws."""
     torch.manual_seed(random.Random(f"dropout {seed} {number}").getrandbits(63))
 
 
 def trained(trainee: Trainee, adamw: torch.optim.AdamW) -> dict[str, Tensor]:
-    """What an update changes, by name: weights, then the second moments of their gradients."""
+    """Return the tensors that an update changes, by name: weights, then second moments of their gradients."""
     state = trainee.state()
     names = {tensor.data_ptr(): name for name, tensor in state.items()}
     moments = {names[weight.data_ptr()]: moment["exp_avg_sq"] for weight, moment in adamw.state.items()}
@@ -294,7 +295,7 @@ def trained(trainee: Trainee, adamw: torch.optim.AdamW) -> dict[str, Tensor]:
 
 
 def not_finite(number: int, what: str, first: str, config: TrainConfig, fabric: Fabric) -> NotFinite:
-    """The error of a training step."""
+    """Return the error of a training step."""
     precision = fabric.strategy.precision.precision
     exact = "" if precision == "32-true" else f", or --precision 32-true instead of {precision}"
     return NotFinite(
@@ -303,7 +304,7 @@ def not_finite(number: int, what: str, first: str, config: TrainConfig, fabric: 
 
 
 def batches_of(task: Task, model: Backbone, config: TrainConfig, fabric: Fabric) -> Batches:
-    """A task's batches as this process sees them."""
+    """Return a task's batches, with this process's share of the images."""
     return Batches(task, model, config, rank=fabric.global_rank, world_size=fabric.world_size)
 
 
@@ -315,7 +316,7 @@ def checkpoint_of(
     fabric: Fabric,
     parents: Sequence[str],
 ) -> Checkpoint | None:
-    """Where training is saved, with all that its course depends on; None where it isn't to be saved."""
+    """Return the checkpoint of a training, identified by everything the result depends on; None without a path."""
     if path is None:
         return None
     tasks = [own.task for own in batches]
@@ -336,7 +337,7 @@ def checkpoint_of(
 
 
 def one_device(backbone: Backbone) -> Fabric:
-    """A fabric of the one device that a backbone is on."""
+    """Return a fabric of the backbone's device alone."""
     return Fabric(accelerator=backbone.device.type, devices=1)
 
 
@@ -346,7 +347,7 @@ def cosine(lr: float, number: int, iterations: int) -> float:
 
 
 def average_gradients(fabric: Fabric, parameters: Sequence[Tensor]) -> None:
-    """Replace every gradient by its mean over all processes, in one exchange."""
+    """Replace each gradient by its mean over all processes, in a single all-reduce."""
     if fabric.world_size == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -357,7 +358,7 @@ def average_gradients(fabric: Fabric, parameters: Sequence[Tensor]) -> None:
 
 
 def past_columns(lineage: Sequence[Adapter], device: torch.device) -> dict[str, Tensor]:
-    """By layer, lora_B of all earlier tasks side by side: (d_out, experts so far). Empty for an empty lineage."""
+    """Return by layer lora_B of all earlier tasks, concatenated: (d_out, past experts). Empty for an empty lineage."""
     if not lineage:
         return {}
     return {
