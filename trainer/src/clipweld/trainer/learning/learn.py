@@ -1,4 +1,4 @@
-"""One task into a folder of adapters: what is there stays, whoever else writes to it meanwhile."""
+"""Learning a task into a folder of adapters, without losing any that others save there meanwhile."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipweld.trainer.tasks import Task
 
 
 def adapter_path(folder: Path, task: str) -> Path:
-    """Where the adapter of a task is written."""
+    """Return the path of a task's adapter."""
     return folder / f"{task}{SUFFIX}"
 
 
@@ -34,25 +34,28 @@ def learn_into(
     resume: bool,
     on_step: Callable[[Step], None],
 ) -> Fitted:
-    """Learn a task on top of a folder's adapters, and write its own beside them.
+    """Learn a task on top of a folder's adapters, and save its adapter there.
 
-    Until then training is saved in ``.<task>.unfinished`` there.
+    Unfinished training is saved as ``.<task>.unfinished`` in the folder.
 
     Args:
-        folder: nothing else learns into it (``clipweld.trainer.adapters.folder.held``).
-        lineage: the folder's, as ``load_lineage`` has read it.
-        test_on, fabric, resume, on_step: as of ``fit``; only the fabric's first process writes.
+        folder: the folder of adapters, locked by the caller (``clipweld.trainer.adapters.folder.held``).
+        task: the task to learn.
+        base: the base model, on the fabric's device.
+        lineage: the folder's adapters, from ``load_lineage``.
+        config: the training settings.
+        test_on, fabric, resume, on_step: as for ``fit``; only the fabric's first process writes.
 
     Raises:
-        AdapterError: another task's adapter has the file's name; or the folder changed meanwhile, and the new adapter
-            is kept hidden there.
-        OutputError: the folder can't be written.
+        AdapterError: another task's adapter has the file's name; or the folder changed during training, and the new
+            adapter is saved there as a hidden file.
+        OutputError: the folder can't be written to.
         Others: those of ``fit``.
     """
     path, unfinished = adapter_path(folder, task.name), folder / f".{task.name}.unfinished"
     check_place(path, task.name)
     check_writable(folder)
-    if path.is_file():  # and loads: killed after that, training left what it saved on its way
+    if path.is_file():  # a valid one: training was killed before it removed its checkpoint
         unfinished.unlink(missing_ok=True)
     fitted = fit(
         task, base, lineage, config, test_on=test_on, fabric=fabric, unfinished=unfinished, resume=resume,
@@ -67,8 +70,10 @@ def learn_into(
 
 
 def _check_or_keep_aside(folder: Path, lineage: Sequence[Adapter], adapter: Adapter) -> None:
-    """Raises:
-    AdapterError: the folder is no longer what the adapter was learned on top of; it is kept where none is looked for.
+    """Check that the folder has not changed; otherwise save the adapter as a hidden file, which no command reads.
+
+    Raises:
+        AdapterError: the folder no longer holds the adapters that the new one was learned on top of.
     """
     try:
         check_unchanged(folder, lineage)
