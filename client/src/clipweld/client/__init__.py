@@ -6,7 +6,8 @@
 ...         print(answer.best.label)
 the number seven
 
-Needs nothing but the address: sizes, tokenizer, labels and prompts of learned tasks come from the server.
+The address is all that it needs: image size, preprocessing, and the labels and prompts of learned tasks come from the
+server.
 """
 
 from clipweld.client import errors
