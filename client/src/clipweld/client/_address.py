@@ -1,4 +1,4 @@
-"""Where a server listens, what is spoken there, and what it wants to see before it answers."""
+"""The address of a server: host, port, protocol, certificates and headers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,20 @@ _EXPECTED = "expected host:port or grpc://host:port (gRPC), or http://host:port;
 
 @dataclass(frozen=True)
 class TLS:
-    """Certificates for ``grpcs://`` and ``https://``; each a PEM file.
+    """Certificates for ``grpcs://`` and ``https://`` connections.
 
     Attributes:
-        ca: authorities that the server's certificate may come from; None: those of the system.
-        certificate, key: the client's own, where the server wants one.
+        ca: PEM file of the certificate authorities to trust; None: for ``https://`` those of the system, for
+            ``grpcs://`` those that gRPC ships.
+        certificate: PEM file of the client's own certificate, for servers that require one. Needs ``key``.
+        key: PEM file of the private key of ``certificate``.
+
+    Raises:
+        InvalidRequest: a path is not a file, or only one of ``certificate`` and ``key`` is given.
+
+    Example:
+        >>> from clipweld.client import TLS, ZeroShotClassifier
+        >>> clip = ZeroShotClassifier("grpcs://clip.example.org:443", tls=TLS(ca="ca.pem"))  # doctest: +SKIP
     """
 
     ca: str | Path | None = None
@@ -41,10 +50,10 @@ class TLS:
                 raise InvalidRequest(f"tls: {file} is not a file; expected certificates or a key in PEM")
 
     def context(self) -> ssl.SSLContext:
-        """The same for Python's own sockets.
+        """Return an SSL context with these certificates, for Python's own sockets.
 
         Raises:
-            InvalidRequest: a file holds something else.
+            InvalidRequest: a file does not hold certificates, or not the key of the certificate.
         """
         try:
             context = ssl.create_default_context(cafile=self.ca)
@@ -55,7 +64,7 @@ class TLS:
         return context
 
     def contents(self) -> tuple[bytes | None, bytes | None, bytes | None]:
-        """What the files hold: authorities, key, certificate."""
+        """Return the contents of the files for authorities, key and certificate; None for each that is not given."""
         ca, key, certificate = (
             None if file is None else Path(file).read_bytes() for file in (self.ca, self.key, self.certificate)
         )
@@ -64,13 +73,15 @@ class TLS:
 
 @dataclass(frozen=True)
 class Address:
-    """One server.
+    """The address of one server, and what connecting to it needs.
 
     Attributes:
         protocol: "grpc" or "http".
-        encrypted: whether TLS is spoken.
-        tls: certificates, where it is.
-        headers: sent with every request, such as ``{"authorization": "Bearer ..."}``; never shown.
+        host: name or IP address; an IPv6 address is in brackets.
+        encrypted: whether the connection uses TLS.
+        tls: certificates, if it does.
+        headers: sent with every request, such as ``{"authorization": "Bearer ..."}``; not in the repr, as they may be
+            secrets.
     """
 
     protocol: str
@@ -85,14 +96,14 @@ class Address:
 
 
 def parse_url(url: str, tls: TLS | None = None, headers: Mapping[str, str] | None = None) -> Address:
-    """Read ``host:port``, ``grpc://host:port``, ``http://host:port``, ``grpcs://host:port`` or ``https://host:port``.
+    """Parse ``host:port``, ``grpc://host:port``, ``http://host:port``, ``grpcs://host:port`` or ``https://host:port``.
 
     Raises:
-        InvalidRequest: anything else, certificates for an address without TLS, or headers that can't be sent.
+        InvalidRequest: the URL has another form, certificates are given without TLS, or a header can't be sent.
     """
     if not isinstance(url, str):
         raise InvalidRequest(f"url is {shown(url)}; {_EXPECTED}")
-    if "@" in url:  # not shown: what stands before it may be a password
+    if "@" in url:  # not shown: what comes before it may be a password
         raise InvalidRequest(f"url has a user's name in it; {_EXPECTED}, and headers for who asks")
     try:
         parts = urlsplit(url if "://" in url else f"grpc://{url}")
@@ -113,7 +124,7 @@ def parse_url(url: str, tls: TLS | None = None, headers: Mapping[str, str] | Non
 
 
 def _checked_headers(headers: Mapping[Any, Any] | None) -> dict[str, str]:
-    """Headers as both protocols take them; their values, which may be secrets, are in no message."""
+    """Return headers that both protocols can send. No message contains their values, which may be secrets."""
     if headers is not None and not isinstance(headers, Mapping):
         raise InvalidRequest(
             f"headers is a {type(headers).__name__}; expected names and values, as in {{'name': '...'}}"
@@ -139,7 +150,7 @@ def _checked_headers(headers: Mapping[Any, Any] | None) -> dict[str, str]:
 
 _NO_HOST = re.compile(r"[\s\x00-\x1f\x7f\\]")
 _HEADER = re.compile(r"[0-9a-z_.-]+")
-# What the protocols say themselves about a request and its body.
+# Set by the protocols themselves, to describe a request and its body.
 _OURS = {
     "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect",
     "inference-header-content-length", "te", "trailer", "transfer-encoding", "upgrade",
