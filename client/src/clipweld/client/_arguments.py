@@ -1,7 +1,7 @@
-"""Numbers and names as callers give them: taken where their meaning is plain, else refused by the argument's name.
+"""Validation of numbers and names from callers: accepted if their meaning is plain, else refused.
 
-Numbers may come as any type that is a number, numpy's and `decimal.Decimal` among them, or as text that spells one, as
-they come from an environment's variable. A truth value is no number, and NaN is none either.
+Numbers may be of any numeric type, including NumPy's and `decimal.Decimal`, or text that spells one, as environment
+variables do. Booleans and NaN are not numbers.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 from clipweld.client.errors import InvalidRequest
 
 MOST_VERSIONS = 2**63 - 1
-FOREVER_S = 1e8  # three years; what is longer is as good as without a limit, which all libraries below understand
+FOREVER_S = 1e8  # three years; anything longer counts as no limit, which all libraries below understand
 
 
 def seconds(name: str, value: Any) -> float:
-    """A time above 0; infinity, as None is, for one without a limit.
+    """Return a time limit in seconds, above 0; None and what exceeds ``FOREVER_S`` become infinity.
 
     Raises:
-        InvalidRequest: it is something else.
+        InvalidRequest: it is not a number above 0.
     """
     number = math.inf if value is None else _number(value)
     if number is None or not number > 0:
@@ -32,10 +32,10 @@ def seconds(name: str, value: Any) -> float:
 
 
 def count(name: str, value: Any, least: int, most: float = math.inf) -> int:
-    """A whole number; one without a limit is the largest there is.
+    """Return a whole number, reduced to ``sys.maxsize`` if it is larger; so is infinity, if there is no upper limit.
 
     Raises:
-        InvalidRequest: it is something else, below ``least`` or above ``most``.
+        InvalidRequest: it is not a whole number, or is below ``least`` or above ``most``.
     """
     number = _number(value)
     if number == math.inf == most:
@@ -47,10 +47,10 @@ def count(name: str, value: Any, least: int, most: float = math.inf) -> int:
 
 
 def text(name: str, value: Any) -> str:
-    """Text that can be sent.
+    """Return text that can be sent.
 
     Raises:
-        InvalidRequest: it is something else, or empty.
+        InvalidRequest: it is not text, or is blank or not printable.
     """
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise InvalidRequest(f"{name} is {shown(value)}; expected text that can be printed")
@@ -58,10 +58,10 @@ def text(name: str, value: Any) -> str:
 
 
 def model_name(value: Any) -> str:
-    """The name of a model, which is a folder's on the server.
+    """Return the name of a model, which is also the name of a folder on the server.
 
     Raises:
-        InvalidRequest: it is something else.
+        InvalidRequest: it can't be one.
     """
     name = text("model", value)
     if "/" in name or name in (".", ".."):
@@ -70,10 +70,10 @@ def model_name(value: Any) -> str:
 
 
 def version_number(value: Any) -> int:
-    """The number of a version.
+    """Return the number of a version.
 
     Raises:
-        InvalidRequest: it is something else.
+        InvalidRequest: it is not a whole number from 1 to ``MOST_VERSIONS``.
     """
     try:
         return count("version", value, 1, MOST_VERSIONS)
@@ -82,17 +82,17 @@ def version_number(value: Any) -> int:
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it: in one line, and short."""
+    """Return a value as messages quote it: short, and on one line."""
     try:
         line = " ".join(repr(value).split())
-    except Exception:  # of a caller's type, or a number with too many digits
+    except Exception:  # a caller's type may raise anything, and Python refuses to print integers of too many digits
         return f"of type {type(value).__name__}"
     return line if len(line) <= 60 else f"{line[:40]}... ({type(value).__name__})"
 
 
 def _number(value: Any) -> int | float | None:
-    """What a value says, as a number of Python's; None: no number."""
-    if isinstance(value, bool) or type(value).__name__ == "bool_":  # numpy's
+    """Return a value as one of Python's numbers; None if it is not a number."""
+    if isinstance(value, bool) or type(value).__name__ == "bool_":  # NumPy's
         return None
     try:
         return operator.index(value)
