@@ -1,4 +1,4 @@
-"""Arrays of pixels, of NumPy and of whatever NumPy can read, as images."""
+"""Images from arrays of pixels: NumPy's, and any that NumPy can read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipweld.client._image_files import one_line
 from clipweld.client.errors import BadImage
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGB with transparency
-ROUNDING = 1e-6  # what float32 may put beyond 0 and 1
+ROUNDING = 1e-6  # how far float32 rounding may take values beyond 0 and 1
 TAKEN = (
     "expected (height, width[, channels]) or (channels, height, width), with 1 channel (grey), 3 (RGB) or 4 (RGBA), "
     "of uint8, uint16, bool, or floats in [0, 1]"
@@ -21,15 +21,15 @@ TAKEN = (
 
 
 def is_array(value: Any) -> bool:
-    """Whether NumPy can read it: an array, a tensor, a column of a table."""
+    """Whether NumPy can read a value: an array, a tensor, a column of a table."""
     return hasattr(value, "__array__") or hasattr(value, "__array_interface__")
 
 
 def as_array(value: Any, name: str) -> np.ndarray:
-    """A NumPy array of the same values, without importing whose library they are of.
+    """Return a NumPy array of the same values, without importing the library that they come from.
 
     Raises:
-        BadImage: values that only that library can reach.
+        BadImage: only that library can read the values, such as those of a tensor on a GPU.
     """
     steps = ".detach()" if getattr(value, "requires_grad", False) is True else ""
     device = getattr(getattr(value, "device", None), "type", "cpu")
@@ -39,15 +39,15 @@ def as_array(value: Any, name: str) -> np.ndarray:
         raise BadImage(f"{name} is a {type(value).__name__} that {where}; give {steps.removeprefix('.')} of it")
     try:
         return np.asarray(value)
-    except Exception as exc:  # other libraries raise any
+    except Exception as exc:  # other libraries may raise anything
         raise BadImage(f"{name} is a {type(value).__name__} that is no array ({one_line(exc)}); {TAKEN}") from exc
 
 
 def each(value: Any) -> Iterator[Any]:
-    """One image, the images of a batch, or what an array of paths or of objects lists.
+    """Iterate over one image, the images of a batch, or the entries of an array of paths or objects.
 
     Raises:
-        BadImage: an array of neither images nor paths.
+        BadImage: it is an array of neither images nor paths.
     """
     array = as_array(value, "images")
     if array.dtype.kind in "OUS" and array.ndim <= 1:
@@ -63,14 +63,14 @@ def each(value: Any) -> Iterator[Any]:
 
 
 def image_from(value: Any, name: str) -> Image.Image:
-    """One array as an image.
+    """Convert one array to an image.
 
     Args:
-        value: (height, width), (height, width, channels) or (channels, height, width). Three channels last are taken
-            for that, whatever comes first.
+        value: (height, width), (height, width, channels) or (channels, height, width). A last dimension of 3 holds the
+            channels, whatever the first one is.
 
     Raises:
-        BadImage: another shape or dtype, one that can be read both ways, or floats outside [0, 1].
+        BadImage: it has another shape or dtype, a shape that can be read both ways, or floats outside [0, 1].
     """
     array = as_array(value, name)
     found = f"{name} is {array.dtype} of shape {array.shape}"
@@ -96,7 +96,7 @@ def _eight_bits(array: np.ndarray, found: str) -> Any:
         return array.astype(np.uint8) * np.uint8(255)
     if kind == "f":
         low, high = float(array.min()), float(array.max())
-        if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # so is NaN
+        if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # true for NaN too
             raise BadImage(
                 f"{found} with values from {low:g} to {high:g}; expected floats in [0, 1]: divide by what white is, "
                 "undo normalization by mean and std, or give uint8"
