@@ -1,4 +1,4 @@
-"""Requests of one call: retried where that is safe, and never past the call's deadline."""
+"""The requests of one call: retried where that is safe, and never past the call's deadline."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from clipweld.client.errors import RequestTimeout, ServerBusy, ServerUnavailable
 
 _T = TypeVar("_T")
 
-# Asking again is safe: no request changes anything, and these say that there was no answer.
+# Retrying is safe: no request changes anything on the server, and these errors mean that there was no answer.
 RETRIED = (ServerUnavailable, RequestTimeout, ServerBusy)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 2.0
 
 
 class Asker:
-    """One call's way to the server.
+    """The requests of one call, which share its deadline.
 
     Args:
-        transport: the server.
-        timeout_s: how long one request may take, in seconds.
-        retries: how often a request without an answer is retried, after pauses that grow and vary.
+        transport: where they are sent.
+        runtime: how to wait, for locks and between attempts.
+        timeout_s: limit on one request, in seconds.
+        retries: how often a request without an answer is retried, after randomised, growing pauses.
         deadline_s: limit on the whole call, in seconds; None: no limit.
     """
 
@@ -37,11 +38,14 @@ class Asker:
         self._end = None if deadline_s is None else time.monotonic() + deadline_s
 
     async def ask(self, request: Callable[[float], Awaitable[_T]]) -> _T:
-        """Make a request within the given seconds.
+        """Make a request, and retry it while there is no answer.
+
+        Args:
+            request: called with its time limit, in seconds.
 
         Raises:
-            RequestTimeout: it took longer, each time, or the call's deadline has passed.
-            ClientError: what the request raises.
+            RequestTimeout: every attempt took longer than its limit, or the call's deadline has passed.
+            ClientError: any other error of the request.
         """
         from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
@@ -59,10 +63,10 @@ class Asker:
         """Hold a lock or a semaphore of the runtime.
 
         Raises:
-            RequestTimeout: others held it until the call's deadline.
+            RequestTimeout: the call's deadline passed before it was free.
         """
         while not await self._runtime.acquire(lock, self._left()):
-            pass  # _left says when it is time
+            pass  # _left raises once the deadline has passed
         try:
             yield
         finally:
@@ -75,7 +79,7 @@ class Asker:
         await self._runtime.sleep(min(seconds, self._left()))
 
     def _left(self) -> float:
-        """Seconds until the deadline; RequestTimeout after it."""
+        """Return the seconds until the deadline, or raise RequestTimeout after it."""
         if self._end is None:
             return float("inf")
         left = self._end - time.monotonic()
