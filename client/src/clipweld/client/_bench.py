@@ -1,8 +1,8 @@
-"""The inference cost of adapters: base, merged, and adapters left unmerged, in turns on one server.
+"""The inference cost of adapters: base, merged and unmerged, measured in turns on one server.
 
-A round asks each contender once, one right after the other and in another order each time, so that a slow moment of the
-machine weighs on all; ratios are of one round, and their median is what is reported. Intervals are percentiles of that
-median over resampled rounds (the bootstrap, Efron 1979).
+In a round each contender has one turn, right after the other and in a different order each time, so that a slow moment
+of the machine affects them all. Ratios are taken within a round, and their median is reported. Intervals are
+percentiles of that median over resampled rounds (the bootstrap, Efron 1979).
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 MOST_AT_A_TIME = 1000  # each has a thread
 MOST = 10_000_000  # requests in one setting: their times are kept in memory
-WIDE = 0.1  # of a ratio: half an interval beyond that can't tell what merging costs
-FEW = 20  # requests, of which resampling makes no interval
-UNMERGED = "{model}-unmerged"  # what `exporter merge --unmerged` serves beside a model, a version for so many adapters
+WIDE = 0.1  # of a ratio: an interval with a larger half-width can't tell what merging costs
+FEW = 20  # requests: with fewer, resampling gives no meaningful interval
+UNMERGED = "{model}-unmerged"  # written by `exporter merge --unmerged`; its versions differ in their number of adapters
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A ratio and how sure of it we are.
+    """A ratio of times, with its confidence interval.
 
     Attributes:
-        ratio: median over rounds of the time of a request to one contender divided by that of the base.
-        low, high: 95% bootstrap interval of that median.
+        ratio: median over rounds of a contender's time divided by the base's. A time runs until all concurrent requests
+            of a turn are answered.
+        low: lower end of the 95% bootstrap interval of that median.
+        high: upper end of it.
     """
 
     ratio: float
@@ -51,7 +53,7 @@ class Interval:
 
     @property
     def too_wide(self) -> bool:
-        """Whether it says nothing of use: it reaches further than a tenth of the ratio to either side, on average."""
+        """Whether it is too wide to be useful: on average it reaches over a tenth of the ratio to either side."""
         return (self.high - self.low) / 2 > WIDE * self.ratio
 
     def __str__(self) -> str:
@@ -60,18 +62,21 @@ class Interval:
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender at one batch size and concurrency.
+    """The measurements of one contender at one batch size and concurrency.
 
     Attributes:
-        contender: "base", "merged", or "unmerged".
-        model, version: what was timed.
+        contender: "base", "merged" or "unmerged".
+        model: name of the model that was timed.
+        version: its version.
         tasks: how many tasks it has learned.
-        batch: images in a request.
-        concurrency: requests on their way at a time.
-        p50_ms, p95_ms, p99_ms: time of a request as the client sees it, in milliseconds.
-        images_per_s: images of all rounds divided by the time they took.
+        batch: images per request.
+        concurrency: requests in flight at a time.
+        p50_ms: median time of a request as the client sees it, in milliseconds.
+        p95_ms: 95th percentile of that time.
+        p99_ms: 99th percentile of that time.
+        images_per_s: images of all rounds divided by the time they took, in images per second.
         to_base: latency relative to the base, by the client's clock.
-        compute_to_base: the same by Triton's statistics of pure compute time; None where it keeps none.
+        compute_to_base: compute time per request relative to the base, by Triton's statistics; None if it keeps none.
     """
 
     contender: str
@@ -90,11 +95,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All contenders in all settings.
+    """The measurements of all contenders in all settings.
 
     Attributes:
-        timings: setting by setting, the base first.
-        requests: rounds of each setting, warm-up excluded.
+        timings: setting by setting, the base first in each.
+        requests: rounds per setting, without the warm-up.
     """
 
     timings: tuple[Timing, ...]
@@ -102,7 +107,7 @@ class BenchResult:
 
     @property
     def verdict(self) -> str:
-        """What merged adapters cost over the base, in a sentence."""
+        """The cost of merged adapters relative to the base, in one sentence."""
         merged = [timing for timing in self.timings if timing.contender == "merged"]
         ratios = [timing.to_base.ratio - 1 for timing in merged]
         low, high = min(t.to_base.low for t in merged) - 1, max(t.to_base.high for t in merged) - 1
@@ -112,7 +117,7 @@ class BenchResult:
 
     @property
     def warning(self) -> str | None:
-        """Why the figures mean nothing, in a sentence; None where they do."""
+        """Why the results mean nothing, in one sentence; None if they are usable."""
         step = "give more --requests, on a machine that does nothing else"
         if self.requests < FEW:
             return f"{self.requests} requests are too few for an interval; {step}"
@@ -157,22 +162,36 @@ def bench(
     timeout_s: float = 30.0,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> BenchResult:
-    """Measure image towers of one server, with the same random images: two versions, and what is unmerged beside them.
+    """Measure the latency and throughput of the image towers of a base and a merged version on one server.
+
+    All contenders get the same random images. A setting is a pair of a batch size and a concurrency; all pairs are
+    measured.
 
     Args:
         url: as in `ZeroShotClassifier`.
-        versions: base and merged.
-        model: name of the served model; where ``<model>-unmerged`` is served too, all its versions take part.
-        requests: how many rounds there are in each setting.
-        batches: images in a request.
-        concurrencies: requests on their way at a time, all to one contender.
-        timeout_s: how long one request may take, in seconds.
+        versions: the base version and the merged version.
+        model: name of the served model. If ``<model>-unmerged`` is served too, all its versions take part.
+        requests: rounds per setting, which is also the number of requests to each contender at concurrency 1.
+        batches: batch sizes to measure, in images per request.
+        concurrencies: numbers of requests in flight at a time to measure, all of them to one contender.
+        timeout_s: limit on one request, in seconds. Requests are not retried.
         track: wraps the loop over all rounds, for a progress bar.
 
+    Returns:
+        The measurements of each contender in each setting.
+
     Raises:
-        InvalidRequest: no requests, or too many, or a batch that the server does not take.
-        ContractMismatch: the contenders take different images.
-        ServerUnavailable, RequestTimeout, ServerError, ModelNotFound, VersionGone: see `clipweld.client.errors`.
+        InvalidRequest: there are no requests, or too many, or a batch is larger than the server accepts.
+        ContractMismatch: the contenders take images of different sizes, or were made for another client.
+        ModelNotFound: the model is not served.
+        VersionGone: a version is not served.
+        ServerUnavailable: there is no server at the address.
+        RequestTimeout: a request took longer than ``timeout_s``.
+        ServerError: the server failed.
+
+    Example:
+        >>> from clipweld.client import bench
+        >>> print(bench("localhost:8001", versions=(1, 2)).verdict)  # doctest: +SKIP
     """
     requests = count("requests", requests, 1, MOST)
     batches = [count("batches", batch, 1) for batch in _several("batches", batches)]
@@ -186,7 +205,8 @@ def bench(
         raise InvalidRequest(f"requests is {requests:,}, {max(concurrencies):,} at a time; expected {MOST:,} in all")
     settings = [(batch, concurrency) for batch in batches for concurrency in concurrencies]
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(max(concurrencies)))  # closed last: what is underway is ended
+        # Entered first, so it shuts down last: closing the connection ends the requests that its threads wait for.
+        pool = stack.enter_context(ThreadPoolExecutor(max(concurrencies)))
         asker = _connected(parse_url(url), seconds("timeout_s", timeout_s), stack)
         contenders = _contenders(asker, model_name(model), (pair[0], pair[1]))
         pixels = {batch: _random_images(contenders, batch) for batch in batches}
@@ -195,7 +215,7 @@ def bench(
         for batch, concurrency in settings:
             measured = _measure(asker, contenders, pixels[batch], concurrency, requests, pool, rounds)
             timings += _timings(contenders, *measured, batch, concurrency)
-        next(rounds, None)  # the end of a progress bar
+        next(rounds, None)  # completes a progress bar
     return BenchResult(tuple(timings), requests)
 
 
@@ -235,11 +255,12 @@ def _measure(
     pool: ThreadPoolExecutor,
     rounds: Iterable[int],
 ) -> tuple[np.ndarray, np.ndarray, list[float | None]]:
-    """One setting.
+    """Measure one setting.
 
     Returns:
-        seconds (requests, num_contenders, concurrency) of each request; seconds (requests, num_contenders) of all
-        requests of a turn together; and each contender's compute nanoseconds per request, by the server.
+        The seconds of each request (requests, num_contenders, concurrency); the seconds of each turn, until all its
+        requests were answered (requests, num_contenders); and each contender's compute time per request in nanoseconds,
+        by the server's statistics, or None.
     """
     seconds = np.empty((requests, len(contenders), concurrency))
     walls = np.empty((requests, len(contenders)))
@@ -307,7 +328,7 @@ def _timings(
 
 
 def interval(ratios: np.ndarray) -> Interval:
-    """The median of ratios (rounds,) and its bootstrap interval; the same ratios give the same interval."""
+    """Return the median of ratios (rounds,) and its bootstrap interval; the same ratios give the same interval."""
     drawn = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(drawn, axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(float(np.median(ratios)), float(low), float(high))
