@@ -1,4 +1,4 @@
-"""The card: what a served version says about itself, and whether this client understands it."""
+"""The card of a served version: its description of itself, and a check that this client understands it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from clipweld.client._json import read_json
 from clipweld.client.errors import ContractMismatch, UnknownTask
 
 CARD_FORMAT = 1
-MAX_BYTES = 4 << 20  # of a card: the class names of hundreds of tasks
-MAX_SIDE, MAX_WIDTH = 8192, 1 << 16  # pixels; tokens, and numbers of a feature: far beyond any CLIP
+MAX_BYTES = 4 << 20  # of a card; enough for the class names of hundreds of tasks
+# Far beyond any CLIP: of an image, in pixels; of a text, in tokens, and of a feature.
+MAX_SIDE, MAX_WIDTH = 8192, 1 << 16
 MAX_LOGIT_SCALE = 1e6
 
 _T = TypeVar("_T")
@@ -26,10 +27,10 @@ class Task:
     Attributes:
         name: name of the task.
         class_names: its labels.
-        templates: its prompts, with ``{}`` where the class name goes.
-        accuracy_before: zero-shot accuracy before the task was learned, in percent, None where it was not measured.
-        accuracy_after: the same, after.
-        adapter_sha256: which adapter taught it.
+        templates: its prompts, each with one ``{}`` where the class name goes.
+        accuracy_before: zero-shot accuracy before the task was learned, in percent; None if it was not measured.
+        accuracy_after: accuracy after the task was learned, in percent; None if it was not measured.
+        adapter_sha256: SHA-256 of the adapter that was trained on it.
     """
 
     name: str
@@ -42,22 +43,23 @@ class Task:
 
 @dataclass(frozen=True)
 class Card:
-    """What one served version is.
+    """The description of one served version.
 
     Attributes:
-        model: name that all three parts share, such as "clip".
-        version: number that all three parts share; 1 is the base CLIP.
+        model: common name of its three parts (image tower, text tower, card), such as "clip".
+        version: common number of its three parts; 1 is the base CLIP.
         image_size: side of the square image that the model takes, in pixels.
-        resize_mode: "shortest" or "squash".
+        resize_mode: "shortest" (the shortest side is resized to ``image_size``, then the centre is cropped) or "squash"
+            (both sides are resized to it).
         interpolation: "bicubic" or "bilinear".
         context_length: longest text, in tokens.
-        tokenizer_sha256: digest of the vocabulary that the model was trained with.
-        embed_dim: width of the features.
-        logit_scale: what cosines are multiplied with before the softmax.
+        tokenizer_sha256: SHA-256 of the vocabulary that the model was trained with.
+        embed_dim: width of image and text features.
+        logit_scale: factor by which cosines are multiplied before the softmax.
         base_model_name: open_clip's name of the base model.
         base_pretrained: open_clip's name of its weights.
         base_fingerprint: digest of its weights.
-        tasks: what was learned on top of the base, in order.
+        tasks: the learned tasks, in the order in which they were learned.
     """
 
     model: str
@@ -75,10 +77,10 @@ class Card:
     tasks: tuple[Task, ...]
 
     def task(self, name: str) -> Task:
-        """The task of that name.
+        """Return the task of this name.
 
         Raises:
-            UnknownTask: this version has not learned it; says which ones it has.
+            UnknownTask: this version has not learned it; the message lists those that it has.
         """
         by_name = {task.name: task for task in self.tasks}
         if name not in by_name:
@@ -87,14 +89,15 @@ class Card:
 
 
 def read_card(text: bytes, where: str) -> Card:
-    """Read a card from JSON.
+    """Parse a card from JSON.
 
     Args:
         text: the JSON.
         where: what error messages call it.
 
     Raises:
-        ContractMismatch: not JSON, too large, another format, something missing, or of a type or size that it can't be.
+        ContractMismatch: it is not JSON, too large or of another format, or a field is missing, of the wrong type or
+            out of range.
     """
     try:
         fields = read_json(text, MAX_BYTES)
@@ -112,10 +115,10 @@ def read_card(text: bytes, where: str) -> Card:
 
 
 def check_card(card: Card, tokenizer_sha256: str, where: str) -> None:
-    """Refuse a card whose model this client would feed wrongly.
+    """Refuse the card of a model to which this client would give wrong inputs.
 
     Raises:
-        ContractMismatch: other tokenizer, or preprocessing that this client does not have.
+        ContractMismatch: the model needs another tokenizer, or preprocessing that this client does not have.
     """
     for what, got, known in (
         ("resize mode", card.resize_mode, RESIZE_MODES),
@@ -132,7 +135,7 @@ def check_card(card: Card, tokenizer_sha256: str, where: str) -> None:
 def _card(fields: dict[str, Any]) -> Card:
     image, text, base = (_get(fields, name, dict) for name in ("image", "text", "base"))
     logit_scale = _get(fields, "logit_scale", float)
-    if not 0 < logit_scale <= MAX_LOGIT_SCALE:  # NaN is not
+    if not 0 < logit_scale <= MAX_LOGIT_SCALE:  # true for NaN too
         raise ValueError(f"logit_scale is {logit_scale}, expected above 0, at most {MAX_LOGIT_SCALE:,}")
     return Card(
         model=_text(fields, "model"),
@@ -168,7 +171,7 @@ def _task(fields: Any) -> Task:
 
 
 def _get(fields: Any, name: str, kind: type[_T]) -> _T:
-    """A value of one type exactly, but for whole numbers, which are float too."""
+    """Return a value of exactly this type; whole numbers are accepted as floats."""
     if type(fields) is not dict:
         raise TypeError(f"a {type(fields).__name__} where {name!r} should be in an object")
     value = fields[name]
@@ -207,7 +210,7 @@ def _texts(fields: Any, name: str) -> tuple[str, ...]:
 
 
 def _printable(text: str, name: str) -> str:
-    """What a terminal shows as it is: labels are printed."""
+    """Return text that is safe to print on a terminal, where labels end up; raise ValueError for other text."""
     if not text.strip() or _UNPRINTABLE.search(text):
         raise ValueError(f"{name!r} is blank or has control characters: {text[:100]!r}")
     return text
