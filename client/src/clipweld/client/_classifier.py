@@ -1,4 +1,4 @@
-"""Zero-shot classification against a served CLIP: two faces of one core."""
+"""Zero-shot classification against a served CLIP: a blocking and an asyncio class over one core."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULT_URL = "localhost:8001"
 
 
 class _Classifier:
-    """What both faces are made of."""
+    """What the blocking and the asyncio class have in common."""
 
     _runtime_type: type[Runtime]
 
@@ -56,7 +56,7 @@ class _Classifier:
         self._core = Core(self._settings, self._runtime)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Address and settings, headers among them; a copy has connections of its own."""
+        """Return the address and settings, headers included; a copy opens its own connections."""
         return {name: value for name, value in vars(self).items() if name not in ("_runtime", "_core")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -65,33 +65,33 @@ class _Classifier:
 
 
 class ZeroShotClassifier(_Classifier):
-    """A served CLIP that names what is on images, among labels given in words.
+    """A client of a served CLIP that ranks labels for images.
 
-    Image and text features of an answer always come from one version. May be shared by threads. In a forked child it
-    connects anew; pickled and copied, it is its address and settings, headers included. Nothing of it keeps the
-    interpreter from ending.
+    The image and text features of an answer always come from one version. An instance may be shared by threads. In a
+    forked child it opens new connections. Pickling or copying an instance keeps its address and settings, headers
+    included, but not its connections. An open instance does not keep the interpreter from exiting.
+
+    Numeric arguments may be of any numeric type, or text that spells a number. A server on loopback is contacted
+    directly; for any other, the environment variables http_proxy, https_proxy, grpc_proxy and no_proxy apply.
 
     Args:
         url: ``host:port`` or ``grpc://host:port`` for gRPC, ``http://host:port`` for HTTP; ``grpcs://`` and
             ``https://`` with TLS.
         model: name of the served model.
-        version: which one to use. "latest": the newest that is ready, for each call as a whole; a server that switches
-            is followed within a second. Where it unloads a version during a call, or comes back with another version
-            of the same number, the remaining images are classified by the new one.
+        version: number of the version to use. "latest" or None: the newest one that is ready, chosen once per call; a
+            switch on the server is noticed within a second. If the server unloads a version during a call, or comes
+            back with another version of the same number, the remaining images are classified by the new one.
         timeout_s: limit on one request to the server, in seconds; None: no limit.
-        retries: how often a request without an answer is retried, after pauses that grow and vary.
+        retries: how often a request without an answer is retried, after randomised, growing pauses.
         headers: sent with every request, such as ``{"authorization": "Bearer ..."}``.
-        tls: certificates.
-        exif_orientation: turn and mirror an image as its Exif orientation says, as in training, so that the model sees
-            what a person sees. False: pixels exactly as open_clip's transform gives them.
-        allow_urls: fetch images that are named by an http:// or https:// address: at most 50 MB in 30 s, and never from
+        tls: certificates for ``grpcs://`` and ``https://``.
+        exif_orientation: rotate and mirror an image according to its Exif orientation, as in training, so that the
+            model sees what a person sees. False: the pixels are exactly those of open_clip's transform.
+        allow_urls: fetch images given as http:// or https:// URLs, each of at most 50 MB within 30 s, and never from
             loopback, private or link-local addresses.
 
-    Numbers may be of any numeric type, or text that spells one. A server on loopback is contacted directly; for any
-    other, http_proxy, https_proxy, grpc_proxy and no_proxy count.
-
     Raises:
-        InvalidRequest: the arguments are wrong. The server is not contacted before the first call.
+        InvalidRequest: an argument is wrong. The server is not contacted before the first call.
 
     Example:
         >>> clip = ZeroShotClassifier(url)
@@ -129,37 +129,44 @@ class ZeroShotClassifier(_Classifier):
     ) -> Generator[Classification, None, None]:
         """Rank labels for each image.
 
-        Several requests are on their way at a time, and a few images are read ahead; never all of them, so there may
-        be millions.
+        Several requests are in flight at a time, and only a few images are read ahead, so there may be millions.
 
         Args:
-            images: one or several, each a path, the bytes of an image file, an open binary file, a PIL image, or an
-                array or tensor (height, width[, channels]) or (channels, height, width), grey, RGB or RGBA, of uint8,
-                uint16, bool, or floats in [0, 1]; a batch of such arrays; or a folder, for all image files below it.
-                What an iterator raises comes out when all that it gave before has been answered.
-            labels: what the images may show, or a mapping of that to the prompt or prompts of each. Exactly one of
-                ``labels`` and ``task`` is given.
-            task: a task of the served version: its class names are the labels, its templates the prompts.
-            templates: prompts with ``{}`` where the label goes, averaged as CLIP does. None: those of the task, or
-                "a photo of a {}". The article before ``{}`` goes where a label brings its own.
-            top_k: how many labels an image gets at most.
-            unreadable: called with the error of each image that cannot be read, which is then left out; None: the
-                first one is raised.
-            left_out: called with a `LeftOut` for whatever a folder has besides image files: other files, hidden ones,
-                links to folders, folders that cannot be read; None: a warning says how much that is, once the folder is
-                through.
+            images: one or several. Each is a path, the bytes of an image file, an open binary file, a PIL image, or an
+                array or tensor of shape (height, width[, channels]) or (channels, height, width), in grey, RGB or RGBA,
+                of dtype uint8, uint16, bool, or float with values in [0, 1]. A batch of such arrays counts as several
+                images, a folder as all image files below it. If an iterator raises, its exception is raised here, once
+                all images before it have been answered.
+            labels: what the images may show, or a mapping of each label to its prompt or prompts. Give exactly one of
+                ``labels`` and ``task``.
+            task: name of a task that the served version has learned. Its class names are the labels, its templates the
+                prompts.
+            templates: prompts with ``{}`` where the label goes. The features of a label's prompts are averaged, as in
+                CLIP. None: those of the task, or "a photo of a {}". An article before ``{}`` is dropped if the label
+                begins with one.
+            top_k: maximum number of labels per image.
+            unreadable: called with the error of each image that can't be read, which is then skipped. None: the first
+                such error is raised.
+            left_out: called with a `LeftOut` for whatever else a folder contains: other files, hidden ones, links to
+                folders, folders that can't be read. None: a warning sums it up after the folder's last image.
             deadline_s: limit on the whole call, in seconds; None: no limit.
 
         Returns:
-            One `Classification` per image, in the order given, as they arrive; requests start once the first is
-            taken. Close it to stop earlier.
+            A generator of one `Classification` per image, in the order of the images, as they arrive. Requests start
+            when the first answer is taken. Close the generator to stop early.
 
         Raises:
-            BadImage: names the image.
-            UnknownTask, InvalidRequest, TooManyLabels: the arguments are wrong.
-            VersionGone: the version that the caller named is no longer served.
-            ServerUnavailable, RequestTimeout, ServerError, NotAllowed, ModelNotFound, ContractMismatch: see
-                `clipweld.client.errors`.
+            BadImage: an image can't be read; the message names it.
+            InvalidRequest: an argument is wrong, or the server refused the request as malformed.
+            TooManyLabels: there are more labels or prompts than a call accepts.
+            UnknownTask: the served version has not learned ``task``.
+            ModelNotFound: the server does not serve the model.
+            VersionGone: the version that the caller named is not served, or no longer.
+            ContractMismatch: the model was exported for another version of this client.
+            NotAllowed: the server requires other headers or certificates.
+            ServerUnavailable: there is no server at the address.
+            RequestTimeout: the server took longer than ``timeout_s``, or the call longer than ``deadline_s``.
+            ServerError: the server failed, or is busy (`ServerBusy`).
         """
         question = _question(labels, task, templates, top_k, unreadable=unreadable, left_out=left_out)
         return iterate(self._core.classify(images, question, unreadable, left_out, _checked(deadline_s)))
@@ -169,13 +176,20 @@ class ZeroShotClassifier(_Classifier):
 
         Args:
             images: as in `classify`.
-            deadline_s: as in `classify`.
+            deadline_s: limit on the whole call, in seconds; None: no limit.
 
         Returns:
             float32 (num_images, embed_dim), L2-normalised, all from one version.
 
         Raises:
-            BadImage: names the image. Others as in `classify`.
+            BadImage: an image can't be read; the message names it.
+            ClientError: any other error that `classify` raises.
+
+        Example:
+            >>> with ZeroShotClassifier(url) as clip:
+            ...     cosines = clip.image_features("samples/seven.png") @ clip.text_features(["seven", "a shoe"]).T
+            >>> cosines.shape
+            (1, 2)
         """
         return run(self._core.image_features(images, _checked(deadline_s)))
 
@@ -183,46 +197,68 @@ class ZeroShotClassifier(_Classifier):
         """Encode texts as they are, without templates.
 
         Args:
-            texts: one or several. What is longer than the context is cut, as in CLIP.
-            deadline_s: as in `classify`.
+            texts: one or several. A text longer than the model's context is cut, as in CLIP.
+            deadline_s: limit on the whole call, in seconds; None: no limit.
 
         Returns:
             float32 (num_texts, embed_dim), L2-normalised, all from one version.
 
         Raises:
-            ClientError: as in `classify`.
+            InvalidRequest: ``texts`` is not text, or not a list of texts.
+            ClientError: any error of the server that `classify` raises.
         """
         return run(self._core.text_features(_texts(texts), _checked(deadline_s)))
 
     def card(self, *, deadline_s: float | None = None) -> Card:
-        """What the version in use is: sizes, lineage, tasks."""
+        """Return the card of the version in use: its sizes, base and learned tasks.
+
+        Args:
+            deadline_s: limit on the whole call, in seconds; None: no limit.
+
+        Raises:
+            ClientError: any error of the server that `classify` raises.
+        """
         return run(self._core.card(_checked(deadline_s)))
 
     def tasks(self, *, deadline_s: float | None = None) -> tuple[Task, ...]:
-        """The tasks that the version in use has learned; none for the base model."""
+        """Return the tasks that the version in use has learned; none for the base model.
+
+        Args:
+            deadline_s: limit on the whole call, in seconds; None: no limit.
+
+        Raises:
+            ClientError: any error of the server that `classify` raises.
+        """
         return self.card(deadline_s=deadline_s).tasks
 
     def versions(self, *, deadline_s: float | None = None) -> list[int]:
-        """The versions that are ready now, in rising order.
+        """Return the numbers of all versions that are ready now, in rising order.
+
+        Args:
+            deadline_s: limit on the whole call, in seconds; None: no limit.
 
         Raises:
-            ServerUnavailable, RequestTimeout, ModelNotFound: see `clipweld.client.errors`.
+            ModelNotFound: the server does not serve the model, or has no version of it ready.
+            ClientError: any other error of the server that `classify` raises.
         """
         return run(self._core.versions(_checked(deadline_s)))
 
     def server_info(self, *, deadline_s: float | None = None) -> ServerInfo:
-        """What answers at the address.
+        """Return the name and version of the server, and its extensions of the protocol.
+
+        Args:
+            deadline_s: limit on the whole call, in seconds; None: no limit.
 
         Raises:
-            ServerUnavailable, RequestTimeout: see `clipweld.client.errors`.
+            ClientError: any error of the server that `classify` raises.
         """
         return run(self._core.server_info(_checked(deadline_s)))
 
 
 class AsyncZeroShotClassifier(_Classifier):
-    """`ZeroShotClassifier` for asyncio: the same arguments, methods, answers and errors.
+    """`ZeroShotClassifier` for asyncio, with the same arguments, methods, answers and errors.
 
-    May be shared by tasks, and by event loops, one after the other or in several threads.
+    An instance may be shared by tasks and by event loops, whether these run one after the other or in several threads.
 
     Example:
         >>> async def name(picture):
@@ -259,34 +295,34 @@ class AsyncZeroShotClassifier(_Classifier):
         left_out: Callable[[LeftOut], object] | None = None,
         deadline_s: float | None = None,
     ) -> AsyncGenerator[Classification, None]:
-        """As `ZeroShotClassifier.classify`, for ``async for``."""
+        """Like `ZeroShotClassifier.classify`, for ``async for``."""
         question = _question(labels, task, templates, top_k, unreadable=unreadable, left_out=left_out)
         return self._core.classify(images, question, unreadable, left_out, _checked(deadline_s))
 
     async def image_features(
         self, images: ImageLike | Iterable[ImageLike], *, deadline_s: float | None = None
     ) -> np.ndarray:
-        """As `ZeroShotClassifier.image_features`."""
+        """Like `ZeroShotClassifier.image_features`."""
         return await self._core.image_features(images, _checked(deadline_s))
 
     async def text_features(self, texts: str | Sequence[str], *, deadline_s: float | None = None) -> np.ndarray:
-        """As `ZeroShotClassifier.text_features`."""
+        """Like `ZeroShotClassifier.text_features`."""
         return await self._core.text_features(_texts(texts), _checked(deadline_s))
 
     async def card(self, *, deadline_s: float | None = None) -> Card:
-        """As `ZeroShotClassifier.card`."""
+        """Like `ZeroShotClassifier.card`."""
         return await self._core.card(_checked(deadline_s))
 
     async def tasks(self, *, deadline_s: float | None = None) -> tuple[Task, ...]:
-        """As `ZeroShotClassifier.tasks`."""
+        """Like `ZeroShotClassifier.tasks`."""
         return (await self.card(deadline_s=deadline_s)).tasks
 
     async def versions(self, *, deadline_s: float | None = None) -> list[int]:
-        """As `ZeroShotClassifier.versions`."""
+        """Like `ZeroShotClassifier.versions`."""
         return await self._core.versions(_checked(deadline_s))
 
     async def server_info(self, *, deadline_s: float | None = None) -> ServerInfo:
-        """As `ZeroShotClassifier.server_info`."""
+        """Like `ZeroShotClassifier.server_info`."""
         return await self._core.server_info(_checked(deadline_s))
 
 
