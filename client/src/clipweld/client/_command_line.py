@@ -1,4 +1,4 @@
-"""The command line's help, lists, completion and wrong usage."""
+"""What surrounds the commands of the command line: help, lists, completion and wrong usage."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Given = Annotated[frozenset[str], Parameter(parse=False)]
 
 
 def application(name: str, description: str, consume_multiple: bool = False) -> App:
-    """A command with subcommands, ``--version``, and ``--install-completion`` for bash, zsh and fish.
+    """Create a command with subcommands, ``--version``, and ``--install-completion`` for bash, zsh and fish.
 
     Args:
-        name: of the console script.
-        description: for its help: a sentence, and an example.
-        consume_multiple: whether lists take several values (``--tasks a b``); a flag that is repeated adds to its list
-            in any case. Not for subcommands with positional lists, which could end up in a flag before them.
+        name: name of the console script.
+        description: help text: a sentence and an example.
+        consume_multiple: whether the flag of a list takes several values (``--tasks a b``). Repeating the flag adds to
+            its list in any case. Not for subcommands with positional lists, whose values a flag before them would take.
     """
     app = App(
         name=name,
@@ -32,7 +32,7 @@ def application(name: str, description: str, consume_multiple: bool = False) -> 
         default_parameter=Parameter(
             negative="",
             consume_multiple=consume_multiple,
-            allow_repeating=True,  # the last one counts, so that a script can add to a command that it was given
+            allow_repeating=True,  # the last value counts, so that a script can append to a command that it was given
             show_default=_shown,
         ),
     )
@@ -42,13 +42,13 @@ def application(name: str, description: str, consume_multiple: bool = False) -> 
 
 
 def run(app: App, args: Sequence[str]) -> Any:
-    """What the subcommand of a command line returns; None after help.
+    """Run the subcommand of a command line and return its result; None after help.
 
     A subcommand that must distinguish a default from the same value on the command line declares ``given: Given``: the
     names of the parameters that were on the command line.
 
     Raises:
-        SystemExit: with status 2, after one line on stderr, where the command line can't be understood.
+        SystemExit: with status 2, if the command line is empty, after its help, or wrong, after one line on stderr.
     """
     try:
         if not args:
@@ -63,7 +63,7 @@ def run(app: App, args: Sequence[str]) -> Any:
 
 
 def wrong_usage(app: App, args: Sequence[str], exc: CycloptsError) -> SystemExit:
-    """Say what is wrong with a command line; the exit with status 2."""
+    """Print one line about what is wrong with a command line, and return an exit with status 2."""
     command = " ".join([*app.name, *(name for name in app.parse_commands(args)[0] if not name.startswith("-"))])
     print(f"{app.name[0]}: {' '.join(str(exc).split())} See {command} --help", file=sys.stderr)
     return SystemExit(2)
@@ -77,7 +77,7 @@ class WrongUsage(CycloptsError):
 
 
 def _shown(default: Any) -> Any:
-    """A default as help shows it: not those that say nothing."""
+    """Return a default as help shows it; None for defaults that say nothing."""
     if default is None or default is False or default == ():
         return None
     if isinstance(default, Enum):
