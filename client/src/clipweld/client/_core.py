@@ -1,4 +1,4 @@
-"""What both classifiers do, written once: versions, labels and images, over any runtime and transport."""
+"""The core of both classifiers: versions, labels and images, over any runtime and transport."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from clipweld.client._tokenizer import default_tokenizer
 from clipweld.client._transport import Transport
 from clipweld.client.errors import BadImage, ServerError, VersionGone
 
-# Images in a request. On CPUs large batches are slower (ViT-B-16 in batches of 32: 0.8 times the images per second of
+# Images per request. On CPUs large batches are slower (ViT-B-16 in batches of 32: 0.8 times the images per second of
 # batches of 8).
 BATCH = 8
-FEATURES_BYTES = 256 * 2**20
-LOOK_AGAIN_S = 1.0
-# A version may be unloaded during a request, which then goes to the next one; more than this is no accident.
+FEATURES_BYTES = 256 * 2**20  # size of the cache of label features
+LOOK_AGAIN_S = 1.0  # how long the server's word on its versions is relied on
+# A version may be unloaded during a request, which then moves to the next one. More moves than this are no accident.
 MOVES = 8
 
 _T = TypeVar("_T")
@@ -43,8 +43,10 @@ class Question:
     """The question about each image: its labels, or a task.
 
     Attributes:
-        labels: what it may show, in words; None: the class names of ``task``.
+        labels: the caller's labels and prompts; None: the class names of ``task``.
+        task: name of a learned task; None: the caller gives labels.
         templates: prompts for the class names; None: those of the task.
+        top_k: maximum number of labels per image.
     """
 
     labels: Wording | None
@@ -53,7 +55,7 @@ class Question:
     top_k: int
 
     def on(self, card: Card) -> Wording:
-        """Labels and their prompts for one version."""
+        """Return the labels and their prompts for one version."""
         if self.labels is not None:
             return self.labels
         task = card.task(self.task or "")
@@ -62,7 +64,13 @@ class Question:
 
 @dataclass
 class _Call:
-    """One call of a user: its way to the server, the version that it is on, and when that was last seen to be it."""
+    """One call by a user.
+
+    Attributes:
+        asker: its requests.
+        release: the version that it uses.
+        seen: when the server was last seen to serve that very version, on `time.monotonic`'s clock.
+    """
 
     asker: Asker
     release: Release
@@ -74,9 +82,12 @@ class Settings:
     """A classifier's settings.
 
     Attributes:
-        version: which one; None: the newest, at the start of each call.
-        timeout_s: how long one request may take, in seconds.
-        retries: how often a request that got no answer is retried.
+        address: the server.
+        model: name of the served model.
+        version: the version that the caller named; None: the newest at the start of each call.
+        timeout_s: limit on one request, in seconds.
+        retries: how often a request without an answer is retried.
+        reading: how images are read.
     """
 
     address: Address
@@ -88,7 +99,7 @@ class Settings:
 
 
 class Core:
-    """A served CLIP."""
+    """A served CLIP, for classifiers of any runtime."""
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         self._settings, self._runtime = settings, runtime
@@ -96,7 +107,7 @@ class Core:
         at_fork(self)
 
     def after_fork(self) -> None:
-        """The child connects anew; another thread of the parent may have held any of its locks."""
+        """Begin anew in the child, with new locks: another thread of the parent may have held the old ones."""
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -132,7 +143,7 @@ class Core:
         left_out: Callable[[LeftOut], object] | None,
         deadline_s: float | None,
     ) -> AsyncGenerator[Classification, None]:
-        """Answers in the order of the images, of which only a few are held at a time."""
+        """Yield answers in the order of the images, of which only a few are held in memory at a time."""
         call = await self._begin(deadline_s)
         question.on(call.release.card)  # an unknown task is refused before an image is read
         supply = Supply(_named(images, left_out))
@@ -179,7 +190,7 @@ class Core:
     async def _answers(
         self, call: _Call, release: Release, batch: list[tuple[str, ImageLike]], question: Question, turn: Any
     ) -> list[Classification | BadImage]:
-        """One request's worth of images, answered by one version."""
+        """Answer one request's worth of images with one version."""
         wording = question.on(release.card)
         text = await self._of_labels(call.asker, release, wording)
         pixels = await self._runtime.in_thread(_prepared, batch, release.card, self._settings.reading)
@@ -197,16 +208,16 @@ class Core:
         ]
 
     async def _of_labels(self, asker: Asker, release: Release, wording: Wording) -> np.ndarray:
-        """One feature a label, float32 (num_labels, embed_dim), encoded once a version.
+        """Return one feature per label, float32 (num_labels, embed_dim), encoded once per version.
 
-        The mean over its prompts' features, normalised again, as CLIP does it.
+        It is the mean of the features of the label's prompts, normalised again, as in CLIP.
 
         Raises:
             InvalidRequest: the model can't tell two labels apart.
         """
         key = (release.card, wording)
-        async with asker.holding(self._encoding):  # whoever asks for the same meanwhile waits for it
-            with self._remembering:  # event loops in several threads share what is known
+        async with asker.holding(self._encoding):  # another call with the same labels waits here, then finds them
+            with self._remembering:  # the cache is shared by event loops in several threads, `_encoding` is not
                 features = self._label_features.get(key)
             if features is None:
                 prompts = wording.prompts()
@@ -235,7 +246,7 @@ class Core:
         return await self._runtime.in_thread(default_tokenizer(), texts, release.card.context_length)
 
     async def _encoded(self, asker: Asker, release: Release, tokens: np.ndarray) -> np.ndarray:
-        """Texts of one length go together, so that each request is cut to what its longest needs."""
+        """Encode tokenised texts, sorted by length so that each request is only as wide as its longest text."""
         lengths = tokens.argmax(axis=1) + 1 if len(tokens) else np.empty(0, int)
         order = np.argsort(-lengths, kind="stable")
 
@@ -252,7 +263,11 @@ class Core:
         return features
 
     async def _on_one_version(self, call: _Call, work: Callable[[Release], Awaitable[_T]]) -> _T:
-        """Do work on the call's version; on the one that follows where that vanished, unless the caller named it."""
+        """Do work with the call's version, and repeat it with the next one if the version vanished in the meantime.
+
+        Raises:
+            VersionGone: the caller named the version, or versions keep vanishing.
+        """
         for _ in range(1 + MOVES):
             release = call.release
             try:
@@ -269,10 +284,11 @@ class Core:
         )
 
     async def _still(self, call: _Call, release: Release) -> bool:
-        """Whether what was just answered came from this release, and not from another of its number.
+        """Return whether the last answers came from this release, and not from another one of the same number.
 
-        A server that is restarted, on a backup say, may mean something else by it, and connections come back by
-        themselves. A call looks at the card again after an interruption, and now and then.
+        A server that is restarted, for example on a backup, may serve something else under the same number, and
+        connections are restored without notice. So a call reads the card again after an interruption, and whenever the
+        last look at it is older than ``LOOK_AGAIN_S``.
         """
         if call.release is not release:
             return False
@@ -290,7 +306,7 @@ class Core:
     async def _is_served(self, asker: Asker, release: Release) -> bool:
         served = await release.is_served(asker)
         if not served:
-            self._forget()  # some may be the other's
+            self._forget()  # some cached features may be those of the other release
         return served
 
     def _forget(self) -> None:
@@ -301,7 +317,7 @@ class Core:
         return _Call(asker, *await self._opened(asker))
 
     async def _opened(self, asker: Asker, gone: Release | None = None) -> tuple[Release, float]:
-        """The release in use: the one that was named, or the newest, looked at now and then; and when it was."""
+        """Return the release in use, and when it was last checked; check it again if that is too long ago."""
         async with asker.holding(self._opening):
             current = None if self._release is gone else self._release
             if current is None or not self._fresh(asker, self._looked):
@@ -311,14 +327,14 @@ class Core:
             return current, self._looked
 
     async def _newest(self, asker: Asker, current: Release | None) -> Release:
-        """The release that was named, or the newest ready; ``current`` where it is still that."""
+        """Return the named release, or the newest ready one; ``current`` if it is still that one."""
         for attempt in range(MOVES):
             version = self._settings.version or (await ready_versions(asker, self._settings.model))[-1]
             try:
                 if current is not None and current.version == version and await self._is_served(asker, current):
                     return current
                 return await open_release(asker, self._settings.model, version)
-            except VersionGone:  # between the two questions
+            except VersionGone:  # it was unloaded between the two requests
                 if self._settings.version or attempt == MOVES - 1:
                     raise
         raise AssertionError("unreachable")
@@ -337,12 +353,16 @@ class Core:
 def ranked(
     name: str, scores: np.ndarray, labels: Sequence[str], logit_scale: float, version: int, top_k: int
 ) -> Classification:
-    """The best labels of one image.
+    """Rank the labels of one image and return the best.
 
     Args:
-        scores: cosines (num_labels,), finite; those that rounding put beyond 1 are reported as 1.
-        logit_scale: what they are multiplied with before the softmax. logit_bias, where a model has one, is the same
-            for all labels and cancels out.
+        name: what the answer calls the image.
+        scores: cosines (num_labels,), finite; those that rounding took beyond 1 are reported as 1.
+        labels: the labels, in the order of ``scores``.
+        logit_scale: factor by which cosines are multiplied before the softmax. A model's logit_bias, if it has one, is
+            the same for all labels and cancels out.
+        version: the version that the features come from.
+        top_k: maximum number of labels to return.
     """
     wide = scores.astype(np.float64)
     odds = np.exp(logit_scale * (wide - wide.max()))
@@ -361,7 +381,7 @@ def _named(
 
 
 def _prepared(batch: list[tuple[str, ImageLike]], card: Card, reading: Reading) -> list[np.ndarray | BadImage]:
-    """Pixels of each image, or why there are none."""
+    """Return the pixels of each image, uint8 (size, size, 3), or the error that says why there are none."""
     found: list[np.ndarray | BadImage] = []
     for name, image in batch:
         try:
