@@ -1,4 +1,4 @@
-"""What the demo page asks the server: one image and one set of labels, of the base and of the newest version."""
+"""Comparison of the base and the newest version on one image and one set of labels, for the demo page."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from clipweld.client.errors import ClientError, InvalidRequest
 
 BASE_VERSION = 1
 TOP_K = 5
-TURNS = 5  # how often each version is timed,
-TURNS_S = 1.0  # as long as all of them together take no longer than this many seconds
+# Each version is timed this often, or less often once all turns together have taken this many seconds.
+TURNS = 5
+TURNS_S = 1.0
 
 _T = TypeVar("_T")
 
@@ -25,14 +26,16 @@ _T = TypeVar("_T")
 class Comparison:
     """The base and the newest version of a served CLIP, given the same images.
 
-    May be shared by threads. A single one of its own talks to the server: times are not disturbed by other questions,
-    and a connection over HTTP never changes threads. What is served is looked up anew for each question.
+    May be shared by threads. A single worker thread talks to the server, so that times are not disturbed by other
+    questions, and a connection over HTTP never changes threads. Which versions are served is looked up for each
+    question.
 
     Args:
-        url, model: as in `ZeroShotClassifier`.
+        url: as in `ZeroShotClassifier`.
+        model: as in `ZeroShotClassifier`.
 
     Raises:
-        InvalidRequest: the url cannot be used. The server is not contacted before the first question.
+        InvalidRequest: the URL can't be used. The server is not contacted before the first question.
     """
 
     def __init__(self, url: str, model: str) -> None:
@@ -44,36 +47,38 @@ class Comparison:
         self._thread.start()
 
     def state(self) -> dict[str, Any]:
-        """What is served now, as plain JSON types.
+        """Return what is served now, as plain JSON types.
 
         Returns:
-            {"url", "model", "base": 1 or None, "newest": the newest version above 1 or None, "tasks": of the newest,
-            each {"name", "class_names", "accuracy_before", "accuracy_after"}}
+            {"url", "model", "base": 1 or None, "newest": the newest version above 1 or None, "tasks": those of the
+            newest, each {"name", "class_names", "accuracy_before", "accuracy_after"}}
 
         Raises:
-            ClientError: the server is away, or serves nothing that can be used.
+            ClientError: the server can't be reached, or serves nothing that can be used.
         """
         return self._in_turn(self._state)
 
     def answer(self, image: bytes, labels: Sequence[str], task: str | None) -> dict[str, Any]:
-        """Ask both versions; times are medians over requests in turns, after a first one that encodes the labels.
+        """Classify an image with both versions, and time them.
+
+        A latency is the median over requests made in turns, after a first request that also encodes the labels.
 
         Args:
-            image: an image file.
-            labels: what it may show; not used where there is a task.
-            task: a task of the newest version. The base gets its class names and prompts.
+            image: the bytes of an image file.
+            labels: what it may show; not used if there is a task.
+            task: name of a task of the newest version. The base gets its class names and prompts.
 
         Returns:
-            {"state": as `state`, "labels": how many there were, "answers": base first, each {"version", "latency_ms",
+            {"state": as `state`, "labels": their number, "answers": base first, each {"version", "latency_ms",
             "predictions": the best, each {"label", "probability", "score"}}}
 
         Raises:
-            ClientError: image, labels or task are wrong, or the server is.
+            ClientError: the image, labels or task are wrong, or the server can't be reached or used.
         """
         return self._in_turn(lambda versions: self._answer(versions, image, labels, task))
 
     def close(self) -> None:
-        """Close the connections, unless a question is still out: nobody waits for its answer."""
+        """Close the connections; if a question is still being answered, wait for it no longer than a second."""
         self._questions.put(None)
         self._thread.join(timeout=1)
 
@@ -93,7 +98,7 @@ class Comparison:
         self._any_version.close()
 
     def _on_served_versions(self, work: Callable[[list[int]], _T]) -> _T:
-        """Do the work on what is served; once more where that was switched in the meantime."""
+        """Do work on the served versions, and repeat it once if these changed in the meantime."""
         versions = self._served_versions()
         try:
             return work(versions)
@@ -106,7 +111,7 @@ class Comparison:
         served: list[int] = []
         try:
             served = self._any_version.versions()
-        finally:  # a server that was away may come back with other versions of the same numbers
+        finally:  # even on errors: a server that comes back may have other versions under the same numbers
             self._close_all_but(served)
         return served
 
@@ -164,7 +169,7 @@ class Comparison:
 
 
 def _times_in_turns(versions: Sequence[int], ask: Callable[[int], Any]) -> dict[int, list[float]]:
-    """Seconds of each request, by version; which version goes first alternates."""
+    """Return the seconds of each request, by version; versions take turns at going first."""
     times_s: dict[int, list[float]] = {version: [] for version in versions}
     started = time.perf_counter()
     for turn in range(TURNS):
