@@ -1,4 +1,4 @@
-"""The figure of a bench: what merged and unmerged adapters cost, against the base."""
+"""The figure of a bench: the cost of merged and unmerged adapters relative to the base."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ BASE, MERGED, UNMERGED = "#8c96a0", "#0f766e", "#c2410c"
 
 
 def draw(result: BenchResult, path: Path) -> None:
-    """Write it; the ending says in which format.
+    """Draw a result to a file, in the format of its ending.
 
     Raises:
-        ResultsError: no matplotlib, an unknown ending, or a place that can't be written.
+        ResultsError: matplotlib is not installed, the ending is unknown, or the file can't be written.
     """
     try:
         from matplotlib.figure import Figure
