@@ -1,4 +1,4 @@
-"""``client classify`` on whole folders: the question, skipped images, and answers into a file."""
+"""``client classify`` on whole folders: images, skipped files, and answers written to a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNREADABLE_SHOWN = 20
 
 def check_images(images: list[str], allow_urls: bool) -> None:
     """Raises:
-    BadImage: one that is nothing, or a URL without leave.
+    BadImage: a name is empty, or is a URL although URLs are not allowed.
     """
     for image in images:
         if not image:
@@ -32,13 +32,13 @@ def check_images(images: list[str], allow_urls: bool) -> None:
 
 
 def image_names(images: list[str], tally: Tally) -> Iterator[str]:
-    """The images, and those in folders; what is left out of these is counted."""
+    """Yield the images, and those in folders; what is left out of a folder is counted."""
     for image in images:
         yield from map(str, as_images(image, tally.add))
 
 
 def _names_once(images: list[str], tally: Tally) -> list[str]:
-    """Each image once, however often and by whatever names of its folder it is given."""
+    """Return each image once, however often it is given, and however its folder is spelled."""
     listed: dict[str, str] = {}
     for image in image_names(images, tally):
         place = place_of(name_of(image, 0))
@@ -49,7 +49,7 @@ def _names_once(images: list[str], tally: Tally) -> list[str]:
 
 
 def say_left_out(tally: Tally) -> None:
-    """One line, where there is something to say."""
+    """Print one line about what was left out, if anything was."""
     if tally.counts:
         say(f"left out: {tally}")
 
@@ -57,7 +57,7 @@ def say_left_out(tally: Tally) -> None:
 def classify_into(
     classifier: ZeroShotClassifier, images: list[str], question: dict[str, Any], out: Path, as_json: bool
 ) -> None:
-    """Write answers to a file, with a progress bar; what an earlier run has written is not repeated."""
+    """Write answers to a file, with a progress bar; images that an earlier run has answered are skipped."""
     asked = {name: question[name] for name in ("labels", "task", "templates", "top_k")}
     versions: set[int] = set()
     bad: list[BadImage] = []
