@@ -1,4 +1,4 @@
-"""Folders of images, walked so that whatever is left out is counted and said."""
+"""Folders of images. Whatever is left out of them is counted and reported."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from PIL import Image
 from clipweld.client._image_files import FORMATS
 from clipweld.client.errors import BadImage
 
-# What systems, network drives and archives put beside people's files.
+# What operating systems, network drives and archives put beside people's files.
 HIDDEN = frozenset(
     {
         "@eadir", "@recently-snapshot", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "__macosx",
         "desktop.ini", "ehthumbs.db", "icon\r", "lost+found", "system volume information", "thumbs.db",
     }
 )  # fmt: skip
-# Why something is left out: of one, and of several.
+# Why something is left out, in singular and plural.
 REASONS = {
     "unreadable folder": ("folder that cannot be read", "folders that cannot be read"),
     "linked folder": ("linked folder", "linked folders"),
@@ -36,13 +36,13 @@ REASONS = {
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Something in a folder that is no image, or not looked into.
+    """Something in a folder that is not classified: a file that is not an image, or a folder that is not entered.
 
     Attributes:
-        path: where it is.
-        reason: "unreadable folder", "linked folder" (followed only where it is named itself), "dangling link",
-            "special file", "no image" (by its ending) or "hidden" (a dot first, or one of the system's, such as
-            ``Thumbs.db`` and ``@eaDir``).
+        path: its path.
+        reason: "unreadable folder", "linked folder" (followed only if it is given itself), "dangling link", "special
+            file", "no image" (by its ending) or "hidden" (its name begins with a dot, or is one that systems use, such
+            as ``Thumbs.db`` and ``@eaDir``).
     """
 
     path: str
@@ -50,14 +50,14 @@ class LeftOut:
 
 
 class Tally:
-    """What was left out, counted by reason."""
+    """A count of what was left out, by reason."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
 
     def add(self, left_out: LeftOut) -> None:
-        """Count one."""
+        """Count one item."""
         self.counts[left_out.reason] += 1
         self._first.setdefault(left_out.reason, left_out.path)
 
@@ -71,14 +71,14 @@ class Tally:
 
 
 def image_files(folder: Path, report: Callable[[LeftOut], object] | None = None) -> Iterator[Path]:
-    """The files below a folder that have an image's ending, sorted folder by folder.
+    """Yield the files below a folder that have an image's ending, sorted within each folder.
 
     Args:
-        report: called with whatever is left out; None: a warning at the end says how much that was, unless all of it
-            was hidden.
+        folder: walked with its subfolders; links to folders are not followed.
+        report: called with whatever is left out. None: a warning at the end sums it up, unless all of it was hidden.
 
     Raises:
-        BadImage: there is none, or the folder itself can't be read.
+        BadImage: there is no image, or the folder itself can't be read.
     """
     tally, found, known = Tally(), False, endings()
 
@@ -115,13 +115,13 @@ def image_files(folder: Path, report: Callable[[LeftOut], object] | None = None)
 
 
 def endings() -> frozenset[str]:
-    """What the names of images end with: all that Pillow gives the formats that are read, in lower case."""
-    read = {*FORMATS, "MPO"}  # a JPEG of several images
+    """Return the endings of image names, in lower case: all that Pillow registers for the formats that are read."""
+    read = {*FORMATS, "MPO"}  # what Pillow calls a JPEG of several images
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in read)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a system or a program left it, so that it is no image and holds none."""
+    """Whether a system or a program created it, so that it neither is nor contains an image."""
     return name.startswith(".") or name.casefold() in HIDDEN
 
 
@@ -139,5 +139,5 @@ def _file_reason(path: str, name: str, known: frozenset[str]) -> str:
     whole = os.path.join(path, name)
     try:
         return "" if stat.S_ISREG(os.stat(whole).st_mode) else "special file"
-    except OSError:  # one that is no link may be there for others: reading it says why it isn't for us
+    except OSError:  # a file that is not a link is kept: reading it will report why it can't be read
         return "dangling link" if os.path.islink(whole) else ""
