@@ -1,4 +1,4 @@
-"""What a forked child does with the classifiers that it inherits: it begins anew, and leaves what is open alone."""
+"""Inherited classifiers in a forked child: they open new connections, and leave the parent's alone."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Protocol
 
 
 class Inherited(Protocol):
-    """What a child of a fork may inherit."""
+    """An object that a forked child may inherit."""
 
     def after_fork(self) -> None:
-        """Make this usable in the child, without touching what the parent still uses."""
+        """Make this object usable in the child, without touching what the parent still uses."""
 
 
 _living: weakref.WeakSet[Inherited] = weakref.WeakSet()
 
 
 def at_fork(living: Inherited) -> None:
-    """Call ``after_fork`` in every child that is forked while this object lives."""
+    """Call ``after_fork`` in every child that is forked while this object is alive."""
     _living.add(living)
 
 
 def never_free(thing: object) -> None:
-    """Keep an object and all that it refers to until the process ends, without any of their finalizers being run.
+    """Keep an object and all that it refers to alive until the process ends, so that no finalizer of theirs runs.
 
-    A child shares sockets and epoll sets with its parent. Whatever closes them politely, as finalizers do, would say
-    goodbye in the parent's name.
+    A child shares sockets and epoll sets with its parent. Finalizers close them in an orderly way, which would end the
+    parent's connections too.
     """
     import ctypes
 
