@@ -1,4 +1,4 @@
-"""Image files: read within limits, decoded, and shown as a person sees them."""
+"""Image files: read within limits, decoded, and turned the way a person sees them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from clipweld.client.errors import BadImage
 
-# What pictures come in. Pillow knows more, among them EPS: programs, which it has Ghostscript run.
+# Formats of pictures. Pillow reads more, but some are unsafe: EPS files are programs, which it runs with Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-MAX_SCANS = 100  # of a JPEG, each of which takes as long as a whole image; cameras and editors write about ten
-# JPEG's markers, but for those without a segment: stuffing, TEM, and where decoding can restart.
+MAX_SCANS = 100  # of a JPEG; each takes as long as decoding a whole image, and cameras and editors write about ten
+# JPEG's markers, except those without a segment: stuffing, TEM, and where decoding can restart.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
 _CHUNK = 1 << 20  # bytes
-# What undoes each Exif orientation but 1, which is upright.
+# The transpositions that undo the Exif orientations. Orientation 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,10 +33,10 @@ _TURNS = {
 
 
 class Stream:
-    """An open binary file, read from its start when its turn comes, and only once.
+    """An open binary file, which is read from its start when its image is needed, and only once.
 
     Attributes:
-        name: its file's path, where it has one.
+        name: the file's path; empty if it has none.
         kind: name of its type.
     """
 
@@ -47,24 +47,24 @@ class Stream:
         self.kind = type(file).__name__
 
     def read(self, name: str) -> bytes:
-        """Its bytes.
+        """Return its bytes.
 
         Raises:
-            BadImage: closed, opened as text, too large, or its own error.
+            BadImage: it is closed, opened as text or too large, or reading it fails.
         """
         if self._file is not None:
             try:
                 self._data = self._whole(name)
             except BadImage:
                 raise
-            except Exception as exc:  # files of other libraries raise any
+            except Exception as exc:  # files of other libraries may raise anything
                 raise BadImage(f"{name} cannot be read: {one_line(exc)}") from exc
             self._file = None
         return self._data
 
     def _whole(self, name: str) -> bytes:
         file, parts, size = self._file, [], 0
-        if hasattr(file, "seekable") and file.seekable():  # as Pillow does: it may be at its end
+        if hasattr(file, "seekable") and file.seekable():  # as Pillow does: the position may be at the end of the file
             file.seek(0)
         while part := file.read(_CHUNK):
             if not isinstance(part, (bytes, bytearray, memoryview)):
@@ -80,10 +80,10 @@ class Stream:
 
 
 def read_path(path: str, name: str) -> bytes:
-    """The bytes of an image file.
+    """Return the bytes of an image file.
 
     Raises:
-        BadImage: it is no regular file, too large, or can't be read.
+        BadImage: it is not a regular file, is too large, or can't be read.
     """
     try:
         status = os.stat(path)
@@ -100,16 +100,16 @@ def read_path(path: str, name: str) -> bytes:
 
 
 def decoder(data: bytes, name: str) -> Image.Image:
-    """The image in a file's bytes; its pixels are not decoded yet.
+    """Open the image in a file's bytes, without decoding its pixels yet.
 
     Raises:
-        BadImage: no image, or one of too many scans.
+        BadImage: the bytes are not an image, or a JPEG has too many scans.
     """
     try:
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as exc:
         raise BadImage(f"{name} ({len(data)} bytes) is no image; expected {', '.join(FORMATS)}") from exc
-    except Exception as exc:  # on damaged files, Pillow's readers raise any
+    except Exception as exc:  # on damaged files, Pillow's readers may raise anything
         raise BadImage(f"{name} cannot be decoded: {one_line(exc)}") from exc
     if opened.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS and _scans(data) > MAX_SCANS:
         raise BadImage(f"{name} has more than {MAX_SCANS} scans; save it anew")
@@ -117,44 +117,44 @@ def decoder(data: bytes, name: str) -> Image.Image:
 
 
 def as_seen(image: Image.Image, name: str, *, exif_orientation: bool) -> Image.Image:
-    """Return the image with 8 bits per channel, and rotated upright by its Exif orientation on request.
+    """Return the image with 8 bits per channel and, on request, turned upright by its Exif orientation.
 
     Raises:
-        BadImage: 32-bit or signed grey.
-        Exception: any, on damaged files.
+        BadImage: the image is grey with 32 bits or signed values.
+        Exception: anything, on damaged files.
     """
-    image.load()  # of a TIFF, this applies the orientation, and forgets it
+    image.load()  # for a TIFF, this applies the orientation and removes it from the image
     turn = _turn(image) if exif_orientation else None
     image = _eight_bits(image, name)
     return image if turn is None else image.transpose(turn)
 
 
 def max_pixels() -> float:
-    """Pillow's limit, or infinity where it was lifted."""
+    """Return Pillow's limit on the pixels of an image, or infinity if that was lifted."""
     return Image.MAX_IMAGE_PIXELS or float("inf")
 
 
 def max_bytes() -> float:
-    """Of an image file."""
+    """Return the limit on the bytes of an image file."""
     return 8 * max_pixels()
 
 
 def one_line(exc: BaseException) -> str:
-    """An error's words without their line breaks."""
+    """Return an error's message on one line."""
     return " ".join(str(exc).split()) or type(exc).__name__
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged Exif raises any; the pixels are whole
+    except Exception:  # damaged Exif data may raise anything; the pixels are intact
         return None
     return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """High bytes of 16-bit grey, as Pillow itself takes them of 16-bit colours; other images as they are."""
-    # Before Pillow 11, 16-bit PNG files have mode I, too; PPM files have it still, scaled to 16 bits.
+    """Return the high bytes of 16-bit grey, as Pillow itself does for 16-bit colours; other images as they are."""
+    # Before Pillow 11, 16-bit PNG files have mode I too; PPM files still have it, scaled to 16 bits.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values, tags = np.asarray(image), getattr(image, "tag_v2", {})
         high = values >> (4 if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 8)
