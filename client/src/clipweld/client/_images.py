@@ -1,15 +1,16 @@
-"""From anything that can be an image to the pixels the image tower takes, equal to open_clip's preprocessing.
+"""Preprocessing of anything that can be an image into the image tower's input, equal to that of open_clip.
 
-Order as in open_clip: resize, crop the centre, then convert to RGB. Scaling to [0, 1], mean and std are inside the
-served model. Two things that open_clip leaves undone come first, as in training: an image is turned and mirrored as its
-Exif orientation says, so that the model sees what a person sees (``exif_orientation=False`` leaves that out), and 16
-bits of grey become 8 by keeping the high byte; 32-bit and signed grey is refused, as nothing says which value is white.
-What open_clip decides by leaving it to Pillow is decided here too: transparency is dropped and not blended, palettes,
-CMYK, LAB and the like go through ``convert("RGB")``, an animation is its first frame. See docs/images.md.
+The steps are those of open_clip: resize, crop the centre, then convert to RGB. Scaling to [0, 1] and normalising by
+mean and std are part of the served model. Two steps that open_clip does not have come first, as in training. An image
+is rotated and mirrored according to its Exif orientation, so that the model sees what a person sees
+(``exif_orientation=False`` omits this). And 16-bit grey is reduced to 8 bits by keeping the high byte; 32-bit and
+signed grey is refused, as nothing says which value is white. The rest is what open_clip leaves to Pillow: transparency
+is dropped, not blended; palettes, CMYK, LAB and the like go through ``convert("RGB")``; of an animation the first frame
+is used. See docs/images.md.
 
-A file is one of `_image_files.FORMATS` and whole. An image has at most ``PIL.Image.MAX_IMAGE_PIXELS`` pixels (89
-million) before and after resizing, and a file at most 8 bytes for each of that many pixels (716 MB). A JPEG has at most
-100 scans.
+A file must be complete and of one of the `_image_files.FORMATS`. An image has at most ``PIL.Image.MAX_IMAGE_PIXELS``
+pixels (89 million) before and after resizing, a file at most 8 bytes for each of that many pixels (716 MB), a JPEG at
+most 100 scans.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from clipweld.client.errors import BadImage
 
 
 class SupportsArray(Protocol):
-    """What NumPy can read, such as a tensor."""
+    """An object that NumPy can read, such as a tensor."""
 
     def __array__(self) -> Any: ...
 
@@ -42,9 +43,10 @@ ImageLike = (
 )
 """One image.
 
-A path, the bytes of an image file, an open binary file, a PIL image, or an array of pixels (of NumPy, or a tensor on
-the CPU): (height, width[, channels]) or (channels, height, width), grey, RGB or RGBA, of uint8, uint16, bool, or floats
-in [0, 1]. A ``data:`` URL; where URLs are allowed, an ``http://`` or ``https://`` one.
+It is a path, the bytes of an image file, an open binary file, a PIL image, or an array of pixels (NumPy's, or a tensor
+on the CPU) of shape (height, width[, channels]) or (channels, height, width), in grey, RGB or RGBA, of dtype uint8,
+uint16, bool, or float with values in [0, 1]. It may also be a ``data:`` URL and, if URLs are allowed, an ``http://`` or
+``https://`` URL.
 """
 
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -56,8 +58,8 @@ class Reading:
     """How images are read.
 
     Attributes:
-        exif_orientation: turn and mirror an image as its Exif orientation says.
-        allow_urls: fetch those that are named by http:// or https:// (`clipweld.client._urls`).
+        exif_orientation: rotate and mirror an image according to its Exif orientation.
+        allow_urls: fetch images given as http:// or https:// URLs (`clipweld.client._urls`).
     """
 
     exif_orientation: bool = True
@@ -67,13 +69,14 @@ class Reading:
 def as_images(
     images: ImageLike | Iterable[ImageLike], left_out: Callable[[LeftOut], object] | None = None
 ) -> Iterator[Any]:
-    """One image, several, or the image files below a folder, one after the other.
+    """Iterate over one image, several, or the image files below a folder.
 
     Args:
-        left_out: called with what a folder has besides images; None: a warning says how much that is.
+        images: an image, a batch, an iterable of images, or a folder.
+        left_out: called with whatever else a folder contains; None: a warning sums it up.
 
     Raises:
-        BadImage: not images at all, or a folder without any.
+        BadImage: these are not images, or a folder has none.
     """
     if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
         return image_files(Path(os.fsdecode(images)), left_out)
@@ -95,14 +98,16 @@ def preprocess(
         image: see `ImageLike`.
         name: what error messages call it.
         size: side of the square that the model takes, in pixels.
-        resize_mode: "shortest" (shortest side to ``size``, then a centre crop) or "squash" (both sides).
+        resize_mode: "shortest" (resize the shortest side to ``size``, then crop the centre) or "squash" (resize both
+            sides to ``size``).
         interpolation: "bicubic" or "bilinear".
+        reading: how to treat orientation and URLs.
 
     Returns:
         uint8 (size, size, 3), RGB.
 
     Raises:
-        BadImage: unreadable, too large, or not an image at all.
+        BadImage: it can't be read or decoded, is too large, or is not an image.
     """
     opened = _open(image, name, reading)
     width, height = _resized(opened, size, resize_mode)
@@ -121,12 +126,12 @@ def preprocess(
         return np.array(cropped.convert("RGB"))
     except BadImage:
         raise
-    except Exception as exc:  # on damaged files, Pillow's readers raise any
+    except Exception as exc:  # on damaged files, Pillow's readers may raise anything
         raise BadImage(f"{name} cannot be decoded: {one_line(exc)}") from exc
 
 
 def name_of(image: Any, index: int) -> str:
-    """What an error message calls an image: its path, or its place in the call, counted from 0; never a password."""
+    """Return what messages call an image: its path without passwords, or its place in the call, counted from 0."""
     if isinstance(image, (str, os.PathLike)) and (path := os.fsdecode(image)):
         if _DATA.match(path):
             return f"data URL {hashlib.sha256(path.encode(errors='replace')).hexdigest()[:12]}"
@@ -138,12 +143,12 @@ def name_of(image: Any, index: int) -> str:
 
 
 def is_url(image: str) -> bool:
-    """Whether it would be fetched."""
+    """Whether this is a URL, which would be fetched."""
     return _HTTP.match(image) is not None
 
 
 def _once(image: Any) -> Any:
-    """The image, but an open file as one that is read only once."""
+    """Wrap an open file so that it is read only once; return other images as they are."""
     return Stream(image) if hasattr(image, "read") and not isinstance(image, Stream) else image
 
 
@@ -171,7 +176,7 @@ def _read(path: str, name: str, reading: Reading) -> bytes:
     if is_url(path):
         if not reading.allow_urls:
             raise BadImage(f"{name} is a URL; allow that with allow_urls=True, or --allow-urls on the command line")
-        from clipweld.client._urls import fetch  # few need it, and it loads http and ssl
+        from clipweld.client._urls import fetch  # imported here: few need it, and it loads http and ssl
 
         return fetch(path, name)
     if _DATA.match(path):
@@ -185,12 +190,12 @@ def _read(path: str, name: str, reading: Reading) -> bytes:
 
 
 def _resized(image: Image.Image, size: int, resize_mode: str) -> tuple[int, int]:
-    """(width, height) before cropping."""
+    """Return (width, height) before cropping."""
     return (size, size) if resize_mode == "squash" else _shortest_side_to(size, *image.size)
 
 
 def _shortest_side_to(size: int, width: int, height: int) -> tuple[int, int]:
-    """(width, height) with the shortest side at ``size``; the longest is rounded down, as torchvision does."""
+    """Return (width, height) with the shortest side at ``size``; the longest is rounded down, as in torchvision."""
     if width <= height:
         return size, int(size * height / width)
     return int(size * width / height), size
