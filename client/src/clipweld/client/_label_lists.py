@@ -1,4 +1,4 @@
-"""Labels as a command line gives them: with commas between, from files, and with prompts of their own."""
+"""Labels from the command line: separated by commas, or from files, which may add prompts."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ MAX_BYTES = 64 << 20  # of a file of labels
 
 
 def read_labels(values: Sequence[str]) -> tuple[list[str] | dict[str, Any], list[str]]:
-    """All labels, in the order given.
+    """Return all labels, in the order given.
 
     Args:
-        values: each is labels with commas between them, where one that holds a comma is quoted as in a CSV file,
-            or ``@FILE``: one label per line, or a ``.json`` with a list of labels or an object of their prompts.
+        values: each is either labels separated by commas, where a label that contains a comma is quoted as in a CSV
+            file, or ``@FILE``: a file with one label per line, or a ``.json`` with a list of labels or an object of
+            their prompts.
 
     Returns:
-        A list; or, where a file brings prompts, a dictionary of each label to its prompt or prompts, "a photo of a {}"
-        where it has none. And the labels that were given more than once, which count once.
+        The labels as a list or, if a file has prompts, as a dictionary from each label to its prompt or prompts, which
+        are "a photo of a {}" for labels without any. And the labels that were given more than once, which count once.
 
     Raises:
-        InvalidRequest: a file that can't be read, or a label with two different sets of prompts.
+        InvalidRequest: a file can't be read, or a label is given with two different sets of prompts.
     """
     found: dict[str, Any] = {}
     repeated: dict[str, None] = {}
@@ -75,7 +76,7 @@ def _of_file(name: str) -> list[tuple[str, Any]]:
 
 
 def _decoded(data: bytes, name: str) -> str:
-    """Text in UTF-8, or in UTF-16 that says so, as Windows writes them."""
+    """Decode UTF-8 with or without a byte order mark, or UTF-16 with one; Windows writes such files."""
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         return data.decode(encoding)
