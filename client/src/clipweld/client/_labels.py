@@ -1,8 +1,8 @@
-"""Labels and prompts: checked, put into words, and encoded once.
+"""Labels and their prompts: validation, and filling in templates.
 
-A template's article directly before ``{}`` goes where the label brings its own: "a photo of a {}" with "the number
-seven" is "a photo of the number seven". Nothing else of a template or a label is changed ("a apple" stays, as in CLIP).
-In training, class names are put into templates by the same rule (`clipweld.trainer.text`).
+An article directly before ``{}`` is dropped if the label has its own: "a photo of a {}" with "the number seven" becomes
+"a photo of the number seven". Nothing else in a template or a label is changed ("a apple" remains, as in CLIP). In
+training, class names are put into templates by the same rule (`clipweld.trainer.text`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from clipweld.client.errors import InvalidRequest, TooManyLabels
 
 Labels = Iterable[str] | Mapping[str, str | Sequence[str]]
-"""What images may show: words, or a mapping of each to its prompt or prompts."""
+"""What images may show: labels, or a mapping of each label to its prompt or prompts."""
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 MAX_PROMPTS = 1_000_000
@@ -27,12 +27,13 @@ _ARTICLE_BEFORE_LABEL = re.compile(r"(?<![\w'-])(?:an?|the)\s+\{\}", re.IGNORECA
 
 @dataclass(frozen=True)
 class Wording:
-    """Labels, and how each is worded for the text tower.
+    """Labels, and the prompts that represent them to the text tower.
 
     Attributes:
-        templates: for every label.
-        own: prompts of each label in turn, with or without ``{}``, in place of templates.
-        learned: whether a task brings the labels, and not the caller.
+        labels: the labels.
+        templates: prompts for every label, with ``{}``.
+        own: prompts of each label, in the order of the labels, with or without ``{}``; they replace the templates.
+        learned: whether the labels come from a task, not from the caller.
     """
 
     labels: tuple[str, ...]
@@ -41,10 +42,10 @@ class Wording:
     learned: bool = False
 
     def prompts(self) -> list[list[str]]:
-        """The prompts of each label.
+        """Return the prompts of each label.
 
         Raises:
-            TooManyLabels: their features would not fit into memory.
+            TooManyLabels: there are more than ``MAX_PROMPTS``, whose features would not fit into memory.
         """
         own = self.own or (self.templates,) * len(self.labels)
         count = sum(map(len, own))
@@ -60,15 +61,16 @@ class Wording:
         ]
 
     def check_told_apart(self, tokens: Sequence[np.ndarray], context_length: int) -> None:
-        """Refuse labels of the caller's that the model can't tell apart.
+        """Refuse labels from the caller that the model can't tell apart.
 
         Args:
-            tokens: those of each label's prompts, int32 (num_prompts, seq_len), zero-padded.
+            tokens: tokens of each label's prompts, int32 (num_prompts, seq_len), zero-padded.
+            context_length: longest text of the model, in tokens.
 
         Raises:
-            InvalidRequest: two that have the same tokens in all their prompts; names them.
+            InvalidRequest: all prompts of two labels have the same tokens; the message names the labels.
         """
-        if self.learned:  # what a version has learned, its users can't change
+        if self.learned:  # users of a version can't change its tasks
             return
         seen: dict[tuple[bytes, ...], str] = {}
         for label, rows in zip(self.labels, tokens, strict=True):
@@ -83,21 +85,22 @@ class Wording:
 
 
 def prompt_of(template: str, label: str) -> str:
-    """The template with the label in it, under one article."""
+    """Put a label into a template, with only one article."""
     if _OWN_ARTICLE.match(label):
         template = _ARTICLE_BEFORE_LABEL.sub("{}", template)
     return template.replace("{}", label)
 
 
 def checked_labels(labels: Labels, templates: tuple[str, ...] | None) -> Wording:
-    """Labels as they are cached by.
+    """Validate labels and return them in a form that can be a key of a cache.
 
     Args:
-        labels: a mapping brings its own prompts. The order of a set is that of the alphabet.
-        templates: as `checked_templates` returns them; None: the default.
+        labels: a mapping gives prompts too. A set is sorted, since its own order is arbitrary.
+        templates: as returned by `checked_templates`; None: the default.
 
     Raises:
-        InvalidRequest: none, an empty one, one twice, not a list of strings, or prompts and templates both.
+        InvalidRequest: there are none, one is blank or given twice, they are not a list of strings, or there are both
+            prompts and templates.
     """
     names = _texts(labels, "label", "labels", "expected a list of strings, or a mapping of each to its prompts")
     if not names:
@@ -118,10 +121,10 @@ def checked_labels(labels: Labels, templates: tuple[str, ...] | None) -> Wording
 
 
 def checked_templates(templates: Iterable[str]) -> tuple[str, ...]:
-    """Templates as labels are cached by.
+    """Validate templates and return them in a form that can be part of a cache's key.
 
     Raises:
-        InvalidRequest: none, one without ``{}``, or not a list of strings.
+        InvalidRequest: there are none, one has no ``{}``, or they are not a list of strings.
     """
     checked = _texts(templates, "template", "templates", "expected a list of strings")
     if not checked:
@@ -140,10 +143,10 @@ def _checked_prompts(label: str, prompts: Iterable[str]) -> tuple[str, ...]:
 
 
 def _texts(values: Any, one: str, all_of_them: str, expected: str) -> tuple[str, ...]:
-    """Plain strings, in order.
+    """Return plain strings, in order; a set is sorted.
 
     Raises:
-        InvalidRequest: one string instead of several, a table, or something that is no string.
+        InvalidRequest: the values are one string, an array of several dimensions, or not strings.
     """
     if isinstance(values, str):
         raise InvalidRequest(f"{all_of_them} is one string, {values!r}; {expected}")
@@ -153,5 +156,5 @@ def _texts(values: Any, one: str, all_of_them: str, expected: str) -> tuple[str,
     for value in listed:
         if not isinstance(value, str):
             raise InvalidRequest(f"{one} {value!r} is not text but {type(value).__name__}; {expected}")
-    texts = (str.__str__(value) for value in listed)  # of subclasses, such as NumPy's, the text alone
+    texts = (str.__str__(value) for value in listed)  # turns subclasses of str, such as NumPy's, into plain strings
     return tuple(sorted(texts) if isinstance(values, (set, frozenset)) else texts)
