@@ -1,4 +1,4 @@
-"""What to do about an error of the operating system, by its number."""
+"""Advice on errors of the operating system, by their number."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ _STEPS = {
 
 
 def next_step(exc: OSError) -> str:
-    """What would help, in the imperative: more room only where room is what lacks."""
+    """Return what would help, in the imperative: more room only if that is what is missing."""
     return _STEPS.get(exc.errno or 0, "find out why")
