@@ -1,4 +1,4 @@
-"""What the command line prints, wherever its streams go: a file, a pipe, a full disk, nowhere."""
+"""Output of the command line, wherever its streams lead: to a file, a pipe, a full disk or nowhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NARROWEST = 40  # columns
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output whose failures can be distinguished from all others."""
+    """Standard output, with failures that can be distinguished from all others."""
 
     def write(self, text: str) -> int:
         with self._errors():
@@ -40,7 +40,7 @@ class _Output(io.TextIOWrapper):
 
     def fail(self, exc: OSError) -> None:
         """Turn a failure into an error or an exit status."""
-        if isinstance(exc, BrokenPipeError):  # whoever read it has read enough
+        if isinstance(exc, BrokenPipeError):  # the reader has read enough
             raise SystemExit(1) from exc
         raise ResultsError(
             f"standard output: cannot be written ({exc.strerror}); {next_step(exc)}, or print elsewhere"
@@ -56,9 +56,9 @@ class _Messages(_Output):
 
 @contextmanager
 def messages() -> Iterator[None]:
-    """Have standard streams that are closed lead nowhere, and standard error never stop the block.
+    """Connect closed standard streams to the null device, and ignore failures of standard error, during the block.
 
-    A closed one would be the next file that is opened: what is printed would end up in it.
+    The next file to be opened would get the number of a closed stream, and what is printed would end up in that file.
     """
     before = sys.stdin, sys.stdout, sys.stderr
     for number in range(3):
@@ -79,10 +79,10 @@ def messages() -> Iterator[None]:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Have all that the block prints arrive where standard output goes; what it has no characters for is escaped.
+    """Make sure that all that the block prints is written; characters that the encoding lacks are escaped.
 
     Raises:
-        ResultsError: it can't be written there, to a full disk for example.
+        ResultsError: it can't be written, for example to a full disk.
     """
     before = sys.stdout
     try:
@@ -94,12 +94,12 @@ def printing() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """A line for people, beside the answers."""
+    """Print a line for people to standard error, apart from the answers."""
     print(f"client: {text}", file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
-    """A value for programs, escaped where standard output has other characters only."""
+    """Print JSON for programs, escaped if standard output can't encode it."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "ascii")
@@ -109,12 +109,12 @@ def print_json(value: Any) -> None:
 
 
 def console() -> Console:
-    """Standard output for tables, whose lines are drawn with the characters that it has."""
+    """Return standard output for tables, which are drawn with the characters that it can encode."""
     return Console(file=sys.stdout)
 
 
 def _wrapped(kind: type[_Output], stream: Any, stack: ExitStack) -> Any:
-    """A stream of another kind onto the same place; the stream itself where it is none of the system's."""
+    """Return a stream of another kind onto the same file; return streams that are not the system's as they are."""
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     output = kind(
@@ -133,18 +133,18 @@ def _open_if_closed(number: int) -> None:
     try:
         os.fstat(number)
     except OSError:
-        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one: lower ones were opened before
         os.set_inheritable(number, True)
 
 
 def _widen() -> None:
-    """Give libraries a width in which they can lay out help and tables: in one column, some never finish."""
+    """Set a width in which libraries can lay out help and tables: in one column, some never finish."""
     if shutil.get_terminal_size().columns < NARROWEST or not os.environ.get("COLUMNS", "80").strip("0").isdigit():
         os.environ["COLUMNS"] = str(max(NARROWEST, shutil.get_terminal_size().columns))
 
 
 def _to_nowhere(number: int) -> None:
-    """For what is still buffered."""
+    """Connect a stream to the null device, where what is still buffered can go."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, number)
     os.close(nowhere)
