@@ -1,4 +1,4 @@
-"""The demo page's own little web server: on loopback, for this machine's browser, for this page alone."""
+"""The web server of the demo page: on loopback only, for this page alone."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ HEADERS = {
 
 
 class PageServer(ThreadingHTTPServer):
-    """Serves the page on loopback, and nobody else's.
+    """Serves the page on loopback, and answers no other page.
 
-    Refused are requests that another site's page made (by Origin and Sec-Fetch-Site) and those that reached this
-    address under another name (by Host), as in DNS rebinding. Nothing is logged, nothing is kept.
+    It refuses requests made by pages of other sites (by Origin and Sec-Fetch-Site), and requests that reached this
+    address under another name (by Host), as in DNS rebinding. It logs and stores nothing.
 
     Args:
-        comparison: what answers.
-        port: where to listen; 0 takes a free one.
+        comparison: answers the questions.
+        port: port to listen on; 0 takes a free one.
 
     Raises:
-        InvalidRequest: the port cannot be had.
+        InvalidRequest: the port can't be used.
     """
 
     daemon_threads = True
@@ -68,13 +68,13 @@ class PageServer(ThreadingHTTPServer):
         return f"http://{self.hosts[0]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that went away is no error; a bug keeps its traceback."""
+        """Ignore browsers that went away; a bug keeps its traceback."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
 
 class _Refusal(Exception):
-    """An answer that is no success: its status, and one line for people."""
+    """A response that refuses a request: its status, and one line for people."""
 
     def __init__(self, status: HTTPStatus, message: str, **headers: str) -> None:
         super().__init__(message)
@@ -84,7 +84,7 @@ class _Refusal(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     server: PageServer
-    timeout = 30  # seconds that a connection may be silent
+    timeout = 30  # seconds for which a connection may be silent
 
     def respond(self) -> None:
         """Answer any request."""
@@ -107,15 +107,15 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = respond  # noqa: N815
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses, such as a broken request line, is refused in our words."""
+        """Send in our format what the base class refuses, such as a broken request line."""
         status = HTTPStatus(code)
         self._send_refusal(_Refusal(status, message or status.phrase))
 
     def log_message(self, *args: Any) -> None:
-        """Nothing is logged."""
+        """Log nothing."""
 
     def version_string(self) -> str:
-        """Who answers, without the versions of Python and its library."""
+        """Return a name without the versions of Python and its library."""
         return "clipweld"
 
     def _refuse_strangers(self) -> None:
@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def _routed(self) -> tuple[bytes, str]:
-        """Content and its type."""
+        """Return the content and its type."""
         target = urlsplit(self.path)
         if target.path == "/answer":
             self._refuse_unless("POST")
@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(HTTPStatus.METHOD_NOT_ALLOWED, f"{self.command} is not taken, {allowed} is", Allow=allowed)
 
     def _answer(self, asked: dict[str, list[str]]) -> dict[str, Any]:
-        """Body: the image file. Query: ``task=NAME``, or ``label=TEXT`` as often as there are labels."""
+        """Answer a question. Body: the image file. Query: ``task=NAME``, or one ``label=TEXT`` per label."""
         task = asked.get("task", [None])[0]
         return self.server.comparison.answer(self._image(), asked.get("label", []), task)
 
