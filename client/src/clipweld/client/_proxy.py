@@ -1,4 +1,4 @@
-"""Which proxy the environment's variables put between this machine and a server."""
+"""The proxy that environment variables put between this machine and a server."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ _LOOPBACK_NAMES = {"localhost", "localhost.localdomain", "localhost6", "ip6-loca
 
 @dataclass(frozen=True)
 class Proxy:
-    """An HTTP proxy. As text, it is its address and the variable that named it, without credentials.
+    """An HTTP proxy. Its text is the address and the variable that named it, without credentials.
 
     Attributes:
         url: ``http://host:port``.
-        variable: which one named it, in small letters.
-        user, password: its credentials, where there are any; never shown.
+        variable: the variable that named it, in small letters.
+        user: user name; None if there are no credentials. Never shown.
+        password: password, which may be empty. Never shown.
     """
 
     url: str
@@ -34,19 +35,20 @@ class Proxy:
 
     @property
     def place(self) -> tuple[str, int]:
-        """Host and port."""
+        """Its host and port."""
         parts = urlsplit(self.url)
         return parts.hostname or "", parts.port or 80
 
 
 def proxy_of(address: Address) -> Proxy | None:
-    """The proxy that requests to a server go through; None: there is none.
+    """Return the proxy through which requests to a server go; None if there is none.
 
-    Loopback has none. For gRPC the first of grpc_proxy, https_proxy and http_proxy counts, for HTTP the one of the
-    scheme; no_proxy lists hosts, domains and networks that are reached without. Capital letters count too.
+    Loopback is always reached directly. For gRPC the first of grpc_proxy, https_proxy and http_proxy applies, for HTTP
+    the one of the scheme; no_proxy lists hosts, domains and networks that are reached directly. The names of the
+    variables may be in capital letters.
 
     Raises:
-        InvalidRequest: the variable names something else than an HTTP proxy.
+        InvalidRequest: the variable does not name an HTTP proxy.
     """
     host = address.host.strip("[]")
     if is_loopback(host):
@@ -64,7 +66,7 @@ def proxy_of(address: Address) -> Proxy | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its spelling alone."""
+    """Whether a host is this machine, judged by its spelling alone."""
     name = host.rstrip(".").lower()
     if name in _LOOPBACK_NAMES or name.endswith(".localhost"):
         return True
@@ -98,7 +100,7 @@ def _read(url: str, variable: str, host: str) -> Proxy:
             return Proxy(shown, variable, user, unquote(parts.password or ""))
     except ValueError:
         pass
-    raise InvalidRequest(  # what it says is not shown: it may have a password in it
+    raise InvalidRequest(  # the value is not shown: it may contain a password
         f"{variable} in the environment names no proxy that can be used for {host}; expected http://host:port, or the "
         "host in no_proxy"
     )
@@ -108,5 +110,5 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     with suppress(ValueError):
         return ipaddress.ip_address(host)
     with suppress(OSError, UnicodeError):
-        return ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1, and what else the system takes for one
+        return ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1 and the like, which the system accepts
     return None
