@@ -1,4 +1,4 @@
-"""One version of a served CLIP: its image tower, text tower and card, always of the same number."""
+"""One version of a served CLIP: image tower, text tower and card, all of the same version number."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from clipweld.client.errors import (
 )
 
 _PARTS = ("image", "text", "card")
-# Of a feature's length: what normalising in float16 may leave.
+# How far the length of a feature may be from 1; normalising in float16 is that inexact.
 UNIT_TOLERANCE = 1e-2
 
 
 async def ready_versions(asker: Asker, model: str) -> list[int]:
-    """Versions of which all three parts are ready, in rising order, at least one.
+    """Return the versions that are ready in all three parts, in rising order; there is at least one.
 
     Raises:
         ModelNotFound: a part is missing, or the parts have no ready version in common.
@@ -56,13 +56,15 @@ async def _ready_versions(transport: Transport, model: str, timeout_s: float) ->
 
 @dataclass(frozen=True)
 class Release:
-    """One served version, opened. Its methods never reach another version.
+    """One served version. Its methods never use another version.
 
     Attributes:
-        card: what the version is.
-        card_text: the same, as the server has it.
-        max_images: images that go into one request.
-        max_texts: texts that go into one request.
+        model: name of the served model.
+        version: number of the version.
+        card: description of the version.
+        card_text: the card as the server sent it.
+        max_images: most images in one request.
+        max_texts: most texts in one request.
     """
 
     model: str
@@ -82,7 +84,7 @@ class Release:
             float32 (batch, embed_dim), L2-normalised.
 
         Raises:
-            ServerError: the answer is not that.
+            ServerError: the answer is not of this form.
         """
         return await self._features(asker, "image", pixels)
 
@@ -96,15 +98,15 @@ class Release:
             float32 (batch, embed_dim), L2-normalised.
 
         Raises:
-            ServerError: the answer is not that.
+            ServerError: the answer is not of this form.
         """
         return await self._features(asker, "text", tokens)
 
     async def is_served(self, asker: Asker) -> bool:
-        """Whether the server still means the same by this version: one that was restarted may have another's files.
+        """Return whether the server still serves this release: after a restart it may have other files of that number.
 
         Raises:
-            VersionGone: it has no version of that number.
+            VersionGone: the server has no version of that number.
         """
         return await _card_text(asker, self.model, self.version) == self.card_text
 
@@ -119,11 +121,12 @@ class Release:
 
 
 async def open_release(asker: Asker, model: str, version: int) -> Release:
-    """Read a version's card and limits.
+    """Read a version's card and batch limits from the server.
 
     Raises:
-        ModelNotFound, VersionGone: not served.
-        ContractMismatch: served, but made for another client.
+        ModelNotFound: the model is not served.
+        VersionGone: the version is not served.
+        ContractMismatch: the version is served, but was made for another client.
     """
     where = f"model {model!r} version {version} at {asker.transport.address}"
     available = await ready_versions(asker, model)
@@ -167,12 +170,12 @@ async def _card_text(asker: Asker, model: str, version: int) -> bytes:
 
 
 def _fault(features: np.ndarray, shape: tuple[int, int]) -> str | None:
-    """What an answer is, in words, if not finite float32 unit vectors of this shape."""
+    """Return what is wrong with features, in words; None if they are finite float32 unit vectors of this shape."""
     if features.dtype != np.float32 or features.shape != shape:
         return f"expected features float32 {shape}, got {features.dtype} {features.shape}"
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.sqrt(np.einsum("ij,ij->i", features, features))
-        usable = np.abs(lengths - 1) <= UNIT_TOLERANCE  # NaN is not
+        usable = np.abs(lengths - 1) <= UNIT_TOLERANCE  # false for NaN
     if usable.all():
         return None
     row = int(usable.argmin())
@@ -189,12 +192,13 @@ async def _max_batch_size(asker: Asker, model: str, version: int, part: str) -> 
 
 @contextlib.asynccontextmanager
 async def _gone(transport: Transport, model: str, version: int, timeout_s: float) -> AsyncGenerator[None, None]:
-    """A failed request has many reasons: ask the server whether the version is still there.
+    """If a request in the block fails, ask the server whether the version is still there.
 
-    Triton answers UNAVAILABLE for a version that was dropped, as gRPC does for a server that is.
+    The error alone is ambiguous: Triton answers UNAVAILABLE for a version that was unloaded, and gRPC reports the same
+    for a server that is gone.
 
     Raises:
-        VersionGone: it is not.
+        VersionGone: the version is not served.
     """
     end = time.monotonic() + timeout_s
     try:
