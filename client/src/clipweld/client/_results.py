@@ -1,4 +1,4 @@
-"""What a classification answers."""
+"""Results of the client's calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Prediction:
     Attributes:
         label: the label, as the caller or the task spells it.
         probability: softmax over all labels of the call, in [0, 1].
-        score: cosine of image and label features, in [-1, 1]; comparable between calls.
+        score: cosine between image and label features, in [-1, 1]; comparable between calls.
     """
 
     label: str
@@ -30,9 +30,11 @@ class Classification:
     """The best labels of one image, best first.
 
     Attributes:
-        image: its path, or its place in the call, counted from 0.
-        predictions: at most ``top_k`` of them, by falling probability.
-        version: the model version that both features came from.
+        image: the image's path, or its place in the call, counted from 0.
+        predictions: at most ``top_k`` labels, most probable first.
+        version: the model version that both image and label features came from.
+
+    Iterating over it yields its predictions.
     """
 
     image: str
@@ -51,7 +53,7 @@ class Classification:
         return ", ".join(map(str, self.predictions))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types: {"image", "version", "predictions": [{"label", "probability", "score"}, ...]}."""
+        """Return plain JSON types: {"image", "version", "predictions": [{"label", "probability", "score"}, ...]}."""
         return {
             "image": self.image,
             "version": self.version,
@@ -61,12 +63,12 @@ class Classification:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What answers at the address.
+    """The server at an address.
 
     Attributes:
-        name: of the server, such as "triton".
-        version: its release.
-        extensions: parts of the protocol that it has beyond the least.
+        name: name of the server, such as "triton".
+        version: version of the server.
+        extensions: the extensions of the inference protocol that it supports.
     """
 
     name: str
@@ -77,5 +79,5 @@ class ServerInfo:
         return f"{self.name} {self.version}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
+        """Return plain JSON types: {"name", "version", "extensions"}."""
         return {"name": self.name, "version": self.version, "extensions": list(self.extensions)}
