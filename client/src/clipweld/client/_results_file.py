@@ -1,7 +1,7 @@
-"""Answers to whole folders, in a file: written as they arrive, resumed after an interruption.
+"""Answers to whole folders, written to a file as they arrive, and resumed after an interruption.
 
-Finished answers are in ``OUT.part``: one line with the question, then one JSON per line. The file itself appears at
-the end, whole.
+Finished answers are in ``OUT.part``: one line with the question, then one line of JSON per image. The file itself
+appears at the end, complete.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from clipweld.client._os_errors import next_step
 from clipweld.client._results import Classification
 from clipweld.client.errors import BadImage, ResultsError
 
-# Names of files need not be UTF-8: what isn't becomes an escape, which JSON reads back.
+# File names need not be UTF-8. What isn't becomes an escape, which JSON reads back.
 AS_ESCAPES = "backslashreplace"
 MAX_LINE = 16 << 20  # bytes
 COLUMNS = ("image", "rank", "label", "probability", "score", "version", "error")
@@ -34,20 +34,20 @@ ROWS_AT_ONCE = 10_000
 
 
 class ResultsFile:
-    """A file of answers in the making.
+    """A file of answers while it is being written.
 
     Args:
-        path: ``.csv`` and ``.parquet`` have a row for each label of each image, ``.jsonl`` a line for each image.
-        question: what is asked about every image, as plain JSON types: an interrupted file is resumed only if it is
-            the same.
+        path: ``.csv`` and ``.parquet`` get one row per image and label, ``.jsonl`` one line per image.
+        question: what is asked about every image, as plain JSON types. An interrupted file is resumed only if its
+            question is the same.
 
     Raises:
-        ResultsError: another ending, a finished file, one of another question, one that another process is writing, or
-            a place that can't be written.
+        ResultsError: the ending is unknown, the file is finished already, has another question or is being written by
+            another process, or it can't be written.
 
     Attributes:
-        done: names of the images that the file has an answer to, or the reason why there is none.
-        unreadable: how many of them are of the second kind.
+        done: names of the images for which the file has an answer, or the reason why there is none.
+        unreadable: how many of them have no answer.
     """
 
     def __init__(self, path: Path, question: dict[str, Any]) -> None:
@@ -71,26 +71,26 @@ class ResultsFile:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with suppress(OSError):  # what could not be written has been said
+        with suppress(OSError):  # a failure to write has been reported before
             self._file.close()
 
     def has(self, image: str) -> bool:
-        """Whether it has this image, by whatever name its folder went then."""
+        """Whether the file has this image already, however its folder was spelled."""
         return place_of(name_of(image, 0)) in self._places
 
     def add(self, answer: Classification) -> None:
-        """Keep an answer."""
+        """Write an answer."""
         self._write(answer.to_dict())
 
     def add_unreadable(self, error: BadImage) -> None:
-        """Keep why an image has no answer."""
+        """Write why an image has no answer."""
         self.unreadable += 1
         self._write({"image": error.image, "error": str(error)})
 
     def finish(self) -> None:
-        """Write the file itself, whole, and remove what it was made of."""
+        """Write the file itself, complete, and remove ``OUT.part``."""
         try:
-            self._file.flush()  # but not closed: that would let another process take it up
+            self._file.flush()  # not closed, which would release the lock to another process
             with replacing(self.path) as staged, self._part.open(encoding="utf-8") as lines:
                 next(lines)
                 _WRITERS[self.path.suffix](map(_answer, lines), staged)
@@ -107,7 +107,7 @@ class ResultsFile:
             raise ResultsError(f"results {self.path}: there already; remove it, or give another --out")
 
     def _opened(self, header: dict[str, Any]) -> IO[str]:
-        """The file of what is done, held against other processes, at the end of its last whole line."""
+        """Open ``OUT.part``, locked against other processes and cut after its last complete line."""
         if os.path.lexists(self._part) and not stat.S_ISREG(self._part.lstat().st_mode):
             raise ResultsError(f"results {self._part}: not a regular file; remove it, or give another --out")
         file = self._part.open("a", encoding="utf-8", errors=AS_ESCAPES)
@@ -135,16 +135,16 @@ class ResultsFile:
                 f"results {self._part}: its file system can't lock it ({exc.strerror}), and two clients at once would "
                 "ruin it; give an --out on one that can, such as a local disk"
             ) from exc
-        self._check_absent()  # now for certain: the other may just have finished
+        self._check_absent()  # again, now that we hold the lock: another process may just have finished
         if not self._part.exists() or not os.path.samestat(os.fstat(file.fileno()), self._part.stat()):
             raise ResultsError(f"results {self._part}: another client was writing it just now; ask again")
 
     def _read(self, header: dict[str, Any]) -> int:
-        """Take in what is done; the bytes of all whole lines."""
+        """Read the finished answers, and return the size of all complete lines in bytes."""
         whole = number = 0
         with self._part.open("rb") as lines:
             while line := lines.readline(MAX_LINE):
-                if not line.endswith(b"\n") and len(line) < MAX_LINE:  # cut off in the middle of it
+                if not line.endswith(b"\n") and len(line) < MAX_LINE:  # the last line, cut off by an interruption
                     break
                 try:
                     row = read_json(line, MAX_LINE)
@@ -180,16 +180,16 @@ class ResultsFile:
 
 def check_ending(path: Path) -> None:
     """Raises:
-    ResultsError: results are not written in files of this ending.
+    ResultsError: results can't be written to files of this ending.
     """
     if path.suffix not in _WRITERS:
         raise ResultsError(f"results {path}: unknown ending; expected {', '.join(_WRITERS)}")
 
 
 def place_of(image: str) -> str:
-    """What tells an image from others however its folder is spelled: the folder's real path, and the image's name.
+    """Return what identifies an image, however its folder is spelled: the folder's real path and the image's name.
 
-    The name may be a link: two names in one folder are two images.
+    The name itself is not resolved if it is a link: two names in one folder are two images.
     """
     if is_url(image):
         return image
@@ -204,10 +204,10 @@ def _real_path(working_folder: str, folder: str) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to: it takes the place of ``path`` when the block ends well, else it is removed.
+    """Yield a file beside ``path`` to write to: it replaces ``path`` if the block succeeds, else it is removed.
 
     Raises:
-        OSError: it can't be written; ``path`` is what it was.
+        OSError: it can't be written; ``path`` is unchanged.
     """
     staged = path.with_name(f".{path.name}.new")
     try:
@@ -221,13 +221,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _answer(line: str) -> dict[str, Any]:
     row: dict[str, Any] = json.loads(line)
-    row.pop("path", None)  # for us alone
+    row.pop("path", None)  # only needed for resuming
     return row
 
 
 def _check_row(row: Any) -> None:
     """Raises:
-    ValueError: not what ``add`` or ``add_unreadable`` writes; before there were paths, without them.
+    ValueError: the row is not what ``add`` or ``add_unreadable`` writes. Older files have rows without a path.
     """
     keys = row.keys() - {"path"} if type(row) is dict and type(row.get("path", "")) is str else set()
     if keys == {"image", "error"}:
@@ -252,7 +252,7 @@ def _is_prediction(found: Any) -> bool:
 
 
 def _rows(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A row for each label of each image, best first; one with the reason where there is no answer."""
+    """Yield one row per image and label, best first; one row with the reason for an image without an answer."""
     for answer in answers:
         if "error" in answer:
             yield {**dict.fromkeys(COLUMNS), "image": answer["image"], "error": answer["error"]}
