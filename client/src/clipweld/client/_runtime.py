@@ -1,8 +1,8 @@
-"""How the one core waits: blocking, or in asyncio.
+"""How the core waits: by blocking, or in asyncio.
 
-The core is written once, as coroutines. Everything in it that takes time is awaited from a runtime or a transport.
-Those of the blocking kind block and never suspend, so a coroutine that awaits nothing else runs to its end in one step,
-without an event loop; those of asyncio suspend, as usual.
+The core is written once, as coroutines. Everything in it that takes time is awaited from a runtime or a transport. In
+the blocking kind these block and never suspend, so a coroutine that awaits nothing else runs to its end in one step,
+without an event loop. In the asyncio kind they suspend, as usual.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ from clipweld.client.errors import InvalidRequest
 _T = TypeVar("_T")
 
 BEFORE_FORK = "this call was begun in another process, before a fork; make a new call in the child"
-LOOK_S = 0.1  # how often a thread that waits for a lock looks whether its work has been given up
+LOOK_S = 0.1  # how often a thread that waits for a lock checks whether its work has been given up
 
 
 class Runtime(Protocol):
-    """What the core waits with."""
+    """The ways in which the core waits."""
 
     def start(self, coroutine: Coroutine[Any, Any, _T]) -> Awaitable[_T]:
-        """Have a coroutine go on by itself."""
+        """Run a coroutine concurrently."""
 
     async def finish(self, started: list[Awaitable[Any]]) -> None:
-        """Give up what was started, as far as that is possible."""
+        """Give up the work that was started, as far as possible."""
 
     async def result(self, future: Future[_T]) -> _T:
-        """Wait for what a thread brings, and give it up where the waiting is broken off.
+        """Wait for the result of a future that another thread completes; cancel it if the wait is interrupted.
 
         Raises:
-            ConnectionAbortedError: another has given it up.
+            ConnectionAbortedError: the future was cancelled by someone else.
         """
 
     async def in_thread(self, function: Callable[..., _T], *args: Any) -> _T:
-        """Call a function that keeps a core busy, off the thread that waits for answers."""
+        """Call a function that keeps a core busy, without holding up an event loop."""
 
     async def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Wait for some seconds."""
 
     def lock(self) -> Any:
-        """A lock for ``acquire``."""
+        """Create a lock for ``acquire``."""
 
     def semaphore(self, value: int) -> Any:
-        """A semaphore for ``acquire``."""
+        """Create a semaphore for ``acquire``."""
 
     async def acquire(self, lock: Any, timeout_s: float) -> bool:
-        """Take a lock or a semaphore; False if it could not be had yet, after ``timeout_s`` or earlier."""
+        """Acquire a lock or a semaphore; return False if it is still taken after ``timeout_s``, or earlier."""
 
 
 class AsyncioRuntime:
@@ -67,7 +67,7 @@ class AsyncioRuntime:
 
     async def finish(self, started: list[Awaitable[Any]]) -> None:
         for task in started:
-            task.cancel()  # type: ignore[attr-defined]  # what start gave
+            task.cancel()  # type: ignore[attr-defined]  # what start returned
         await asyncio.gather(*started, return_exceptions=True)
 
     async def result(self, future: Future[_T]) -> _T:
@@ -105,7 +105,7 @@ class AsyncioRuntime:
 
 
 class _LockOfEachLoop:
-    """A lock for the tasks of any event loop among themselves: asyncio's own is of one loop for good."""
+    """A lock with a separate lock per event loop: asyncio's own is bound for good to the first loop that uses it."""
 
     def __init__(self) -> None:
         self._locks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
@@ -118,7 +118,7 @@ class _LockOfEachLoop:
 
 
 class BlockingRuntime:
-    """Waits by blocking the calling thread. What is started has a thread of its own, so that it may start more."""
+    """Waits by blocking the calling thread. Each coroutine that is started has its own thread, so it may start more."""
 
     def start(self, coroutine: Coroutine[Any, Any, _T]) -> _InThread[_T]:
         return _InThread(coroutine)
@@ -126,7 +126,7 @@ class BlockingRuntime:
     async def finish(self, started: list[Awaitable[Any]]) -> None:
         def give_up() -> None:
             for work in started:
-                work.give_up()  # type: ignore[attr-defined]  # what start gave
+                work.give_up()  # type: ignore[attr-defined]  # what start returned
 
         if started:
             aside(give_up)
@@ -155,13 +155,13 @@ class BlockingRuntime:
 
 
 class _InThread(Awaitable[_T]):
-    """A coroutine in a thread; awaiting it blocks."""
+    """A coroutine that runs in a thread; awaiting it blocks."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, _T]) -> None:
         self.waits_for: Future[Any] | None = None
         self.given_up = False
         self._done: Future[_T] = Future()
-        # A daemon: whatever a caller leaves half-way, the interpreter must not wait for it when it ends.
+        # A daemon, so that the interpreter can exit without waiting for work that a caller has abandoned.
         thread = threading.Thread(target=self._run, args=(coroutine,), name="clipweld", daemon=True)
         try:
             thread.start()
@@ -171,13 +171,13 @@ class _InThread(Awaitable[_T]):
         at_fork(self)
 
     def give_up(self) -> None:
-        """End it, at the latest when it next waits."""
+        """End the work, at the latest when it next waits."""
         self.given_up = True
         if (future := self.waits_for) is not None:
             future.cancel()
 
     def after_fork(self) -> None:
-        """A child has none of its parent's threads."""
+        """Fail in the child, which has none of its parent's threads."""
         self._done = Future()
         self._done.set_exception(InvalidRequest(BEFORE_FORK))
 
@@ -186,20 +186,20 @@ class _InThread(Awaitable[_T]):
         settle(self._done, lambda: run(coroutine))
 
     def __await__(self) -> Generator[Any, None, _T]:
-        yield from ()  # nothing: it makes this a generator, as __await__ must be
+        yield from ()  # yields nothing; it only makes this a generator, as __await__ must return an iterator
         _wait(self._done)
         return _result(self._done)
 
 
 class _GivenUp(BaseException):
-    """Ends work whose result nobody waits for any more; not an error, so that nothing handles it as one."""
+    """Ends work whose result is no longer awaited. It is not an Exception, so that no handler of errors catches it."""
 
 
-_here = threading.local()  # work: what runs in this thread
+_here = threading.local()  # its attribute ``work`` is the _InThread that runs in this thread
 
 
 def _wait(future: Future[Any], timeout_s: float | None = None) -> None:
-    """Block until a future is done, or some seconds have passed; give it up where the waiting is broken off."""
+    """Block until a future is done or the timeout has passed; cancel the future if the wait is interrupted."""
     work: _InThread[Any] | None = getattr(_here, "work", None)
     if work is not None:
         work.waits_for = future
@@ -220,17 +220,17 @@ def _stop_if_given_up() -> None:
 
 
 def _result(future: Future[_T]) -> _T:
-    """What a future brought, which is done."""
+    """Return the result of a future that is done; raise ConnectionAbortedError if it was cancelled."""
     if future.cancelled():
         raise ConnectionAbortedError("given up")
     return future.result()
 
 
 def settle(future: Future[_T], result: Callable[[], _T]) -> None:
-    """Give a future its result, or what computing it raises; one that was given up gets nothing."""
+    """Complete a future with a function's result or exception; a future that was cancelled stays as it is."""
     try:
         value = result()
-    except BaseException as exc:  # of whoever waits for it
+    except BaseException as exc:  # for whoever waits for the future
         with suppress(InvalidStateError):
             future.set_exception(exc)
     else:
@@ -239,21 +239,21 @@ def settle(future: Future[_T], result: Callable[[], _T]) -> None:
 
 
 def in_background(function: Callable[[], _T]) -> Future[_T]:
-    """Call a function that may block for long in a thread that the interpreter does not wait for."""
+    """Call a function that may block for long, in a thread that the interpreter does not wait for at exit."""
     future: Future[_T] = Future()
     threading.Thread(target=settle, args=(future, function), name="clipweld-aside", daemon=True).start()
     return future
 
 
 def aside(function: Callable[[], object]) -> None:
-    """Call a function in the background, and don't even wait for its thread to begin.
+    """Call a function in the background, without even waiting for its thread to start.
 
-    For what may be called while garbage is collected: that happens in any thread, the one that brings gRPC's answers
-    included, while it holds any lock, `threading`'s own included. Whatever waits there may wait for itself.
+    For functions that garbage collection may call. It can run in any thread, even the one that delivers gRPC's answers,
+    while that thread holds any lock, even those inside `threading`. Code that waits there may wait for itself forever.
     """
 
     def begin() -> None:
-        with suppress(RuntimeError):  # the interpreter ends
+        with suppress(RuntimeError):  # the interpreter is shutting down
             in_background(function)
 
     with suppress(RuntimeError):
@@ -261,10 +261,10 @@ def aside(function: Callable[[], object]) -> None:
 
 
 def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine of a blocking runtime to its end.
+    """Run a coroutine of the blocking runtime to its end and return its result.
 
     Raises:
-        RuntimeError: it suspended: it awaited something that needs an event loop.
+        RuntimeError: it suspended, because it awaited something that needs an event loop.
     """
     try:
         coroutine.send(None)
@@ -276,7 +276,7 @@ def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
 
 
 def iterate(items: AsyncGenerator[_T, None]) -> Generator[_T, None, None]:
-    """The items of an asynchronous generator of a blocking runtime."""
+    """Yield the items of an asynchronous generator of the blocking runtime."""
     try:
         while True:
             try:
