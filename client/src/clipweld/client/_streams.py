@@ -1,4 +1,4 @@
-"""Work on a stream: several items at a time, results in their order, and nothing lost that came before an error."""
+"""Work on a stream of items: several at a time, with results in order, and none lost that precede an error."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from clipweld.client._runtime import Runtime
 
-# Requests on their way at a time, and batches that are read and resized meanwhile. One request is answered while the
-# next waits at the server. More would not help: Triton joins what waits into one batch.
+# Requests in flight at a time, and batches that are read and resized meanwhile. While one request is answered, the next
+# waits at the server. More would not help: Triton joins waiting requests into one batch.
 IN_FLIGHT = 2
 AHEAD = 6
 
@@ -19,10 +19,10 @@ _U = TypeVar("_U")
 
 
 class Supply(Iterator[_T]):
-    """A caller's iterator, which ends where it raises.
+    """A caller's iterator, which ends instead of raising.
 
     Attributes:
-        raised: what it raised; to be raised when all that it gave before has been answered.
+        raised: what the iterator raised, to be raised once all items before it have been answered.
     """
 
     def __init__(self, items: Iterator[_T]) -> None:
@@ -41,9 +41,14 @@ class Supply(Iterator[_T]):
 
 
 class InOrder(AsyncIterator[_U]):
-    """The results of working on items, several at a time; what works on a request takes its ``turn`` for it.
+    """The results of work on items, several at a time and in the order of the items.
 
-    No generator: event loops close those one by one when they end, in whatever order.
+    Not an asynchronous generator: when an event loop ends, it closes those one by one, in arbitrary order.
+
+    Args:
+        runtime: how to wait.
+        items: what to work on.
+        work: called with an item and ``turn``, a semaphore to hold during each request, which limits those in flight.
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class InOrder(AsyncIterator[_U]):
         if not self._begun:
             self._begun = True
             first = list(itertools.islice(self._works, 2))
-            if len(first) == 1:  # no thread or task for what is alone
+            if len(first) == 1:  # a single item needs no thread or task
                 return await first[0]
             self._works = itertools.chain(first, self._works)
         for work in itertools.islice(self._works, IN_FLIGHT + AHEAD - len(self._started)):
@@ -70,10 +75,11 @@ class InOrder(AsyncIterator[_U]):
         return done
 
     async def aclose(self) -> None:
-        """Give up what is underway."""
+        """Give up the work in progress."""
         await self._runtime.finish(list(self._started))
 
 
 def in_batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
+    """Yield items in lists of ``size``; the last one may be shorter."""
     while batch := list(itertools.islice(items, size)):
         yield batch
