@@ -1,4 +1,4 @@
-"""The command's tables."""
+"""Tables that the command prints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
 
 
 def answers_table(answers: list[Classification]) -> Table:
-    """The labels of each image, best first."""
+    """Return the labels of each image, best first."""
     table = _table(
         "Image",
         "Label",
@@ -32,7 +32,7 @@ def answers_table(answers: list[Classification]) -> Table:
 
 
 def bench_table(result: BenchResult) -> Table:
-    """The timings of each image tower in each setting."""
+    """Return the timings of each image tower in each setting."""
     numbers = ("Batch", "At a time", "p50 ms", "p95 ms", "p99 ms", "Images/s", "Times the base", "By the server")
     table = _table("Image tower", *numbers, numbers=numbers)
     for timing in result.timings:
@@ -51,7 +51,7 @@ def bench_table(result: BenchResult) -> Table:
 
 
 def tasks_table(card: Card) -> Table:
-    """The tasks of one version."""
+    """Return the learned tasks of one version."""
     table = _table(
         "Task",
         "Classes",
@@ -69,7 +69,7 @@ def tasks_table(card: Card) -> Table:
 
 
 def versions_table(cards: list[Card]) -> Table:
-    """The versions that are served."""
+    """Return the served versions and their tasks."""
     table = _table("Version", "Base", "Tasks", numbers=("Version",))
     for card in cards:
         learned = ", ".join(task.name for task in card.tasks) or "none: the base model"
