@@ -17,8 +17,8 @@ from importlib import resources
 import numpy as np
 
 # A word is a special token, a contraction, letters, one digit, or anything else that is not space. open_clip matches
-# lower-cased text while ignoring case, which leaves two odd characters: the long s (U+017F), equal to an s, and
-# U+0345, which equals a letter (iota) without being one, so that nothing matches it and it is dropped.
+# lower-cased text while ignoring case, which matters for two characters: the long s (U+017F) is equal to an s; U+0345
+# is equal to a letter (iota) without being one, so nothing matches it and it is dropped.
 _WORD = r"<[s\x{17F}]tart_of_text>|<end_of_text>|'[s\x{17F}]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 _SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
 _NUM_MERGES = 49152 - 256 - 2
@@ -26,10 +26,10 @@ _WORD_CACHE_SIZE = 65536
 
 
 class Tokenizer:
-    """Text in, CLIP token ids out. Loading takes a few tenths of a second; use `default_tokenizer`.
+    """Converts text to CLIP's token ids. Loading takes a few tenths of a second; use `default_tokenizer`.
 
     Attributes:
-        sha256: hex digest of the vocabulary file, decompressed; the served model must have been made with the same.
+        sha256: hex digest of the decompressed vocabulary file; the served model must have been made with the same one.
     """
 
     def __init__(self, vocabulary: bytes) -> None:
@@ -57,12 +57,12 @@ class Tokenizer:
         return tuple(token.id for token in self._bpe.tokenize(word))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of one text, without start and end of text, of any length."""
+        """Return the token ids of one text, without start and end of text, and not cut to the context."""
         words = self._split.pre_tokenize_str(_clean(text))
         return [index for word, _ in words for index in self._word_ids(word)]
 
     def __call__(self, texts: Sequence[str], context_length: int) -> np.ndarray:
-        """Token ids of a batch of texts, as wide as its longest text.
+        """Return the token ids of a batch of texts, as wide as the longest text.
 
         A text longer than the context is cut, and its last token becomes end of text.
 
@@ -79,7 +79,7 @@ class Tokenizer:
 
 @functools.cache
 def default_tokenizer() -> Tokenizer:
-    """The tokenizer of the vocabulary that ships with this package, loaded once."""
+    """Return the tokenizer of the vocabulary that ships with this package; it is loaded once."""
     packed = resources.files("clipweld.client").joinpath("bpe_simple_vocab_16e6.txt.gz").read_bytes()
     return Tokenizer(gzip.decompress(packed))
 
