@@ -1,4 +1,4 @@
-"""One Triton server: what it serves, and tensors in and out. Every foreign error becomes ours."""
+"""Requests to one Triton server: what it serves, and tensors in and out. Foreign errors become ours."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from clipweld.client.errors import (
 
 _T = TypeVar("_T")
 
-_LEAST_S = 0.1  # for a look at why a server is not there, where a request has used up its time
-_LONGEST_S = 1e6  # of a socket
+_LEAST_S = 0.1  # for finding out why a server is unavailable, if the request has used up its time
+_LONGEST_S = 1e6  # for the timeout of a socket
 
-# Statuses as tritonclient reports them: gRPC code names and HTTP numbers. Any other is a ServerError.
+# Statuses as tritonclient reports them: names of gRPC codes, and HTTP numbers. Any other becomes a ServerError.
 _ERROR_OF_STATUS: dict[str, type[ClientError]] = {
     "StatusCode.UNAVAILABLE": ServerUnavailable,
     "StatusCode.UNIMPLEMENTED": ServerUnavailable,
@@ -66,13 +66,15 @@ class Transport:
 
     Args:
         address: see `parse_url`.
-        runtime: what waits for the answers.
+        runtime: how to wait for the answers.
 
     Attributes:
-        lost: when a request last got no answer, on `time.monotonic`'s clock: another server may answer since.
+        address: the server's address.
+        lost: when a request last got no answer, on `time.monotonic`'s clock. Another server may have taken its place
+            since then.
 
     Raises:
-        InvalidRequest: a proxy that is none, or certificates that are none.
+        InvalidRequest: the proxy or the certificates can't be used.
     """
 
     def __init__(self, address: Address, runtime: Runtime) -> None:
@@ -84,14 +86,14 @@ class Transport:
         self._open()
 
     def close(self) -> None:
-        """Close the connections, and end what is on them."""
+        """Close the connections, and end the requests on them."""
         with self._replacing:
             self._closed = True
             self._end.detach()
         self._wire.close()
 
     async def server(self, timeout_s: float) -> tuple[str, str, tuple[str, ...]]:
-        """Name, version and extensions of the server."""
+        """Return the name, version and extensions of the server."""
 
         def read(found: Any) -> tuple[str, str, tuple[str, ...]]:
             if isinstance(found, dict):
@@ -101,10 +103,10 @@ class Transport:
         return await self._ask("server's metadata", "get_server_metadata", timeout_s, read)
 
     async def ready_versions(self, model: str, timeout_s: float) -> set[int]:
-        """Those versions of a model that are ready, at least one.
+        """Return the ready versions of a model; there is at least one.
 
         Raises:
-            ModelNotFound: there is none.
+            ModelNotFound: no version is ready.
         """
 
         def read(found: Any) -> set[int]:
@@ -113,7 +115,7 @@ class Transport:
         return await self._ask(f"metadata of {model}", "get_model_metadata", timeout_s, read, model)
 
     async def models(self, timeout_s: float) -> set[str]:
-        """Every model that is loaded. From the statistics: the list itself is for administrators."""
+        """Return all loaded models, from the statistics: Triton's list of models is reserved for administrators."""
 
         def read(found: Any) -> set[str]:
             if isinstance(found, dict):
@@ -123,7 +125,7 @@ class Transport:
         return await self._ask("statistics of all models", "get_inference_statistics", timeout_s, read)
 
     async def max_batch_size(self, model: str, version: int, timeout_s: float) -> int:
-        """The largest batch that a model takes in one request; 0 where it takes no batches."""
+        """Return the largest batch that a model accepts in one request; 0 if it accepts no batches."""
 
         def read(found: Any) -> int:
             return int(found.get("max_batch_size", 0) if isinstance(found, dict) else found.config.max_batch_size)
@@ -132,7 +134,7 @@ class Transport:
         return await self._ask(what, "get_model_config", timeout_s, read, model, str(version))
 
     async def compute_ns(self, model: str, version: int, timeout_s: float) -> tuple[int, int]:
-        """Requests that a version has answered, and the nanoseconds of pure compute time in them."""
+        """Return how many requests a version has answered, and their pure compute time in nanoseconds."""
 
         def read(found: Any) -> tuple[int, int]:
             if isinstance(found, dict):
@@ -147,11 +149,19 @@ class Transport:
     async def infer(
         self, model: str, version: int, array: np.ndarray, input_name: str, output_name: str, timeout_s: float
     ) -> np.ndarray:
-        """Send one named tensor (uint8 or int32) to one version of a model, and return one named tensor.
+        """Send one tensor to one version of a model, and return one tensor of its answer.
+
+        Args:
+            model: name of the model.
+            version: number of its version.
+            array: the input, uint8 or int32, with the batch as its first dimension.
+            input_name: name of the input.
+            output_name: name of the output to return, which has one row per row of the input.
+            timeout_s: limit on the request, in seconds.
 
         Raises:
-            ClientError: by the server's status.
-            ServerError: the answer is to another request, or not one that can be read.
+            ClientError: the kind of error that belongs to the server's status.
+            ServerError: the answer belongs to another request, or can't be read.
         """
         what, request_id = f"{model} version {version}", uuid.uuid4().hex
 
@@ -179,10 +189,10 @@ class Transport:
     async def _sent(
         self, what: str, send: Callable[[Wire], Future[Any]], timeout_s: float, read: Callable[[Any], _T]
     ) -> _T:
-        """One request and what is read from its answer.
+        """Send one request and return what is read from its answer.
 
-        Its arguments are ours, so whatever tritonclient and the libraries below it raise is the server's or the
-        network's doing: a foreign error becomes one of ours.
+        The request's arguments are ours, so whatever tritonclient and the libraries below it raise is caused by the
+        server or the network, and becomes one of our errors.
         """
         if self._pid != os.getpid():
             raise InvalidRequest(BEFORE_FORK)
@@ -198,7 +208,8 @@ class Transport:
             if kind in (ServerUnavailable, RequestTimeout):
                 self.lost = time.monotonic()
             silent = kind is RequestTimeout and self._heard < began
-            if isinstance(exc, _OtherAnswer) or (silent and self.address.protocol == "grpc"):  # HTTP's is closed by now
+            # Over HTTP, a request that times out has closed its connection by now.
+            if isinstance(exc, _OtherAnswer) or (silent and self.address.protocol == "grpc"):
                 self._reopen(wire)
             if kind is ServerUnavailable:
                 left_s = max(timeout_s - (time.monotonic() - began), _LEAST_S)
@@ -211,10 +222,10 @@ class Transport:
     def _open(self) -> None:
         self._wire: Wire = (GrpcWire if self.address.protocol == "grpc" else HttpWire)(self.address, self._proxy)
         self._end = weakref.finalize(self, aside, self._wire.close)
-        self._end.atexit = False  # it would end, with an error, what daemon threads of the caller's wait for
+        self._end.atexit = False  # at exit it would fail the requests that the caller's daemon threads wait for
 
     def _reopen(self, wire: Wire) -> None:
-        """Open new connections: those there are may be dead for good without anybody having said so, or mixed up."""
+        """Open new connections: the old ones may be dead without any sign of it, or mix up answers."""
         with self._replacing:
             if self._wire is wire and not self._closed:
                 self._end.detach()
@@ -232,7 +243,7 @@ class Transport:
         return f"{what}: the server at {self._where} failed: {said}"
 
     def _why_unavailable(self, said: str, timeout_s: float) -> str:
-        """Try a bare connection, which says more clearly than gRPC does what is wrong."""
+        """Return why a server is unavailable, from trying a plain connection: its errors are clearer than gRPC's."""
         address = self.address
         host, port = (address.host.strip("[]"), address.port) if self._proxy is None else self._proxy.place
         try:
@@ -257,11 +268,11 @@ class Transport:
 
 
 class _OtherAnswer(Exception):
-    """What came is the answer to another request."""
+    """The answer belongs to another request."""
 
 
 def _sorted(exc: Exception) -> tuple[type[ClientError], str]:
-    """Which of our errors it is, by type and status, never by text; and what it says."""
+    """Return which of our errors a foreign one becomes, by its type and status, never by its text; and its message."""
     import grpc  # type: ignore[import-untyped]
     from tritonclient.utils import InferenceServerException
 
