@@ -1,10 +1,10 @@
-"""Images from http:// and https:// addresses, for callers who allow it: bounded, and never from inside the network.
+"""Images from http:// and https:// URLs, for callers who allow them: within limits, and never from internal addresses.
 
-A program that fetches what others name can be made to ask its own machine or its neighbours (server-side request
-forgery). So an address is resolved once and checked, and the connection goes to that very address: loopback, private,
-link-local and other addresses that are not public are refused, at each redirect anew. No proxy is used, since it would
-resolve names itself. One fetch takes at most `TIMEOUT_S` seconds beside
-the look-up of names, and `MAX_BYTES` bytes.
+A program that fetches URLs given by others can be made to send requests to its own machine or network (server-side
+request forgery). So a host name is resolved once, its address is checked, and the connection goes to that very address.
+Loopback, private, link-local and other non-public addresses are refused, again at each redirect. No proxy is used,
+since it would resolve names itself. One fetch takes at most `TIMEOUT_S` seconds, not counting the look-up of names, and
+`MAX_BYTES` bytes.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def fetch(url: str, name: str, *, loopback: bool = False) -> bytes:
-    """The file at an address.
+    """Return the bytes of the file at a URL.
 
     Args:
+        url: http:// or https://.
         name: what error messages call it.
-        loopback: take it from this machine too; for tests.
+        loopback: also fetch from this machine; for tests.
 
     Raises:
-        BadImage: refused, away, too slow, too large, or answered by anything but content.
+        BadImage: the URL is refused or can't be reached, the file is too large or takes too long, or the answer is
+            anything but a file.
     """
     end = time.monotonic() + TIMEOUT_S
     try:
@@ -59,7 +61,7 @@ def fetch(url: str, name: str, *, loopback: bool = False) -> bytes:
 
 
 def data_of(url: str, name: str) -> bytes:
-    """What a ``data:`` URL holds.
+    """Return the bytes in a ``data:`` URL.
 
     Raises:
         BadImage: it is damaged.
@@ -75,7 +77,7 @@ def data_of(url: str, name: str) -> bytes:
 
 
 class _Refused(Exception):
-    """Why nothing is taken from there."""
+    """The reason why nothing is fetched."""
 
 
 class _Redirect:
@@ -84,7 +86,7 @@ class _Redirect:
 
 
 class _Timed(io.RawIOBase):
-    """A socket to read from until a moment: each read has the time that is left."""
+    """A socket with a deadline: each read and write gets the time that is left."""
 
     def __init__(self, connected: socket.socket, end: float) -> None:
         self._socket, self._end = connected, end
@@ -112,7 +114,7 @@ def _ask(target: SplitResult, end: float, loopback: bool) -> bytes | _Redirect:
     with _connected(host, port, end, loopback) as plain:
         used = ssl.create_default_context().wrap_socket(plain, server_hostname=host) if secure else plain
         with used:
-            connection.sock = _Timed(used, end)  # what http.client needs of a socket
+            connection.sock = _Timed(used, end)  # has all that http.client needs of a socket
             path = quote(target.path or "/", safe="/%:@!$&'()*+,;=~-._")
             query = f"?{quote(target.query, safe='/%:@!$&()*+,;=~-._?')}" if target.query else ""
             connection.request("GET", path + query, headers=HEADERS)
@@ -141,7 +143,7 @@ def _content(response: http.client.HTTPResponse) -> bytes | _Redirect:
 
 
 def _connected(host: str, port: int, end: float, loopback: bool) -> socket.socket:
-    """A connection to a checked address of the host."""
+    """Connect to an address of the host that is allowed."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     allowed = [one for one in found if _is_allowed(str(one[4][0]), loopback)]
     if not allowed:
@@ -168,7 +170,7 @@ def _is_allowed(address: str, loopback: bool) -> bool:
 
 
 def _meant(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The IPv4 address that an IPv6 one leads to, where it does."""
+    """Return the IPv4 address that an IPv6 address leads to; other addresses as they are."""
     if isinstance(ip, ipaddress.IPv6Address):
         translated = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None
         return ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None) or translated or ip
@@ -176,10 +178,11 @@ def _meant(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4A
 
 
 def _checked(target: SplitResult, before: SplitResult | None = None) -> SplitResult:
-    """The target of the first request, or of a redirect.
+    """Return the target of the first request or of a redirect, if it may be fetched.
 
     Raises:
-        ValueError: its port is no number.
+        _Refused: its scheme, host or credentials are not allowed.
+        ValueError: its port is not a number.
     """
     schemes = ("https",) if before is not None and before.scheme == "https" else ("http", "https")
     if target.scheme not in schemes:
@@ -189,12 +192,12 @@ def _checked(target: SplitResult, before: SplitResult | None = None) -> SplitRes
         raise _Refused("it holds a user name or a password; fetch it yourself, and give bytes")
     if not target.hostname:
         raise _Refused("it names no host")
-    _ = target.port
+    _ = target.port  # raises the ValueError
     return target
 
 
 def _left(end: float) -> float:
-    """Seconds until then; TimeoutError after it."""
+    """Return the seconds until ``end``, or raise TimeoutError after it."""
     left = end - time.monotonic()
     if left <= 0:
         raise TimeoutError
