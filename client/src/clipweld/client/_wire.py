@@ -1,7 +1,7 @@
 """Requests on the wire, by gRPC or HTTP. Each is a future that any thread and any event loop can wait for.
 
-So threads, event loops and the end of the process need no care above this module: a wire belongs to none of them, and
-closing it ends what is on it.
+A wire belongs to no thread and no event loop, and closing it ends its requests. So the modules above this one need not
+care about threads, event loops or the end of the process.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from clipweld.client._proxy import Proxy
 from clipweld.client._runtime import aside, in_background, settle
 from clipweld.client.errors import InvalidRequest
 
-# gRPC's own limit of 4 MB a message is Triton's to set, and its pause before it connects again grows to two minutes. A
-# pool of its own: a client that is opened anew would else be given the connection of the one before it.
+# Message sizes are limited by Triton, not by gRPC's default of 4 MB. Its pauses before it reconnects would grow to two
+# minutes. Without a pool of its own, a client that is opened anew would get the connection of the previous one.
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -35,12 +35,12 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 )
-# gRPC reads this when it is imported, and does without its care for forks where it is not set.
+# gRPC reads this variable when it is imported, and does not prepare for forks if it is not set.
 _FORKS_SAFELY = "grpc" not in sys.modules or bool(os.environ.get("GRPC_ENABLE_FORK_SUPPORT"))
 _FORKS_AT_ALL = os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "1").lower() not in ("0", "false", "no")
-_broken_by_fork = False  # gRPC, in this process
-# Held while gRPC is called, never while an answer is waited for: a fork in the middle would leave its locks held in the
-# child. Reentrant: whatever a caller's finalizers ask for, they may ask it in the middle of this.
+_broken_by_fork = False  # whether gRPC is unusable in this process
+# Held during calls into gRPC, but never while waiting for an answer: a fork in the middle of a call would leave gRPC's
+# locks held in the child. Reentrant, because a caller's finalizers may run in the middle of a call and make calls too.
 _calling_grpc = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -48,7 +48,7 @@ if hasattr(os, "register_at_fork"):
     )
 _DATATYPES = {"uint8": "UINT8", "int32": "INT32"}
 _FOREVER_S = 1e8  # three years: gRPC's deadlines don't reach much further
-_CLOSING_S = 2.0  # for goodbyes to a server that may be gone
+_CLOSING_S = 2.0  # for an orderly close, although the server may be gone
 
 
 class Wire:
@@ -67,17 +67,17 @@ class Wire:
         at_fork(self)
 
     def ask(self, method: str, timeout_s: float, *names: str) -> Future[Any]:
-        """Call one of tritonclient's methods that describe a server or a model, named by its name and version."""
+        """Call a method of tritonclient that describes the server, or a model given by its name and version."""
         raise NotImplementedError
 
     def infer(
         self, model: str, version: int, array: np.ndarray, input_name: str, output_name: str, timeout_s: float, id: str
     ) -> Future[Any]:
-        """Send one tensor and ask for one; the answer is tritonclient's ``InferResult``."""
+        """Send one tensor and request one; the future's result is tritonclient's ``InferResult``."""
         raise NotImplementedError
 
     def retire(self) -> None:
-        """Close this once the requests that are on it have ended."""
+        """Close this wire once its pending requests have ended."""
         with self._lock:
             self._retired = True
             idle = not self._pending
@@ -85,12 +85,12 @@ class Wire:
             self.close()
 
     def close(self) -> None:
-        """End the requests that are on it, and the connections; not those of a parent process."""
+        """End the pending requests and close the connections, unless they are those of a parent process."""
         if os.getpid() == self._pid:
             self._close()
 
     def after_fork(self) -> None:
-        """Leave the parent's connections as they are."""
+        """Leave the parent's connections alone, which finalizers would close."""
         never_free(self)
 
     def _close(self) -> None:
@@ -106,14 +106,14 @@ class Wire:
         with self._lock:
             self._pending.discard(future)
             idle = self._retired and not self._pending
-        if idle:  # not in the thread of gRPC that brings answers, which must not wait
+        if idle:  # in another thread: this may be gRPC's, which delivers answers and must not wait
             aside(self.close)
 
 
 class GrpcWire(Wire):
     """A gRPC channel.
 
-    A request is always made as a future: a fork while one that blocks is on its way would break gRPC in the child.
+    Requests are always made as futures: a fork during a blocking request would break gRPC in the child.
     """
 
     def __init__(self, address: Address, proxy: Proxy | None) -> None:
@@ -129,7 +129,7 @@ class GrpcWire(Wire):
         through = ("grpc.enable_http_proxy", 0) if proxy is None else ("grpc.http_proxy", _with_credentials(proxy))
         options = (*_CHANNEL_OPTIONS, through)
         if address.encrypted:
-            address.tls.context()  # reads the files, and says more clearly than gRPC what is wrong with them
+            address.tls.context()  # reads the files, and reports what is wrong with them more clearly than gRPC
         with _calling_grpc:
             if address.encrypted:
                 credentials = grpc.ssl_channel_credentials(*address.tls.contents())
@@ -186,7 +186,7 @@ class GrpcWire(Wire):
 
 
 class HttpWire(Wire):
-    """tritonclient's asyncio client, in an event loop of its own, in a thread of its own."""
+    """tritonclient's asyncio client, with its own event loop in its own thread."""
 
     def __init__(self, address: Address, proxy: Proxy | None) -> None:
         super().__init__(address, proxy)
@@ -227,14 +227,14 @@ class HttpWire(Wire):
             task.add_done_callback(lambda task: settle(answered, lambda: _result(task)))
             answered.add_done_callback(lambda future: self._call(task.cancel) if future.cancelled() else None)
 
-        with self._lock:  # what is sent before the end is ended with the rest
+        with self._lock:  # so that closing also ends a request that is just being sent
             if self._closed:
                 raise ConnectionAbortedError("closed")
             self._call(begin)
         return self._tracked(answered)
 
     def _call(self, function: Callable[[], object]) -> None:
-        with suppress(RuntimeError):  # the loop has ended, and all that was in it
+        with suppress(RuntimeError):  # the loop has ended, and with it all requests
             self._loop.call_soon_threadsafe(function)
 
     def _close(self) -> None:
@@ -243,7 +243,7 @@ class HttpWire(Wire):
                 return
             self._closed = True
         self._call(self._closing.set)
-        if threading.current_thread() is not self._thread:  # which may be the one that collects garbage
+        if threading.current_thread() is not self._thread:  # that thread may be the one that collects garbage
             self._thread.join(_CLOSING_S)
 
     async def _connected(self, began: Future[None]) -> None:
@@ -266,7 +266,7 @@ class HttpWire(Wire):
 
 
 class _Proxied:
-    """An aiohttp session that goes through a proxy, as tritonclient uses it: it has no setting for one."""
+    """The session of tritonclient, routed through a proxy, for which tritonclient has no setting."""
 
     def __init__(self, session: Any, proxy: Proxy, encrypted: bool) -> None:
         who = {}
@@ -274,7 +274,7 @@ class _Proxied:
             credentials = base64.b64encode(f"{proxy.user}:{proxy.password}".encode()).decode()
             who = {"Proxy-Authorization": f"Basic {credentials}"}
         self._through = {"proxy": proxy.url, "proxy_headers": who if encrypted else None}
-        self._headers = {} if encrypted else who  # a request without TLS is itself what the proxy reads
+        self._headers = {} if encrypted else who  # without TLS, the proxy reads the headers of the request itself
         self._session = session
         self.close = session.close
 
@@ -286,14 +286,14 @@ class _Proxied:
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """Looks up names in threads that don't hold the interpreter: a look-up can take minutes."""
+    """Looks up names in threads that don't delay the interpreter's exit: a look-up can take minutes."""
 
     async def getaddrinfo(self, *args: Any, **settings: Any) -> Any:
         return await asyncio.wrap_future(in_background(lambda: socket.getaddrinfo(*args, **settings)))
 
 
 def _live(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, None]) -> None:
-    """As `asyncio.run`, in a given loop."""
+    """Run a coroutine as `asyncio.run` does, but in a given loop."""
     asyncio.set_event_loop(loop)
     try:
         loop.run_until_complete(main)
