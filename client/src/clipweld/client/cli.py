@@ -1,4 +1,4 @@
-"""The ``client`` command: a thin layer of words over the library."""
+"""The ``client`` command: a thin layer over the library."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def bench(
 ) -> None:
     """Measure the inference cost of adapters: base and merged image towers, in turns, on one server.
 
-    Where exporter merge --unmerged has put the same adapters beside them, left apart, those take part too.
+    If exporter merge --unmerged has written the same adapters unmerged, those versions take part too.
 
     Example: client bench --versions 1,2 --batch 1 --batch 8 --concurrency 1 --concurrency 4 --figure overhead.svg
     """
@@ -277,7 +277,7 @@ def demo(
 
 
 def main() -> None:
-    """Run the command line: exit 0, 1 (said why in one line on stderr) or 2 (usage)."""
+    """Run the command line: exit with 0, 1 (after one line on stderr that says why) or 2 (wrong usage)."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a failure is reported once, by the one-line error
     with messages():
         try:
