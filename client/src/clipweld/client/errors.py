@@ -1,19 +1,19 @@
-"""Everything that can go wrong between a caller and the server, as types.
+"""Errors of the client, one type per kind of failure.
 
 ClientError
-├── ServerUnavailable    nobody answers at the address
+├── ServerUnavailable    there is no server at the address
 ├── RequestTimeout       the server took longer than timeout_s, or the call longer than deadline_s
-├── ServerError          the server answered that it failed
-│   └── ServerBusy       it has more requests than it takes
-├── NotAllowed           the server wants other headers or certificates
+├── ServerError          the server reports a failure
+│   └── ServerBusy       it has more requests waiting than it accepts
+├── NotAllowed           the server requires other headers or certificates
 ├── ModelNotFound        the server does not serve this model
-├── VersionGone          the model is served, this version of it is not
-├── ContractMismatch     the served model is not one that this client understands
+├── VersionGone          the server serves the model, but not this version
+├── ContractMismatch     this client does not understand the served model
 ├── UnknownTask          the served version has not learned this task
-├── BadImage             an image that cannot be read or used
-├── ResultsError         results that cannot be written or resumed
+├── BadImage             an image can't be read or used
+├── ResultsError         results can't be written or resumed
 └── InvalidRequest       the call itself is wrong: labels, templates, url, ...
-    └── TooManyLabels    more than a call takes
+    └── TooManyLabels    more labels or prompts than a call accepts
 
 Messages are one line: what, which object, what was expected and found, and the next step.
 """
@@ -25,23 +25,23 @@ from collections.abc import Sequence
 
 
 class ClientError(Exception):
-    """Base of every error that `client` raises on purpose."""
+    """Base class of all errors that ``clipweld.client`` raises on purpose."""
 
 
 class ServerUnavailable(ClientError):
-    """Nobody answers at the address, or what answers there is no Triton server."""
+    """There is no server at the address, or it is not a Triton server that is ready for requests."""
 
 
 class RequestTimeout(ClientError):
-    """The server did not answer within ``timeout_s`` seconds, or a call was not done after its ``deadline_s``."""
+    """The server did not answer within ``timeout_s`` seconds, or the call was not done within ``deadline_s``."""
 
 
 class ServerError(ClientError):
-    """The server was reached and reports a failure of its own."""
+    """The server was reached, and reports a failure or gives an unusable answer."""
 
 
 class ServerBusy(ServerError):
-    """The server has more requests waiting than it takes."""
+    """The server has more requests waiting than it accepts."""
 
 
 class NotAllowed(ClientError):
@@ -49,15 +49,15 @@ class NotAllowed(ClientError):
 
 
 class ModelNotFound(ClientError):
-    """The server does not serve all three parts (image, text, card) of the model."""
+    """The server does not serve all three parts of the model: image tower, text tower and card."""
 
 
 class VersionGone(ClientError):
-    """The model is served, but not in the requested version."""
+    """The server serves the model, but not the requested version."""
 
 
 class ContractMismatch(ClientError):
-    """The served model needs another client: card format, tokenizer, preprocessing, batching."""
+    """This client does not understand the served model: its card format, tokenizer, preprocessing or batching."""
 
 
 class UnknownTask(ClientError):
@@ -66,12 +66,12 @@ class UnknownTask(ClientError):
     Attributes:
         name: the requested task.
         known: names of the tasks that this version has learned.
-        near: those of ``known`` that are spelled like ``name``, best first.
+        near: those of ``known`` whose spelling is close to ``name``, closest first.
         version: the served version.
     """
 
     def __init__(self, name: str, known: Sequence[str], version: int) -> None:
-        super().__init__(name, known, version)  # as a copy, or another process, makes it again
+        super().__init__(name, known, version)  # pickling and copying call the class with these arguments
         self.name, self.version = name, version
         self.known = tuple(known)
         self.near = tuple(difflib.get_close_matches(name, self.known))
@@ -83,22 +83,22 @@ class UnknownTask(ClientError):
 
 
 class BadImage(ClientError):
-    """An image that cannot be read, or that is not something an image can be made of.
+    """An image can't be read, or is not something that can be turned into an image.
 
     Attributes:
-        image: its path, or its place in the call, where it is one of several.
+        image: the image's path, or its place in the call; empty if the error is not about one image of a call.
     """
 
     image: str = ""
 
 
 class ResultsError(ClientError):
-    """Results that cannot be written to a file or to standard output, or a file of them that belongs elsewhere."""
+    """Results can't be written to a file or to standard output, or an existing file of results can't be resumed."""
 
 
 class InvalidRequest(ClientError):
-    """The arguments of a call are wrong, or the server refused the request as malformed."""
+    """An argument of the call is wrong, or the server refused the request as malformed."""
 
 
 class TooManyLabels(InvalidRequest):
-    """More labels, or prompts for them, than a call takes."""
+    """There are more labels, or prompts for them, than a call accepts."""
