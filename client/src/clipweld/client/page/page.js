@@ -1,16 +1,16 @@
-// One image and one set of labels in; what the base and the newest version say, side by side, out.
+// Sends one image and one set of labels, and shows the answers of the base and the newest version side by side.
 
 const RETRY_MS = 3000;
 const byId = (id) => document.getElementById(id);
 const kindOf = () => document.querySelector("input[name=kind]:checked").value;
 
-let served = null; // what the server said it serves, as /state gives it
-let away = false; // whether it did not answer when last asked
-let retry; // the timer that asks again then
+let served = null; // what the server serves, as /state returns it
+let away = false; // whether the last request for the state failed
+let retry; // timer of the next attempt in that case
 let image = null;
-let asking = null; // the AbortController of the question that is out
+let asking = null; // AbortController of the pending question
 
-/** An element: make("p", {className: "soft"}, "text", anotherElement). Text stays text, never markup. */
+/** Create an element: make("p", {className: "soft"}, "text", anotherElement). Text is never parsed as markup. */
 function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
@@ -45,7 +45,7 @@ function complain(text) {
 
 // What is served ------------------------------------------------------------------------------------------------------
 
-/** Look, and look again until the server is there. */
+/** Get the state, and retry until the server answers. */
 async function refresh() {
   clearTimeout(retry);
   try {
@@ -126,7 +126,7 @@ function showAccuracy(task) {
 
 // The answers ---------------------------------------------------------------------------------------------------------
 
-/** A name, a percentage and a bar as long; null was not measured. */
+/** Create a name, a percentage and a bar of that length. A share of null has not been measured. */
 function bar(tag, className, name, share) {
   const fill = make("i");
   fill.style.width = `${100 * (share ?? 0)}%`;
@@ -169,7 +169,7 @@ function showAnswers({ answers, labels }) {
 
 // The question --------------------------------------------------------------------------------------------------------
 
-/** Commas and lines separate labels; one that has a comma stands in quotes. */
+/** Return the typed labels, separated by commas or line breaks; a label that contains a comma is in quotes. */
 function ownLabels() {
   const fields = byId("labels").value.matchAll(/\s*"((?:[^"]|"")*)"\s*(?=[,\n]|$)|[^,\n]+/g);
   const labels = [...fields].map(([whole, quoted]) => (quoted?.replaceAll('""', '"') ?? whole).trim());
@@ -183,7 +183,7 @@ function question() {
   return query.toString();
 }
 
-/** What is still missing, for people; empty where nothing is. */
+/** Return a message about what is still missing; empty if nothing is. */
 function missing() {
   if (!image) return "Choose an image first.";
   return question() ? "" : "Type a label or more first, with commas or lines between them.";
@@ -232,7 +232,7 @@ function showPreview(file) {
     preview.hidden = false;
     byId("invitation").hidden = true;
   };
-  preview.onerror = () => { // not every image that can be classified can be shown
+  preview.onerror = () => { // browsers can't show every image that can be classified
     preview.hidden = true;
     byId("invitation").hidden = false;
   };
@@ -249,7 +249,7 @@ function listen() {
   });
   byId("file").addEventListener("change", (event) => {
     take(event.target.files[0]);
-    event.target.value = ""; // the same file may be chosen again
+    event.target.value = ""; // so that the same file can be chosen again
   });
   byId("labels").addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || event.isComposing) return;
