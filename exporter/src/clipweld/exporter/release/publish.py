@@ -105,10 +105,12 @@ def release(
     Args:
         backbone: the base.
         adapters: one lineage, in order (see ``load_lineage``); empty writes the base alone.
+        repository: gets the version.
         images: samples on which ONNX Runtime and PyTorch must agree.
-        prompts: the same, of the text tower.
+        prompts: texts on which they must agree, likewise.
         report: called with a line when a step begins.
         precision: of the version; the base, version 1, is always float32.
+        checks: what else the version must satisfy.
 
     Raises:
         ParityError: answers or graphs differ. This and all errors below leave nothing written.
@@ -126,7 +128,7 @@ def release(
         builds = _build(builder, staging, backbone, adapters, precision, checks, known)
         _publish(builder, builds, staging)
     newest, served = builds[-1], repository.served
-    assert served is not None  # _publish puts the first versions in
+    assert served is not None  # _publish activates the first versions
     return Release(
         model=repository.name,
         version=newest.number,
