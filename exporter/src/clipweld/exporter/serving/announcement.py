@@ -1,6 +1,6 @@
-"""The record of a running server in its repository's store: its address, for as long as it runs.
+"""The announcement of a running server: its address, in its repository's store, while it runs.
 
-It holds a file there, locked: one that is not locked is of a server whose process was killed, and is removed.
+The server keeps the file locked. A file without a lock belongs to a server whose process was killed, and is removed.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from typing_extensions import TypedDict
 from clipweld.exporter.store.layout import store_of
 from clipweld.trainer.schemas import STRICT, Count, Text, read_json
 
-FOLDER = ".servers"  # no name of models has a dot
+FOLDER = ".servers"  # the dot makes it differ from the name of any model
 MAX_BYTES = 10_000
 
 
 @with_config(STRICT)
 class Announcement(TypedDict):
-    """What a running server leaves in the store."""
+    """What a running server writes to the store."""
 
-    # On loopback alone: the administrator's key is sent there.
+    # On loopback only, because the administrator's key is sent there.
     url: Annotated[str, Field(pattern=r"^grpc://127\.0\.0\.1:[0-9]{1,5}\z")]
     http_url: Annotated[str, Field(pattern=r"^http://127\.0\.0\.1:[0-9]{1,5}\z")]
     pid: Count
     started: Text
     host: Text
     repository: str
-    network: Text  # of one machine or container: its loopback is another one's nothing
+    network: Text  # identifies the machine or container: its loopback can't be reached from others
 
 
 @contextmanager
 def announced(repository: Path, url: str, http_url: str) -> Iterator[str | None]:
-    """Let others find a server while the block runs; yields why they can't, where they can't."""
+    """Let others find a server while the block runs; yield None, or the reason why they can't."""
     entry: Announcement = {
         "url": url,
         "http_url": http_url,
@@ -53,7 +53,7 @@ def announced(repository: Path, url: str, http_url: str) -> Iterator[str | None]
         "repository": str(repository.resolve()),
         "network": this_network(),
     }
-    announcements(repository)  # removes those that killed servers left
+    announcements(repository)  # removes those of killed servers
     with ExitStack() as stack:
         reason = None
         try:
@@ -64,7 +64,7 @@ def announced(repository: Path, url: str, http_url: str) -> Iterator[str | None]
 
 
 def announcements(repository: Path) -> list[Announcement]:
-    """What living servers of a repository have left, the newest last."""
+    """Return the announcements of a repository's running servers, the newest last."""
     found = []
     folder = store_of(repository) / FOLDER
     with suppress(OSError):
@@ -75,7 +75,7 @@ def announcements(repository: Path) -> list[Announcement]:
 
 
 def _is_of(entry: Announcement, repository: Path) -> bool:
-    """Whether a server is one of this repository: a copy of a store by hard links has the locked files of the first."""
+    """Whether a server is one of this repository: a copy of its store by hard links has the same locked files."""
     try:
         return entry["network"] != this_network() or os.path.samefile(entry["repository"], repository)
     except (OSError, ValueError):
@@ -83,7 +83,7 @@ def _is_of(entry: Announcement, repository: Path) -> bool:
 
 
 def this_network() -> str:
-    """What names this machine, or container, as far as its loopback reaches."""
+    """Return an identifier of this machine or container, within which its loopback can be reached."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.stat('/proc/self/ns/net').st_ino}"
@@ -91,7 +91,7 @@ def this_network() -> str:
 
 
 def _write(store: Path, entry: Announcement) -> tuple[int, Path]:
-    """Write and lock a new file; the store must be there, for without one nothing can be switched."""
+    """Write and lock a new file. The store must exist: without one, nothing can be switched."""
     folder = store / FOLDER
     with suppress(FileExistsError):
         folder.mkdir()
@@ -112,12 +112,12 @@ def _remove(descriptor: int, file: Path) -> None:
     with suppress(OSError):
         file.unlink()
     with suppress(OSError):
-        file.parent.rmdir()  # unless other servers run
+        file.parent.rmdir()  # fails if other servers have files in it
     os.close(descriptor)
 
 
 def _read(file: Path) -> Announcement | None:
-    """A living server's; that of a dead one is removed."""
+    """Read the announcement of a running server; remove that of one that has ended, and return None."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -134,7 +134,7 @@ def _read(file: Path) -> Announcement | None:
         with suppress(OSError):
             file.unlink()
         return None
-    except OSError:  # no locks here
+    except OSError:  # the file system has no locks
         return None
     finally:
         os.close(descriptor)
