@@ -1,7 +1,7 @@
-"""Serves ``backend: "onnxruntime"`` models with the onnxruntime package, in a Triton that lacks NVIDIA's C++ backend.
+"""Serve ``backend: "onnxruntime"`` models with the onnxruntime package, in a Triton that lacks NVIDIA's C++ backend.
 
-Triton runs this file in a Python process of its own for every version and instance. It refuses what the C++ backend
-refuses and reads the parameters that it documents, so that a repository which works here works there.
+Triton runs this file in a separate Python process for every version and instance. It refuses what the C++ backend
+refuses and reads the parameters that the C++ backend documents, so a repository that works here also works there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
-import triton_python_backend_utils as pb_utils  # Triton puts it on the path
+import triton_python_backend_utils as pb_utils  # Triton adds it to the path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +46,10 @@ class TritonPythonModel:
     """One version of one model on one device."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the version's graph and hold the configuration against it.
+        """Load the version's graph and check the configuration against it.
+
+        Args:
+            args: from Triton: configuration, folder, version and device.
 
         Raises:
             pb_utils.TritonModelException: configuration and graph differ, or the graph can't be loaded.
@@ -74,7 +77,7 @@ class TritonPythonModel:
         self.batched = config.get("max_batch_size", 0) > 0
 
     def execute(self, requests: list) -> list:
-        """Answer every request; those of one shape run together. One that fails alone fails no other."""
+        """Answer all requests; those of equal shapes run as one batch. A request that fails makes no other fail."""
         responses = [None] * len(requests)
         groups = defaultdict(list)
         for place, request in enumerate(requests):
@@ -87,7 +90,7 @@ class TritonPythonModel:
         return responses
 
     def finalize(self) -> None:
-        """Give the memory back before the process ends."""
+        """Free the memory before the process ends."""
         self.session = None
 
     def _feed(self, request: pb_utils.InferenceRequest) -> dict[str, np.ndarray]:
@@ -135,14 +138,17 @@ def _response(
 
 
 def session_options(config: dict) -> ort.SessionOptions:
-    """What the C++ backend documents as parameters, and any ``session.*`` entry of onnxruntime.
+    """Return session options from the parameters of the C++ backend, and from any ``session.*`` entry of onnxruntime.
+
+    Args:
+        config: the model's configuration.
 
     Raises:
-        ValueError: a value that the C++ backend refuses.
+        ValueError: a parameter has a value that the C++ backend refuses.
     """
     parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; its warnings speak of the server's host, not of the model
+    options.log_severity_level = 3  # errors only; its warnings are about the host, not the model
     level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
     options.graph_optimization_level = LEVELS.get(level, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
     options.intra_op_num_threads = _threads(parameters, "intra_op_thread_count")
@@ -153,9 +159,9 @@ def session_options(config: dict) -> ort.SessionOptions:
     options.execution_mode = EXECUTION_MODES[mode]
     options.enable_cpu_mem_arena = _flag(parameters, "enable_mem_arena")
     options.enable_mem_pattern = _flag(parameters, "enable_mem_pattern")
-    # Every version is a process here, and threads that spin while idle take the cores from the version at work: asked
-    # in turn on two busy cores, two versions answered a batch of 8 in 20 ms instead of 50 to 80 (one image: 6.3
-    # instead of 5.1). The C++ backend has one process and keeps onnxruntime's own default.
+    # Every version is a process here, and threads that spin while idle take the cores from the version at work. With
+    # two versions at work in turn on two busy cores, a batch of 8 takes 20 ms without spinning and 50 to 80 ms with it
+    # (one image: 6.3 and 5.1 ms). The C++ backend has one process and keeps onnxruntime's own default.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for key, value in parameters.items():
         if key.startswith("session."):
@@ -164,10 +170,10 @@ def session_options(config: dict) -> ort.SessionOptions:
 
 
 def execution_providers(kind: str, device_id: str) -> list:
-    """What ``instance_group`` asks for: onnxruntime's CPU, or CUDA on the given device.
+    """Return the providers that ``instance_group`` requires: onnxruntime's CPU, or CUDA on the given device.
 
     Raises:
-        ValueError: a GPU is asked for and this onnxruntime has none.
+        ValueError: a GPU is required, but this onnxruntime has no CUDA.
     """
     if kind != "GPU":
         return ["CPUExecutionProvider"]
@@ -181,13 +187,15 @@ def execution_providers(kind: str, device_id: str) -> list:
 
 
 def check_config(config: dict, inputs: list, outputs: list) -> None:
-    """Hold ``config.pbtxt`` against the graph as strictly as the C++ backend does.
+    """Check ``config.pbtxt`` against the graph as strictly as the C++ backend does.
 
     Args:
-        inputs, outputs: onnxruntime's NodeArg, with name, type and shape.
+        config: the model's configuration.
+        inputs: the graph's inputs, each a NodeArg of onnxruntime with name, type and shape.
+        outputs: the graph's outputs, likewise.
 
     Raises:
-        ValueError: names the tensor, what was expected and what is there.
+        ValueError: they differ; the message names the tensor, what was expected and what was found.
     """
     batched = config.get("max_batch_size", 0) > 0
     for field, values in (("input", inputs), ("output", outputs)):
@@ -212,7 +220,7 @@ def _check_tensor(label: str, tensor: dict, value: ort.NodeArg, batched: bool) -
         raise ValueError(
             f"{label}: configuration says {tensor['data_type']}, the graph {TYPES[value.type]}; they must be the same"
         )
-    # onnxruntime gives a dynamic dimension as its name, or as None.
+    # onnxruntime represents a dynamic dimension by its name, or by None.
     graph = [size if isinstance(size, int) else -1 for size in value.shape]
     dims = [int(size) for size in (tensor.get("reshape") or {}).get("shape", tensor["dims"])]
     if batched:
