@@ -33,9 +33,9 @@ class Installation:
         binary: the tritonserver.
         backends: its ``--backend-directory``.
         description: which one it is, for people.
-        folder: its own, temporary, in which it works: nothing that lies in the user's is run.
-        environment: variables it needs beside those of this process.
-        in_processes: whether every version runs in a process of its own.
+        folder: the temporary folder in which it works, so that nothing in the user's working folder is run.
+        environment: variables that it needs in addition to those of this process.
+        in_processes: whether every version runs in a separate process.
     """
 
     binary: Path
@@ -47,24 +47,25 @@ class Installation:
 
     @property
     def models(self) -> Path:
-        """A link to the repository, for Triton's Python backend passes paths through a shell, unquoted."""
+        """A link to the repository, used because Triton's Python backend passes paths through a shell, unquoted."""
         return self.folder / "models"
 
     @property
     def working_folder(self) -> Path:
-        """Empty, for the Python that Triton starts imports from it."""
+        """An empty folder to start Triton in: the Python that it starts imports from its working folder."""
         return self.folder / "work"
 
 
 @contextmanager
 def installation(prefix: str) -> Iterator[Installation]:
-    """The Triton to use; what had to be assembled for it is removed at the end.
+    """Yield the Triton to use; what had to be assembled for it is removed at the end.
 
     Args:
-        prefix: of the names of what a server has for itself, ``clipweld-...-``: temporary folder and shared memory.
+        prefix: ``clipweld-...-``, with which the names of the server's temporary folder and shared memory begin.
 
     Raises:
-        TritonMissing: there is none; says how to get one.
+        TritonMissing: there is none; the message says how to get one.
+        TritonFailed: programs can't be run from the temporary folder.
     """
     binary = find_native()
     lay_out = partial(_native, binary) if binary else partial(_from_package, _pytriton())
@@ -76,7 +77,7 @@ def installation(prefix: str) -> Iterator[Installation]:
 
 def _native(binary: Path, folder: Path) -> Installation:
     backends = _backends_of(binary)
-    assert backends is not None  # find_native takes no other
+    assert backends is not None  # find_native returns only those that have them
     return Installation(binary, backends, f"{binary} with NVIDIA's onnxruntime backend", folder)
 
 
@@ -97,7 +98,7 @@ def _from_package(package: Path, folder: Path) -> Installation:
         backends=folder,
         description="the nvidia-pytriton package's tritonserver with clipweld's Python-based onnxruntime backend",
         folder=folder,
-        # The backend's processes take the first python3 on PATH: it must be the one that has onnxruntime.
+        # The backend's processes run the first python3 on PATH, which must be the one that has onnxruntime.
         environment={
             "LD_LIBRARY_PATH": os.pathsep.join(libraries),
             "PATH": os.pathsep.join(path),
@@ -108,12 +109,13 @@ def _from_package(package: Path, folder: Path) -> Installation:
 
 
 def link_python_library(folder: Path) -> None:
-    """Make a folder that has this Python's shared library: Triton's stub is linked with it, and few systems list it.
+    """Create a folder with a link to this Python's shared library, for Triton's stub, which needs it.
 
-    Only that file is linked: its own folder may have other libraries that Triton must not take, as conda's does.
+    Few systems have it on the search path of libraries. Only that file is linked: its folder may contain other
+    libraries that Triton must not load, as conda's does.
 
     Raises:
-        TritonMissing: this Python was built without one, and the system has none of its version either.
+        TritonMissing: this Python was built without a shared library, and the system has none of its version either.
     """
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     name = f"libpython{version}.so.1.0"
@@ -134,7 +136,7 @@ def _given(variable: str) -> list[str]:
 
 
 def find_native() -> Path | None:
-    """A tritonserver on PATH that has NVIDIA's own ONNX Runtime backend, as in NVIDIA's container."""
+    """Return a tritonserver on PATH that has NVIDIA's own ONNX Runtime backend, as in NVIDIA's container."""
     found = shutil.which("tritonserver")
     binary = Path(os.path.abspath(found)) if found else None
     return binary if binary and _backends_of(binary) else None
@@ -148,7 +150,7 @@ def _backends_of(binary: Path) -> Path | None:
 
 
 def assemble_backends(package: Path, folder: Path) -> None:
-    """Lay out a backend directory: Triton's Python backend with the stub of this Python, and our onnxruntime backend.
+    """Assemble a backend directory: Triton's Python backend with the stub for this Python, and our onnxruntime backend.
 
     Args:
         package: pytriton's ``tritonserver`` folder.
@@ -168,7 +170,7 @@ def assemble_backends(package: Path, folder: Path) -> None:
     python, onnxruntime = folder / "python", folder / "onnxruntime"
     python.mkdir()
     onnxruntime.mkdir()
-    # Copies (3 MB): Triton refuses a library that a link leads out of the backend directory.
+    # Copies (3 MB), as Triton refuses a library that is a link to a file outside the backend directory.
     for file in (*(package / "backends" / "python").glob("*triton_python*"), stub):
         shutil.copy(file, python)
     shutil.copy(OUR_BACKEND, onnxruntime / "model.py")
@@ -176,7 +178,7 @@ def assemble_backends(package: Path, folder: Path) -> None:
 
 @contextmanager
 def _scratch(prefix: str) -> Iterator[Path]:
-    """A temporary folder, locked while it is in use; one without a lock is of a server whose process was killed."""
+    """Yield a temporary folder that is locked while in use; remove unlocked ones, whose servers have been killed."""
     for stale in Path(tempfile.gettempdir()).glob(f"clipweld-*-{SCRATCH}*"):
         with suppress(OSError), _locked(stale, fcntl.LOCK_EX | fcntl.LOCK_NB):
             if stale.stat().st_uid == os.getuid():
@@ -188,10 +190,10 @@ def _scratch(prefix: str) -> Iterator[Path]:
 
 
 def _claimed(prefix: str, stack: ExitStack) -> Path:
-    """A new folder, locked."""
+    """Return a new, locked folder."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{SCRATCH}"))
-        with suppress(FileNotFoundError):  # before it had its lock, another server took it for one that was left
+        with suppress(FileNotFoundError):  # before it was locked, another server took it for an abandoned one
             stack.enter_context(_locked(folder, fcntl.LOCK_EX))
             if folder.exists():
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -199,11 +201,11 @@ def _claimed(prefix: str, stack: ExitStack) -> Path:
 
 
 def served_on_port(port: int) -> Path | None:
-    """The repository that a server of ours on this machine serves on a gRPC port, by the link in its folder."""
+    """Return the repository that a server of ours serves on a gRPC port of this machine, by the link in its folder."""
     for folder in Path(tempfile.gettempdir()).glob(f"clipweld-*-{port}-{SCRATCH}*"):
         try:
             with _locked(folder, fcntl.LOCK_SH | fcntl.LOCK_NB):
-                continue  # it ended without an end
+                continue  # not locked: its server was killed
         except BlockingIOError:
             with suppress(OSError):
                 place = (folder / "models").readlink()
@@ -214,13 +216,13 @@ def served_on_port(port: int) -> Path | None:
 
 
 def remove_shared_memory(prefix: str) -> None:
-    """Remove what a Triton that has ended left there."""
+    """Remove the shared memory that a Triton which has ended left behind."""
     for region in SHARED_MEMORY.glob(f"{prefix}*"):
         region.unlink(missing_ok=True)
 
 
 def _kill_users(folder: Path) -> None:
-    """Kill a Triton of this folder and its processes: stopped while it loads, it leaves them behind."""
+    """Kill a Triton of this folder and its processes, which it leaves behind if it is stopped while it loads."""
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             program = (process / "cmdline").read_bytes().split(b"\0")[0]
