@@ -1,8 +1,8 @@
-"""What a server is started with: an environment and a path that lead to no file of the user's folder.
+"""Isolation of a server from the user's files: the environment and the search path with which it is started.
 
-Triton's Python processes import from the folder they are started in and from what ``PYTHON*`` variables name, and a
-``json.py`` there would be run in place of Python's own. So a server works in a folder of its own, and its Python sees
-the folders where onnxruntime and numpy are installed, after everything else.
+Triton's Python processes import from the folder in which they are started and from the folders in ``PYTHON*``
+variables, and a ``json.py`` there would replace Python's own. So a server works in a separate folder, and its Python
+searches the folders where onnxruntime and numpy are installed after all others.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from clipweld.exporter.errors import TritonMissing
 PACKAGES = ("numpy", "onnxruntime")
 DROPPED = re.compile(r"PYTHON\w*|BASH_ENV|ENV|BASH_FUNC_.*|SHELLOPTS|BASHOPTS")
 PATHS = ("PATH", "LD_LIBRARY_PATH")
-# Triton's HTTP server puts a form-encoded body twice on its thread's stack: 64 MB, the largest that it takes, in 8 MB
-# ends it.
+# Triton's HTTP server puts a form-encoded body twice on its thread's stack. With a stack of 8 MB, the largest body that
+# it accepts, 64 MB, would crash it.
 STACK = 160 << 20
 
 
 def isolated_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without the variables that have Python or a shell run files, and without relative paths."""
+    """Return an environment without relative paths, and without variables that make Python or a shell run files."""
     kept = {name: value for name, value in environment.items() if not DROPPED.fullmatch(name)}
     paths = {name: os.pathsep.join(absolute_entries(kept.pop(name, ""))) for name in PATHS}
     return kept | {name: path for name, path in paths.items() if path}
 
 
 def absolute_entries(path: str) -> list[str]:
-    """Those folders of a search path that don't depend on where one is; an empty entry means the working folder."""
+    """Return the absolute folders of a search path; an empty entry would mean the working folder."""
     return [entry for entry in path.split(os.pathsep) if os.path.isabs(entry)]
 
 
 def python_environment(folder: Path) -> dict[str, str]:
-    """Variables that have a Python find the packages it needs, and none of the user's files before its own.
+    """Return variables that let a Python find the packages it needs, but no file of the user's before its own.
 
     Args:
-        folder: an empty one, in which the way to the packages is written down.
+        folder: an empty folder, in which a ``sitecustomize.py`` is written that adds the packages to the path.
 
     Raises:
         TritonMissing: a package is not installed.
     """
-    # Python runs this file at its start. Listed in PYTHONPATH itself, they would come before the standard library.
+    # Python runs this file when it starts. In PYTHONPATH itself, the packages would come before the standard library.
     (folder / "sitecustomize.py").write_text(
         f"import sys\nsys.path += {package_folders(PACKAGES)!r}\n", encoding="utf-8", errors="surrogateescape"
     )
@@ -54,10 +54,10 @@ def python_environment(folder: Path) -> dict[str, str]:
 
 
 def package_folders(names: Iterable[str]) -> list[str]:
-    """The folders in which packages are installed; one of PYTHONPATH only where they are nowhere else.
+    """Return the folders in which packages are installed; folders in PYTHONPATH are searched last.
 
     Raises:
-        TritonMissing: one is not installed, or only in the working folder.
+        TritonMissing: a package is not installed, or only in the working folder.
     """
     given = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     first = sys.path[:1] if not _starts_safely() else []  # the folder of the script, or the working folder
@@ -67,7 +67,7 @@ def package_folders(names: Iterable[str]) -> list[str]:
 
 
 def stack_limits() -> tuple[int, int]:
-    """The limits, soft and hard, that give a server's threads stacks large enough, where the system has that room."""
+    """Return the limits, soft and hard, that give a server's threads large enough stacks, if memory allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     unlimited = resource.RLIM_INFINITY
     wanted = STACK if hard == unlimited else min(STACK, hard)
@@ -76,7 +76,7 @@ def stack_limits() -> tuple[int, int]:
 
 
 def _memory_is_promised() -> bool:
-    """Whether the stacks of all threads count as used, though they never are."""
+    """Whether the stacks of all threads count as used memory, although little of them is ever used."""
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         return True
     try:
