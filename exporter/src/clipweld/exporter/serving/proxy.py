@@ -1,4 +1,4 @@
-"""Which proxy the environment's variables put between this machine and a server."""
+"""The proxy that environment variables put between this machine and a server."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ LOOPBACK_NAMES = {"localhost", "localhost.localdomain", "localhost6", "ip6-local
 
 @dataclass(frozen=True)
 class Proxy:
-    """An HTTP proxy. As text, it is its address and the variable that named it, without credentials.
+    """An HTTP proxy. Its text is the address and the variable that named it, without credentials.
 
     Attributes:
-        host, port: where it is.
-        variable: which one named it, in small letters.
-        credentials: ``user:password@``, or nothing; never shown.
+        host: its host name or IP address; an IPv6 address is in brackets.
+        port: its port.
+        variable: the variable that named it, in small letters.
+        credentials: ``user:password@``, or empty; never shown.
     """
 
     host: str
@@ -32,12 +33,12 @@ class Proxy:
 
     @property
     def url(self) -> str:
-        """For gRPC, with credentials."""
+        """The URL for gRPC, with credentials."""
         return f"http://{self.credentials}{self.host}:{self.port}"
 
     @property
     def headers(self) -> dict[str, str]:
-        """Return the headers that it expects."""
+        """The headers that it expects."""
         text = unquote(self.credentials.removesuffix("@"))
         return {"Proxy-Authorization": f"Basic {base64.b64encode(text.encode()).decode()}"} if text else {}
 
@@ -46,14 +47,14 @@ class Proxy:
 
 
 def proxy_of(address: str, scheme: str) -> Proxy | None:
-    """The proxy that requests to a server go through; None where there is none, as to loopback.
+    """Return the proxy through which requests to a server go; None if there is none, as for loopback.
 
     Args:
         address: ``host:port``.
-        scheme: "grpc", for which the first of grpc_proxy, https_proxy and http_proxy counts, or "http".
+        scheme: "http", or "grpc", for which the first of grpc_proxy, https_proxy and http_proxy applies.
 
     Raises:
-        ServerUnreachable: the variable names something else than an HTTP proxy.
+        ServerUnreachable: the variable does not name an HTTP proxy.
     """
     host = urlsplit(f"//{address}").hostname or ""
     named = getproxies_environment()
@@ -66,7 +67,7 @@ def proxy_of(address: str, scheme: str) -> Proxy | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its spelling alone."""
+    """Whether a host is this machine, judged by its spelling alone."""
     name = host.rstrip(".").lower()
     if name in LOOPBACK_NAMES or name.endswith(".localhost"):
         return True
@@ -94,7 +95,7 @@ def _read(url: str, variable: str, host: str) -> Proxy:
             name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
             credentials, _, _ = parts.netloc.rpartition("@")
             return Proxy(name, parts.port or 80, variable, f"{credentials}@" if credentials else "")
-    raise ServerUnreachable(  # what it says is not shown: it may have a password in it
+    raise ServerUnreachable(  # the value is not shown: it may contain a password
         f"{variable} in the environment names no proxy that can be used for {host}; expected http://host:port, or the "
         "host in no_proxy"
     )
@@ -104,5 +105,5 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     with suppress(ValueError):
         return ipaddress.ip_address(host)
     with suppress(OSError, UnicodeError):
-        return ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1, and what else the system takes for one
+        return ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1 and the like, which the system accepts
     return None
