@@ -1,4 +1,4 @@
-"""The running servers of a repository: those that have left their addresses in its store, and where else one may be."""
+"""The search for running servers of a repository: by the addresses that they left in its store, and on one port."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Found:
     """The outcome of a search.
 
     Attributes:
-        urls: of running servers of the repository.
-        looked: where none was, each in words; empty where addresses were given.
-        out_of_reach: what is known of others, each in words: they run elsewhere, or are not ready.
-        offline: no server was to be looked for.
+        urls: URLs of running servers of the repository.
+        looked: where there was none, each in words; empty if addresses were given.
+        out_of_reach: other servers, each in words: they run elsewhere, or are not ready.
+        offline: whether the search was skipped on request.
     """
 
     urls: list[str]
@@ -39,7 +39,7 @@ class Found:
 
     @property
     def nowhere(self) -> str:
-        """Why there is none."""
+        """Why no server was found, in words."""
         if self.out_of_reach:
             return "no server of it could be asked"
         if self.offline:
@@ -47,10 +47,10 @@ class Found:
         return f"no server of it was found: {', '.join(self.looked)}"
 
     def all_reached(self) -> Found:
-        """The same, where nothing is missing.
+        """Return this outcome if every running server can be reached.
 
         Raises:
-            ServerUnreachable: a server runs that would not be switched.
+            ServerUnreachable: a running server can't be reached, and so would not be switched.
         """
         for reason in self.out_of_reach:
             raise ServerUnreachable(reason)
@@ -58,11 +58,11 @@ class Found:
 
 
 def find_servers(repositories: Sequence[Repository], wait_s: float = 0) -> Found:
-    """The running servers of a repository: those that have announced themselves, and what listens at DEFAULT_SERVER.
+    """Find the running servers of a repository: those that have announced themselves, and one at DEFAULT_SERVER.
 
     Args:
         repositories: the models of one model repository.
-        wait_s: how long a server that has just been started is waited for.
+        wait_s: how long to wait for a server that has just been started, in seconds.
     """
     path = repositories[0].path
     urls, out_of_reach, network = [], [], this_network()
@@ -89,7 +89,7 @@ def find_servers(repositories: Sequence[Repository], wait_s: float = 0) -> Found
 
 
 def _is_ready(repository: Path, entry: Announcement, wait_s: float) -> bool:
-    """Whether a server is ready, or will be in time."""
+    """Return whether a server is ready, or becomes ready in time."""
     control, deadline = Control(entry["http_url"], "", PROBE_TIMEOUT_S), time.monotonic() + wait_s
     while entry in announcements(repository):
         with suppress(OSError, HTTPException):
@@ -102,7 +102,7 @@ def _is_ready(repository: Path, entry: Announcement, wait_s: float) -> bool:
 
 
 def _look_at_default(repositories: Sequence[Repository]) -> str | None:
-    """Why what is at DEFAULT_SERVER is no server of a repository; None where it is one."""
+    """Return why DEFAULT_SERVER is not a server of a repository; None if it is one."""
     host, _, port = DEFAULT_SERVER.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S).close()
