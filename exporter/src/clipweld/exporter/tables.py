@@ -1,4 +1,4 @@
-"""What the commands print: a line or a table of each result."""
+"""Results as the commands print them: a line or a table each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # the help needs none of it
 
 
 def summaries(repository: Repository) -> list[dict]:
-    """What each version is, as ``exporter versions --json`` says it; where the store is missing, each loaded one."""
+    """Return the rows of ``exporter versions --json``, one per version; if the store is missing, of active versions."""
     stored, standing, served = repository.versions(), repository.standing(), repository.served
     rows = []
     for version in stored or standing:
@@ -47,7 +47,7 @@ def summaries(repository: Repository) -> list[dict]:
 
 
 def foreign_summary(entry: Foreign) -> dict:
-    """The row of something that clipweld did not write: of a version's only the number, if it has one."""
+    """Return the row of something that clipweld did not write; of a version's fields it has only the number, if any."""
     return {
         "model": entry.model,
         "version": entry.version,
@@ -69,7 +69,7 @@ def foreign_summary(entry: Foreign) -> dict:
 
 
 def versions_table(rows: Sequence[dict]) -> Table:
-    """Print summaries, one row per version."""
+    """Return a table of summaries, one row per version."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -88,7 +88,7 @@ def versions_table(rows: Sequence[dict]) -> Table:
 
 
 def running(repository: Repository, url: str, loaded: Sequence[int]) -> str:
-    """What a server really serves, and where that is not what the files say."""
+    """Return a line about what a server really serves, and how that differs from what the files say."""
     if not loaded:
         return f"{url} has no version of {repository.name} loaded, whole"
     others = ", ".join(map(str, loaded[:-1]))
@@ -100,7 +100,7 @@ def running(repository: Repository, url: str, loaded: Sequence[int]) -> str:
 
 
 def accuracy_table(accuracies: Sequence[Accuracy], agreements: Sequence[Agreement]) -> Table:
-    """Print measurements, one row per task."""
+    """Return a table of measurements, one row per task."""
     from rich.table import Table
 
     table = Table("task", title="Test images, %")
@@ -121,7 +121,7 @@ def accuracy_table(accuracies: Sequence[Accuracy], agreements: Sequence[Agreemen
 
 
 def released(result: Release, tasks: Sequence[str], servers_run: bool) -> str:
-    """The end of a merge that wrote a version; a server that runs by then has loaded none of it."""
+    """Return the last line of a merge that wrote a version, which servers that already run have not loaded."""
     name = "" if result.model == "clip" else f" --name {result.model}"
     served = result.served == result.version and not servers_run
     return (
@@ -135,7 +135,7 @@ def released(result: Release, tasks: Sequence[str], servers_run: bool) -> str:
 
 
 def switched(result: Switched, found: Found) -> str:
-    """The end of a promotion or a way back, and of the search for servers before it."""
+    """Return the last line of a promotion or rollback, given the outcome of the search for servers before it."""
     before = f" (before: {result.previous})" if result.previous not in (None, result.version) else ""
     where = f"on {', '.join(result.servers)}" if result.servers else f"from the next start on ({found.nowhere})"
     loaded = ", ".join(map(str, result.standing))
@@ -144,7 +144,7 @@ def switched(result: Switched, found: Found) -> str:
 
 
 def unmerged(result: Unmerged) -> str:
-    """The end of a merge that left the adapters in the graph."""
+    """Return the last line of a merge that left the adapters in the graph."""
     numbers = ", ".join(map(str, result.versions))
     apart = max(parity.max_abs for parity in result.parity)
     return (
@@ -154,5 +154,5 @@ def unmerged(result: Unmerged) -> str:
 
 
 def learned(tasks: Sequence[str]) -> str:
-    """What a version has learned."""
+    """Return a version's learned tasks, in words."""
     return f"learned {', '.join(tasks)}" if tasks else "the base, no adapters"
