@@ -31,7 +31,7 @@ from clipweld.client.errors import BadImage, ServerError, VersionGone
 # batches of 8).
 BATCH = 8
 FEATURES_BYTES = 256 * 2**20  # size of the cache of label features
-LOOK_AGAIN_S = 1.0  # how long the server's word on its versions is relied on
+LOOK_AGAIN_S = 1.0  # how long what was read about served versions counts as current, in seconds
 # A version may be unloaded during a request, which then moves to the next one. More moves than this are no accident.
 MOVES = 8
 
