@@ -26,8 +26,8 @@ from clipweld.client._proxy import Proxy
 from clipweld.client._runtime import aside, in_background, settle
 from clipweld.client.errors import InvalidRequest
 
-# Message sizes are limited by Triton, not by gRPC's default of 4 MB. Its pauses before it reconnects would grow to two
-# minutes. Without a pool of its own, a client that is opened anew would get the connection of the previous one.
+# Message sizes are limited by Triton, not by gRPC's default of 4 MB. By default, gRPC's pauses before it reconnects
+# grow to two minutes. Without a separate pool, a newly opened client would get the connection of the previous one.
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
