@@ -14,7 +14,7 @@ import pytest
 
 from clipweld.exporter.serving.installation import SHARED_MEMORY
 from evidence.trust import kills
-from evidence.trust.kills import Undisturbed, strange, strays, study
+from evidence.trust.kills import Undisturbed, content, strange, strays, study
 from evidence.trust.record import Record
 from evidence.trust.stage import Command, environment
 
@@ -93,6 +93,17 @@ def test_versions_that_are_not_whole_and_files_that_are_gone_are_seen():
         "store/3 lacks store/3/x",
     ]
     assert strange(command(""), {"kept": "1", "gone": "2"}, undisturbed) == []
+
+
+def test_scores_are_compared_to_three_decimals(tmp_path):
+    def written(row):
+        (tmp_path / "answers.csv").write_text(f"image,rank,label,probability,score\n{row}\n")
+        return content(tmp_path)["answers.csv"]
+
+    end = written("a.png,1,bird,0.6476868139298007,0.33163464069366455")
+    assert written("a.png,1,bird,0.6476869728010504,0.33163467049598694") == end
+    assert written("a.png,1,bird,0.6496868139298007,0.33163464069366455") != end
+    assert written("a.png,1,cat,0.6476868139298007,0.33163464069366455") != end
 
 
 def test_processes_and_shared_memory_that_live_on_are_seen(tmp_path, monkeypatch):
