@@ -1,4 +1,4 @@
-"""Fixtures that several folders share: the small CLIP, one learned task, one real server."""
+"""Fixtures shared by several folders: the small CLIP, one learned task, one real server."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import signal
 import sys
 import traceback
 
-os.environ.setdefault("COLUMNS", "120")  # help screens and tables of one width, whatever runs the tests
+os.environ.setdefault("COLUMNS", "120")  # the width of help screens and tables must not depend on the terminal
 
 import pytest
 import torch
 
-# Whatever is compiled or exported has autograd start threads from then on, and a forked child cannot train with those;
-# unless autograd was at work before.
+# After a model was compiled or exported, autograd starts threads, with which a forked child cannot train,
+# unless autograd was used before.
 torch.ones(1, requires_grad=True).sum().backward()
 
-# Run in the background, a shell has its children ignore Ctrl-C, and theirs in turn; some tests send it to theirs.
+# A shell in the background makes its children ignore SIGINT, which they pass on; some tests send it to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHANGES = ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync", "open")
 CHILD_TIMEOUT_S = 60
 
 
-# Whatever needs these trains, merges or starts a server: more than a second.
+# Tests that use these fixtures train, merge or start a server, which takes more than a second.
 SLOW_FIXTURES = {"fitted", "repository", "server", "chromium", "learned"}
 
 
 def pytest_collection_modifyitems(items):
-    """Mark those tests as slow that need what is slow to make."""
+    """Mark tests that use a slow fixture as slow."""
     for item in items:
         if SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
@@ -46,7 +46,7 @@ def mini():
 
 @pytest.fixture(scope="session")
 def digits():
-    """The shipped task of handwritten digits."""
+    """The shipped task of handwritten digits ("digits")."""
     from clipweld.trainer.tasks import load_task
 
     return load_task("digits")
@@ -54,7 +54,7 @@ def digits():
 
 @pytest.fixture(scope="session")
 def fitted(mini, digits):
-    """Digits, learned in a few steps."""
+    """The result of training digits for a few steps."""
     from clipweld.trainer.config import train_config
     from clipweld.trainer.learning.fit import fit
 
@@ -86,7 +86,7 @@ def repository(mini, fitted, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(repository):
-    """A real Triton on that repository; ``url`` speaks gRPC, ``http_url`` HTTP."""
+    """A real Triton that serves ``repository``: gRPC at ``url``, HTTP at ``http_url``."""
     from clipweld.exporter.serving.triton import serve
 
     with serve(repository) as running:
@@ -95,16 +95,16 @@ def server(repository):
 
 @pytest.fixture
 def killed_at():
-    """A function that does something and is killed at its n-th change to the disk."""
+    """A function that runs an action in a process that is killed at its n-th change to the disk."""
     return _killed_at
 
 
 def _killed_at(change: int, action) -> bool:
-    """Do something in a process of its own that is killed when about to make its n-th change; whether it was."""
+    """Run an action in a child that is killed just before its change number ``change``; return whether it was."""
     child = os.fork()
     if child == 0:
         try:
-            gc.disable()  # what earlier tests left behind may wait for threads that a forked child doesn't have
+            gc.disable()  # garbage of earlier tests may wait for threads that a forked child lacks
             signal.alarm(CHILD_TIMEOUT_S)
             left = iter(range(change))
             for name in CHANGES:

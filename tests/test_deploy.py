@@ -1,7 +1,7 @@
-"""``deploy/``: every manifest against its schema, what must agree with what, and its arguments on a real Triton.
+"""``deploy/``: every manifest matches its schema, all files agree, and their arguments work with a real Triton.
 
-``render`` does what ``kubectl kustomize`` does, as far as these files need it, so that nothing here goes unchecked on a
-machine without; where there is one, it is held against it.
+``render`` does what ``kubectl kustomize`` does, as far as these files need it, so that they are also checked on
+machines without kubectl; where there is one, the results are compared.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def identity(manifest):
 
 
 def merged(base, patch):
-    """A strategic merge: objects by key, null deletes, lists of named things by name, other lists whole."""
+    """Return a strategic merge: objects by key, null deletes, lists of named items by name, other lists replaced."""
     if isinstance(base, dict) and isinstance(patch, dict):
         result = base | {key: merged(base.get(key), value) for key, value in patch.items()}
         return {key: value for key, value in result.items() if value is not None}
@@ -60,7 +60,7 @@ def merged(base, patch):
 
 
 def render(overlay):
-    """An overlay's manifests by kind and name."""
+    """Return an overlay's manifests by kind and name."""
     kustomization = documents(KUBERNETES / overlay / "kustomization.yaml")[0]
     assert set(kustomization) <= {"apiVersion", "kind", "resources", "patches", "images"}
     found = {}
@@ -92,13 +92,13 @@ def containers(manifest):
 
 
 def server(overlay):
-    """The Deployment of an overlay, and its Triton container."""
+    """Return the Deployment of an overlay and its Triton container."""
     deployment = render(overlay)["Deployment", "clipweld"]
     return deployment, pod(deployment)["containers"][0]
 
 
 def compose(*files):
-    """The compose files, one over the other, with the variables' values or defaults filled in."""
+    """Return the merged compose files, with variables replaced by their values or defaults."""
     values = {"CLIPWELD_ADMIN_KEY": KEY}
     result = {}
     for name in files or ("compose.yaml",):
@@ -109,7 +109,7 @@ def compose(*files):
 
 
 def kubernetes_arguments(overlay):
-    """Triton's arguments as the kubelet expands them."""
+    """Return Triton's arguments as the kubelet expands them."""
     _, triton = server(overlay)
     values = {"CLIPWELD_ADMIN_KEY": KEY, "CPU_LIMIT": str(math.ceil(float(triton["resources"]["limits"]["cpu"])))}
     assert {entry["name"] for entry in triton["env"]} == set(values)
@@ -153,7 +153,7 @@ def test_kubectl_renders_the_same(overlay):
     for manifests in (ours, theirs):
         for manifest in manifests.values():
             if manifest["kind"] == "Deployment":
-                pod(manifest)["volumes"].sort(key=lambda volume: volume["name"])  # merging leaves their order open
+                pod(manifest)["volumes"].sort(key=lambda volume: volume["name"])  # a merge does not define their order
     assert ours == theirs
 
 
@@ -171,7 +171,7 @@ def test_compose_matches_its_specification(files, tmp_path):
     reason="no docker compose",
 )
 @pytest.mark.parametrize("files", [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")])
-def test_docker_compose_reads_it(files):
+def test_docker_compose_reads_the_files_as_we_do(files):
     options = [option for name in files for option in ("--file", str(DEPLOY / name))]
     environment = {**os.environ, "CLIPWELD_ADMIN_KEY": KEY}
     done = subprocess.run(
@@ -185,10 +185,10 @@ def test_docker_compose_reads_it(files):
     assert yaml.safe_load(done.stdout)["services"]["triton"]["command"] == arguments_of("compose")
 
 
-# What must agree
+# Consistency
 
 
-def test_one_release_everywhere():
+def test_all_platforms_use_the_same_triton_release():
     images = {overlay: server(overlay)[1]["image"] for overlay in SERVERS}
     images["compose"] = compose()["services"]["triton"]["image"]
     assert len(set(images.values())) == 1, images
@@ -204,7 +204,7 @@ def test_compose_and_kubernetes_start_the_same_server():
 
 
 @pytest.mark.parametrize("platform", ["compose", *SERVERS])
-def test_a_thread_for_every_core_of_the_limit(platform):
+def test_triton_has_one_thread_per_core_of_its_limit(platform):
     threads = value_of(arguments_of(platform), "--backend-config=onnxruntime,intra_op_thread_count")
     if platform == "compose":
         limit = compose()["services"]["triton"]["deploy"]["resources"]["limits"]["cpus"]
@@ -214,7 +214,7 @@ def test_a_thread_for_every_core_of_the_limit(platform):
 
 
 @pytest.mark.parametrize("platform", ["compose", *SERVERS])
-def test_a_stop_waits_for_what_is_in_flight(platform):
+def test_a_stop_waits_for_requests_in_flight(platform):
     in_flight = int(value_of(arguments_of(platform), "--exit-timeout-secs"))
     if platform == "compose":
         assert seconds(compose()["services"]["triton"]["stop_grace_period"]) > in_flight
@@ -254,7 +254,7 @@ def test_every_reference_resolves(overlay):
     assert value_of(triton["args"], "--model-repository").startswith(f"{mount}/")
 
 
-def test_admin_reaches_the_servers_and_their_volume():
+def test_the_admin_pod_reaches_the_servers_and_their_volume():
     manifests, admin = render("cpu"), render("admin")["Deployment", "clipweld-admin"]
     policy, headless = manifests["NetworkPolicy", "clipweld"]["spec"], manifests["Service", "clipweld-servers"]
     assert policy["podSelector"]["matchLabels"] == headless["spec"]["selector"]
@@ -272,7 +272,7 @@ def test_admin_reaches_the_servers_and_their_volume():
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_pods_may_do_no_more_than_they_need(overlay):
+def test_pods_have_minimal_permissions_and_resource_limits(overlay):
     for manifest in render(overlay).values():
         if manifest["kind"] != "Deployment":
             continue
@@ -292,7 +292,7 @@ def test_pods_may_do_no_more_than_they_need(overlay):
         assert ("nvidia.com/gpu" in triton["resources"]["limits"]) == (overlay == "gpu")
 
 
-def test_compose_opens_the_clients_port_alone():
+def test_compose_exposes_only_the_clients_port():
     triton = compose()["services"]["triton"]
     assert [port for port in triton["ports"] if not str(port).startswith("127.0.0.1:")] == ["8001:8001"]
     assert triton["read_only"] is True
@@ -303,20 +303,20 @@ def test_compose_opens_the_clients_port_alone():
     assert device["devices"][0]["capabilities"] == ["gpu"]
 
 
-def test_compose_gives_threads_the_stack_that_exporter_serve_gives_them():
+def test_compose_sets_the_same_stack_limit_as_exporter_serve():
     from clipweld.exporter.serving.isolation import STACK
 
     assert compose()["services"]["triton"]["ulimits"]["stack"] == {"soft": STACK, "hard": STACK}
 
 
-def test_prometheus_asks_the_server():
+def test_prometheus_scrapes_the_server():
     target = documents(DEPLOY / "prometheus.yml")[0]["scrape_configs"][0]["static_configs"][0]["targets"][0]
     service, port = target.split(":")
     assert service in compose()["services"]
     assert port == "8002"
 
 
-def test_no_key_is_written_down():
+def test_no_key_is_stored_in_the_files():
     for overlay in OVERLAYS:
         assert not [kind for kind, _ in render(overlay) if kind == "Secret"]
     git = subprocess.run(["git", "check-ignore", "deploy/.env"], cwd=ROOT, capture_output=True, check=False)
@@ -334,11 +334,11 @@ def test_readme_names_every_file():
     assert rows == files | folders
 
 
-# The administrator's side
+# Administration
 
 
 def test_promotion_needs_neither_torch_nor_onnxruntime(tmp_path):
-    """What exporter.Dockerfile leaves out is not missed; that there is nothing to promote is."""
+    """Without the packages that exporter.Dockerfile omits, the only error is that there is no version to promote."""
     heavy = ("torch", "torchvision", "open_clip", "onnxruntime", "onnxscript", "pytriton", "lightning", "scipy")
     heavy += ("lightning_fabric", "jinja2", "matplotlib")
     image = (DEPLOY / "exporter.Dockerfile").read_text(encoding="utf-8")
@@ -357,7 +357,7 @@ def test_promotion_needs_neither_torch_nor_onnxruntime(tmp_path):
 
 
 @pytest.mark.parametrize("addresses", [("10.0.0.4", "10.0.0.7"), ()])
-def test_on_all_servers_names_each_pod_once(addresses, tmp_path):
+def test_on_all_servers_passes_each_pod_once(addresses, tmp_path):
     lines = "".join(f"{address} {kind} clipweld-servers\n" for address in addresses for kind in ("STREAM", "DGRAM"))
     for name, script in (("getent", f"printf '%s' '{lines}'"), ("exporter", 'printf "%s\\n" "$@"')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -403,7 +403,7 @@ def free_ports(count):
 
 
 class Running:
-    """A Triton with a platform's own arguments; only paths, addresses and ports are this machine's."""
+    """A Triton with a platform's arguments; only paths, addresses and ports are replaced."""
 
     def __init__(self, platform, repository, triton, ports):
         program, *arguments = arguments_of(platform)
@@ -454,7 +454,7 @@ def running(platform, repository):
 
 
 def probes(platform):
-    """Port and path of everything that asks the server how it is."""
+    """Return the port and path of every health check and metrics request."""
     if platform == "compose":
         url = compose()["services"]["triton"]["healthcheck"]["test"][-1]
         assert url.startswith("http://localhost:8000/")
@@ -475,7 +475,7 @@ def copied(repository, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["compose", "cpu", "gpu"])
-def test_server_answers_probes_and_clients_and_obeys_the_key_alone(platform, copied, digits):
+def test_the_server_answers_probes_and_clients_and_model_control_needs_the_key(platform, copied, digits):
     from clipweld.client import ZeroShotClassifier
 
     with running(platform, copied) as triton:
@@ -500,8 +500,8 @@ def test_server_answers_probes_and_clients_and_obeys_the_key_alone(platform, cop
 
 
 @pytest.mark.slow
-def test_failed_load_leaves_the_server_ready_and_failed_start_ends_it(copied, tmp_path):
-    """Why readiness is lax."""
+def test_a_failed_load_leaves_the_server_ready_and_a_failed_start_ends_it(copied, tmp_path):
+    """This is why the readiness check is lenient."""
     with running("cpu", copied) as triton:
         broken = tmp_path / "broken"
         broken.mkdir()
@@ -518,8 +518,8 @@ def test_failed_load_leaves_the_server_ready_and_failed_start_ends_it(copied, tm
 
 
 @pytest.mark.slow
-def test_server_that_a_switch_left_out_catches_up_when_it_is_repeated(copied):
-    """What README says of a pod that starts while a version is promoted."""
+def test_a_server_missed_by_a_promotion_catches_up_when_it_is_repeated(copied):
+    """deploy/README.md says this of a pod that starts during a promotion."""
     from clipweld.client import ZeroShotClassifier
     from clipweld.exporter.serving.switch import promote, rollback
     from clipweld.exporter.serving.triton import serve

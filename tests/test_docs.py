@@ -26,20 +26,20 @@ def blocks(page, language):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with the samples in it, which is where we are."""
+    """The working folder, which contains the samples."""
     shutil.copytree(ROOT / "samples", tmp_path / "samples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def at(server, text):
-    """The example with this server's addresses."""
+    """Return the example with this server's addresses."""
     grpc, http = (url.rpartition("/")[2] for url in (server.url, server.http_url))
     assert "localhost:8000" in text or "localhost:8001" in text
     return text.replace("localhost:8000", http).replace("localhost:8001", grpc)
 
 
-def test_curl(server, folder):
+def test_the_curl_examples_give_the_documented_answers(server, folder):
     scripts = blocks("docs/without-the-client.md", "sh")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     said = [
@@ -59,8 +59,8 @@ def test_curl(server, folder):
         assert sum(x * x for x in output["data"]) == pytest.approx(1, abs=1e-4)
 
 
-def test_every_body_that_curl_sends_is_called_what_it_is():
-    """What curl calls it by itself has ended servers."""
+def test_every_curl_request_with_a_body_sets_its_content_type():
+    """Form-encoded bodies, curl's default, have crashed servers."""
     sent = [
         command
         for page in ("docs/without-the-client.md", "deploy/README.md", "README.md")
@@ -83,7 +83,7 @@ def test_tritonclient_gives_our_answers(server, folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no ray")
-def test_ray(server, folder, digits):
+def test_the_ray_example_gives_our_answers(server, folder, digits):
     import pyarrow.parquet
 
     test = digits.load("test")
@@ -108,7 +108,7 @@ def test_ray(server, folder, digits):
 
 
 @pytest.mark.parametrize("module", [client, client._classifier])
-def test_docstrings(server, folder, module):
+def test_examples_in_docstrings_run(server, folder, module):
     names = {**vars(client), "url": server.url, "asyncio": asyncio}
     done = doctest.testmod(module, extraglobs=names)
     assert done.attempted >= 2

@@ -1,8 +1,8 @@
-"""Every command in the README and in the guides, run exactly as written, in order.
+"""Every command in the README and the guides, run in order and, but for three changes, exactly as written.
 
-Three changes make that possible without a network: ``--download`` is left out and a tiny aircraft data set in
-torchvision's layout is there instead; the real ViT-B-16 has random weights, few steps and small batches; ports are free
-ones. ``make`` itself is what runs these tests.
+The changes are needed without a network: ``--download`` is left out, and a tiny aircraft data set in
+torchvision's layout replaces it; the real ViT-B-16 has random weights, few steps and small batches; ports are
+free ones. ``make`` commands are left out, because ``make`` runs these tests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}
 
 
 def commands(page, section=""):
-    """The shell lines of a page or of one of its sections, without comments."""
+    """Return the shell commands of a page, or of one of its sections, without comments."""
     text = (ROOT / page).read_text(encoding="utf-8")
     if section:
         text = text.split(f"## {section}\n")[1].split("\n## ")[0]
@@ -38,7 +38,7 @@ def commands(page, section=""):
 
 
 def run(command, folder):
-    """Run one command to its end; it must succeed."""
+    """Run one command, which must succeed, and return its stdout."""
     done = subprocess.run(
         shlex.split(command), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
@@ -47,7 +47,7 @@ def run(command, folder):
 
 
 def offline(command):
-    """The same command without a network and in seconds."""
+    """Return the same command, changed so that it needs no network and takes seconds."""
     command = command.replace(" --download", "")
     if command.startswith("trainer fit") and "--model" not in command:
         command += " --pretrained random --iterations 1 --batch-size 2 --shots 1"
@@ -67,7 +67,7 @@ def paint(path, seed):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A new user's folder: the samples as they ship, and a tiny FGVC-Aircraft."""
+    """A new user's folder: the shipped samples and a tiny FGVC-Aircraft."""
     folder = tmp_path / "user"
     shutil.copytree(ROOT / "samples", folder / "samples")
     data = folder / "data/fgvc-aircraft-2013b/data"
@@ -82,14 +82,14 @@ def folder(tmp_path):
     return folder
 
 
-def test_setup_commands_are_the_makefile_s():
+def test_setup_commands_are_targets_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in ("demo", "test"):
         assert f"make {target} " in README
         assert re.search(rf"^{target}: install", makefile, re.M)
 
 
-def test_no_commands_are_forgotten():
+def test_every_page_and_section_with_commands_is_tested():
     assert [name for name in re.findall(r"^## (.+)$", README, re.M) if commands("README.md", name)] == [
         "First steps",
         "Your own images",
@@ -98,7 +98,7 @@ def test_no_commands_are_forgotten():
     assert {page.stem for page in ROOT.glob("docs/*.md") if commands(page)} == {*GUIDES, *others}
 
 
-def test_pictures_and_pages_that_the_documents_name_exist():
+def test_pictures_and_pages_named_in_documents_exist():
     pages = [ROOT / "README.md", ROOT / "samples/README.md", *ROOT.glob("docs/*.md"), ROOT / "deploy/README.md"]
     named = re.compile(r"(?:\]\(|[ \"'])([\w./-]+\.(?:png|jpg|svg|md|py))\b")
     for page in pages:
@@ -115,7 +115,7 @@ def test_pictures_in_help_screens_exist(command, folder):
 
 @pytest.fixture
 def learned(folder):
-    """That folder after the first steps."""
+    """The user's folder after the first steps of the README."""
     lines = [offline(line) for line in commands("README.md", "First steps")]
     serve = next(line for line in lines if line.startswith("exporter serve"))
     for line in lines[: lines.index(serve)]:
@@ -125,8 +125,8 @@ def learned(folder):
 
 
 @pytest.mark.slow
-def test_first_steps_and_the_client(learned):
-    """One after the other on one server, as a reader has it."""
+def test_the_first_steps_and_the_client_guide(learned):
+    """All commands use one running server, as a reader's would."""
     server = subprocess.Popen(["exporter", "serve"], cwd=learned, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     try:
         while "Ctrl-C" not in (line := server.stderr.readline()):
@@ -152,7 +152,7 @@ def test_first_steps_and_the_client(learned):
 
 @pytest.mark.slow
 def test_your_own_images_after_the_first_steps(learned):
-    """The model is that of the adapters that are there."""
+    """Without ``--model``, the model is that of the existing adapters."""
     said = {}
     for line in commands("README.md", "Your own images"):
         quick = " --iterations 3" if line.startswith("trainer fit") else ""
@@ -162,7 +162,7 @@ def test_your_own_images_after_the_first_steps(learned):
 
 @pytest.mark.slow
 def test_the_real_clip_and_your_own_images(folder):
-    """Both as one story: learn everything first, then merge once, then ask; a ViT-B-16 is slow to export."""
+    """Both run together, with a single merge after all training, because exporting a ViT-B-16 is slow."""
     lines = dict.fromkeys(commands("docs/real-clip.md") + commands("README.md", "Your own images"))
     for step in ("trainer", "exporter merge", "exporter promote", "exporter serve"):
         for line in lines:
@@ -181,7 +181,7 @@ def test_the_tutorial(folder):
 
 
 @pytest.mark.slow
-def test_releases(learned):
+def test_the_releases_guide(learned):
     said = {line: run(offline(line), learned) for line in commands("docs/releases.md")}
     assert "version 3 is served (before: 2)" in said["exporter promote 3"]
     assert "version 2 is served (before: 3)" in said["exporter rollback"]
@@ -189,7 +189,7 @@ def test_releases(learned):
 
 
 @pytest.mark.slow
-def test_measuring_and_folders(learned):
+def test_the_measuring_and_folders_guides(learned):
     for line in commands("docs/measuring.md") + commands("docs/folders.md"):
         run(offline(line), learned)
     assert "lora" in (learned / "runs/two/report.html").read_text(encoding="utf-8")

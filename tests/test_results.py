@@ -1,4 +1,4 @@
-"""The tables of RESULTS.md and TRUST.md are what their own commands print from the records that come with them."""
+"""The tables of RESULTS.md and TRUST.md are what their commands print from the records in the repository."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ TEXT = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("RESULTS.m
 TABLES = re.findall(r"<!-- (python -m evidence\.\w+\.\w+ .+?) -->\n\n((?:\|.+\|\n)+)", TEXT)
 
 
-def test_there_are_tables():
+def test_every_command_in_the_pages_has_a_table():
     assert len(TABLES) == TEXT.count("<!-- python -m") > 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "table"), TABLES, ids=[command for command, _ in TABLES])
-def test_table_is_what_the_command_prints(command, table):
+def test_the_table_is_what_its_command_prints(command, table):
     arguments = [sys.executable, *shlex.split(command)[1:]]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == table.strip()
 
 
-def test_no_promise_was_seen_broken():
+def test_no_record_reports_a_broken_promise():
     records = sorted((ROOT / "evidence" / "records" / "trust").glob("*.json"))
     assert records
     for record in records:

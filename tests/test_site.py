@@ -1,4 +1,4 @@
-"""The documentation site: its reference is complete, its schemas are those of the files, and it builds strictly."""
+"""The documentation site: its reference is complete, its schemas fit real files, and a strict build passes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def build():
-    """docs/build.py as a module."""
+    """docs/build.py, imported as a module."""
     spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs/build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -26,7 +26,7 @@ def build():
 
 @pytest.fixture(scope="module")
 def validators(build):
-    """A validator per file format."""
+    """A schema validator per file format."""
     schemas = build.schemas()
     for schema in schemas.values():
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -38,7 +38,7 @@ def validators(build):
 def test_reference_has_every_subcommand(build, program):
     page = build.commands_page(program)
     own, *others = re.findall(r"```text\n(.*?)```", page, re.S)
-    # A row of a list of commands: a name, two blanks or more, and a sentence.
+    # A row in a list of commands: a name, two or more blanks, and a sentence.
     listed = own[re.search(r"(?i)\b(?:sub)?commands\b\W*─|^commands:?$", own, re.M).start() :]
     rows = re.findall(r"^[│ ]+(?:• )?([a-z]+) {2,}\S", listed, re.M)
     assert sorted(rows) == sorted(build.COMMANDS[program])
@@ -53,7 +53,7 @@ def test_reference_has_every_public_name_of_the_client(build):
     assert "::: clipweld.client.errors.ServerBusy" in page
 
 
-def test_floors_are_those_that_the_imports_are_tested_with():
+def test_the_layers_on_the_architecture_page_are_those_of_the_import_test():
     spec = importlib.util.spec_from_file_location("rooms", ROOT / "tests/contract/test_rooms.py")
     rooms = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rooms)
@@ -77,7 +77,7 @@ def test_no_page_is_left_out_of_the_navigation(build, monkeypatch, tmp_path):
     assert build.left_out(tmp_path) == ["docs/new.md"]
 
 
-def test_an_adapter_s_metadata_is_of_the_schema_and_wrong_ones_are_not(validators, adapters):
+def test_an_adapter_s_metadata_fits_its_schema_and_invalid_metadata_does_not(validators, adapters):
     from clipweld.trainer.header import read_entry
 
     metadata = json.loads(read_entry(adapters / "digits.safetensors"))
@@ -94,7 +94,7 @@ def test_an_adapter_s_metadata_is_of_the_schema_and_wrong_ones_are_not(validator
     assert not validators["adapter"].is_valid({name: value for name, value in metadata.items() if name != "sha256"})
 
 
-def test_card_and_manifest_of_a_version_are_of_their_schemas_and_wrong_ones_are_not(validators, repository):
+def test_card_and_manifest_fit_their_schemas_and_invalid_ones_do_not(validators, repository):
     from clipweld.exporter.store.repository import Repository
 
     store = Repository(repository, "clip")
@@ -110,7 +110,7 @@ def test_card_and_manifest_of_a_version_are_of_their_schemas_and_wrong_ones_are_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [None, "[dead](nowhere.md)", "[dead](tutorial.md#nowhere)"])
-def test_site_builds_and_a_dead_link_fails(build, monkeypatch, fault):
+def test_the_site_builds_and_a_dead_link_fails_the_build(build, monkeypatch, fault):
     monkeypatch.setattr(build, "commands_page", lambda program: f"# {program}\n")
     staged = build.stage
 

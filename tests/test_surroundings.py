@@ -1,4 +1,4 @@
-"""What surrounds a command on other people's machines: home, locale, umask, cores, working and temporary folders."""
+"""Commands in unusual environments: home, locale, umask, cores, working folder and temporary folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES = ("exporter", "trainer")
 
 
 def run(arguments, folder, prefix=(), **settings):
-    """Run one of our commands by the very Python of the tests."""
+    """Run one of our commands with the Python that runs the tests, without assertions."""
     command, *rest = arguments
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     environment = {name: value for name, value in environment.items() if name not in ("LANG", "HOME", "PYTHONUTF8")}
@@ -28,8 +28,8 @@ def run(arguments, folder, prefix=(), **settings):
 
 
 @pytest.mark.slow
-def test_the_main_job_without_a_home_in_the_c_locale_with_a_strict_umask_on_one_core_without_assertions(tmp_path):
-    """All at once, since each alone is a matter of course; in folders whose names are not ASCII."""
+def test_fit_merge_and_serve_work_in_an_unusual_environment(tmp_path):
+    """No home, the C locale, a strict umask, one core, no assertions and non-ASCII folder names, all at once."""
     folder = tmp_path / "Größe 数字 ☃"
     shutil.copytree(ROOT / "samples", folder / "bilder")
     settings = {"env": {"LC_ALL": "C", "HOME": "/proc/none"}, "umask": 0o077, "prefix": ("taskset", "-c", "0")}
@@ -50,7 +50,7 @@ def test_the_main_job_without_a_home_in_the_c_locale_with_a_strict_umask_on_one_
 
 
 @pytest.mark.parametrize("command", MODULES)
-def test_a_deleted_working_folder_is_named(command, tmp_path):
+def test_a_deleted_working_folder_is_reported(command, tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
     line = f'cd "{gone}" && rmdir "{gone}" && exec "{sys.executable}" "{BIN / command}" {first(command)}'
@@ -61,7 +61,7 @@ def test_a_deleted_working_folder_is_named(command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", MODULES)
-def test_a_name_that_is_not_utf_8_is_refused(command, tmp_path):
+def test_a_folder_name_that_is_not_utf_8_is_refused(command, tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     os.mkdir(folder)
     for where, arguments in (
@@ -77,7 +77,7 @@ def test_a_name_that_is_not_utf_8_is_refused(command, tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="making every temporary folder read-only takes root")
 @pytest.mark.parametrize("command", MODULES)
-def test_without_a_temporary_folder_the_variable_to_set_is_named(command, tmp_path):
+def test_without_a_temporary_folder_the_error_names_the_variable_to_set(command, tmp_path):
     hidden = ("/tmp", "/var/tmp")
     if sys.executable.startswith(hidden):
         pytest.skip("this Python lies in what is to be hidden")
@@ -95,5 +95,5 @@ def test_without_a_temporary_folder_the_variable_to_set_is_named(command, tmp_pa
 
 
 def first(command):
-    """A subcommand that takes no more arguments."""
+    """Return a subcommand that needs no arguments."""
     return {"exporter": "versions", "trainer": "tasks"}[command]

@@ -34,11 +34,11 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Serves model "clip" in the versions of ``cards``.
 
     Attributes:
-        cards: what is served, a card by version number; change it and the server changes.
+        cards: the card of each served version, by number; changes take effect at once.
         before_infer: called with (model, version, gRPC context) before each answer; may abort, sleep, change ``cards``.
         tamper: called with each answer before it is sent; may change it.
         requests: (model, version, shape) of every inference answered.
-        url: where it listens.
+        url: the address at which it listens.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -56,7 +56,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     @staticmethod
     def card(version: int) -> dict:
-        """A well-formed card; version 2 and later have learned one task."""
+        """Return a well-formed card; versions from 2 on list one learned task."""
         learned = {
             "name": "digits",
             "class_names": ["zero", "one", "two"],
@@ -97,7 +97,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelStatistics(self, request, context):  # noqa: N802
         answer = service_pb2.ModelStatisticsResponse()
-        if not request.name:  # of all models
+        if not request.name:  # statistics of all models are requested
             for part in ("image", "text", "card") if self.cards else ():
                 answer.model_stats.add(name=f"clip_{part}")
             return answer
@@ -136,7 +136,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 @pytest.fixture
 def fake() -> Iterator[FakeServer]:
-    """A fresh fake server with versions 1 (base) and 2 (has learned "digits")."""
+    """A fresh fake server with version 1 (the base) and version 2 (with the learned task "digits")."""
     server = FakeServer()
     yield server
     server.stop()
@@ -144,7 +144,7 @@ def fake() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def thread_stays() -> Callable[[str], bool]:
-    """Whether a thread of a name is still there after a while: what is given up ends by itself."""
+    """A function that waits for the threads of a name to end; True if one is still alive after ten seconds."""
 
     def thread_stays(name: str) -> bool:
         end = time.monotonic() + 10
@@ -159,12 +159,12 @@ def thread_stays() -> Callable[[str], bool]:
 
 @pytest.fixture(scope="session")
 def picture() -> np.ndarray:
-    """uint8 (40, 50, 3)."""
+    """A random image, uint8 (40, 50, 3)."""
     return np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 
 
 class Blocking:
-    """`ZeroShotClassifier`, its answers as a list."""
+    """`ZeroShotClassifier` that returns its answers as a list."""
 
     def __init__(self, *args, **settings):
         self._clip = ZeroShotClassifier(*args, **settings)
@@ -186,7 +186,7 @@ class Blocking:
 
 
 class Asyncio:
-    """`AsyncZeroShotClassifier` in an event loop of its own."""
+    """`AsyncZeroShotClassifier` that runs in its own event loop."""
 
     def __init__(self, *args, **settings):
         self._clip = AsyncZeroShotClassifier(*args, **settings)
@@ -219,13 +219,13 @@ class Asyncio:
 
 @pytest.fixture(params=[Blocking, Asyncio])
 def connect(request) -> type[Blocking | Asyncio]:
-    """Opens a classifier: the blocking one, or asyncio's, behind the same methods."""
+    """A classifier class, blocking or asynchronous, with the same blocking methods."""
     return request.param
 
 
 @pytest.fixture
 def open_page() -> Iterator[Callable[[str], str]]:
-    """Runs ``client demo`` on a server's url and gives the page's address; Ctrl-C has to end each with exit 0."""
+    """A function that runs ``client demo`` on a URL and returns the page's address; Ctrl-C must end it with exit 0."""
     running = []
 
     def open_page(url: str) -> str:
@@ -241,4 +241,4 @@ def open_page() -> Iterator[Callable[[str], str]]:
     for program in running:
         program.send_signal(signal.SIGINT)
     ends = [(*program.communicate(timeout=30), program.returncode) for program in running]
-    assert ends == [("", "", 0)] * len(running)  # and nothing was logged
+    assert ends == [("", "", 0)] * len(running)  # nothing was logged either

@@ -1,4 +1,4 @@
-"""What a server answers is held against what features must be, before anything is made of it."""
+"""A server's answers are checked to be valid features before they are used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = ["a cat", "a dog", "a cow"]
 
 @pytest.fixture
 def answering(fake, monkeypatch):
-    """A function that has the fake server's features go through another function first."""
+    """A function that makes the fake server pass its features through another function."""
     features = fake.features
 
     def answering(change):
@@ -48,7 +48,7 @@ def with_row(value):
     ],
     ids=["nan", "inf", "beyond float32", "zero", "not normalised"],
 )
-def test_answers_that_are_no_features_are_a_server_error(fake, connect, picture, answering, change, said):
+def test_invalid_features_are_a_server_error(fake, connect, picture, answering, change, said):
     with connect(fake.url, retries=0) as clip:
         answering(change)
         asked = [
@@ -63,7 +63,7 @@ def test_answers_that_are_no_features_are_a_server_error(fake, connect, picture,
             assert "exporter rollback" in str(caught.value)
 
 
-def test_answers_of_another_width_are_a_server_error(fake, connect, picture):
+def test_features_of_the_wrong_width_are_a_server_error(fake, connect, picture):
     fake.cards[2]["embed_dim"] = 4
     with (
         connect(fake.url) as clip,
@@ -72,13 +72,13 @@ def test_answers_of_another_width_are_a_server_error(fake, connect, picture):
         clip.image_features(picture)
 
 
-def test_float16_s_rounding_is_accepted(fake, connect, picture, answering):
+def test_float16_rounding_is_accepted(fake, connect, picture, answering):
     answering(lambda features: features.astype(np.float16).astype(np.float32))
     with connect(fake.url) as clip:
         assert len(clip.classify(picture, labels=LABELS)[0].predictions) == 3
 
 
-def test_prompts_that_cancel_each_other_out_are_named(fake, connect, picture, answering):
+def test_a_label_whose_prompts_cancel_out_is_named_in_the_error(fake, connect, picture, answering):
     calls = []
 
     def opposed(features):
@@ -103,15 +103,15 @@ def test_probabilities_and_scores_stay_in_their_ranges(scale):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 0.0, 1e308])
 @pytest.mark.parametrize("name", ["logit_scale", "embed_dim"])
-def test_a_card_with_numbers_that_no_model_has_is_refused(fake, connect, picture, name, value):
+def test_a_card_with_impossible_numbers_is_refused(fake, connect, picture, name, value):
     fake.cards[2][name] = value
     with connect(fake.url) as clip, pytest.raises(ContractMismatch, match=r"model 'clip' version 2 .*export"):
         clip.classify(picture, labels=LABELS)
 
 
 @pytest.mark.slow
-def test_a_real_model_that_answers_nan_is_named_with_its_version(repository, connect, picture, tmp_path):
-    """No release writes such a version: the weight is planted in the store's file."""
+def test_nan_from_a_real_model_is_an_error_that_names_model_and_version(repository, connect, picture, tmp_path):
+    """No release writes such a version, so the test puts NaN into a weight of the served file."""
     shutil.copytree(repository.parent, tmp_path, dirs_exist_ok=True)
     served = Repository(tmp_path / "models", "clip")
     file = served.model("image") / "2" / "model.onnx"
@@ -120,7 +120,7 @@ def test_a_real_model_that_answers_nan_is_named_with_its_version(repository, con
     broken = numpy_helper.to_array(weight).copy()
     broken[5] = math.nan
     weight.CopyFrom(numpy_helper.from_array(broken, weight.name))
-    file.unlink()  # not the store's own, of which it is a hard link
+    file.unlink()  # it is a hard link: writing in place would change the store's file too
     onnx.save(model, file)
     assert all((served.model(kind) / "2").is_dir() for kind in KINDS)
     with serve(served.path) as server:

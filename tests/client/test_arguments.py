@@ -1,4 +1,4 @@
-"""Numbers, names and headers as callers give them, and callers' own iterators that fail."""
+"""Numbers, names and headers as callers pass them, and errors raised by callers' own iterators."""
 
 import asyncio
 import math
@@ -30,14 +30,14 @@ def clip(fake, connect):
 
 
 @pytest.mark.parametrize("value", [*NO_LIMIT, *SOME_SECONDS], ids=repr)
-def test_times_are_taken_where_they_are_plain(fake, picture, connect, value):
+def test_timeouts_are_accepted_as_any_kind_of_number(fake, picture, connect, value):
     with connect(fake.url, timeout_s=value) as clip:
         assert clip.classify(picture, LABELS, deadline_s=value)[0].version == 2
         assert clip.text_features(LABELS, deadline_s=value).shape == (3, 8)
 
 
 @pytest.mark.parametrize("value", NO_SECONDS, ids=repr)
-def test_times_that_are_none_are_refused_by_name(picture, connect, value):
+def test_invalid_timeouts_are_refused_by_name(picture, connect, value):
     with pytest.raises(InvalidRequest, match=r"^timeout_s is .*; expected more than 0 seconds, or None for no limit"):
         connect("localhost:1", timeout_s=value)
     with connect("localhost:1") as clip:
@@ -52,7 +52,7 @@ def test_times_that_are_none_are_refused_by_name(picture, connect, value):
 
 
 @pytest.mark.parametrize("value", [1e-300, 5e-324, "1e-9"])
-def test_times_that_are_over_at_once_are_timeouts(fake, connect, value):
+def test_tiny_timeouts_expire_at_once(fake, connect, value):
     with connect(fake.url, timeout_s=value, retries=0) as clip, pytest.raises(RequestTimeout):
         clip.versions()
     with connect(fake.url) as clip, pytest.raises(RequestTimeout):
@@ -60,7 +60,7 @@ def test_times_that_are_over_at_once_are_timeouts(fake, connect, value):
 
 
 @pytest.mark.parametrize("value", TWO, ids=repr)
-def test_counts_are_taken_where_they_are_plain(fake, picture, connect, value):
+def test_counts_are_accepted_as_any_kind_of_whole_number(fake, picture, connect, value):
     with connect(fake.url, version=value, retries=value) as clip:
         (answer,) = clip.classify(picture, LABELS, top_k=value)
         assert (answer.version, len(answer.predictions)) == (2, 2)
@@ -68,13 +68,13 @@ def test_counts_are_taken_where_they_are_plain(fake, picture, connect, value):
 
 
 @pytest.mark.parametrize("value", [math.inf, 1e300, 10**30, "1e5", np.int64(2**62)], ids=repr)
-def test_counts_beyond_all_bounds_are_all_there_is(fake, picture, connect, value):
+def test_a_top_k_larger_than_the_number_of_labels_returns_all_labels(fake, picture, connect, value):
     with connect(fake.url, retries=value) as clip:
         assert len(clip.classify(picture, LABELS, top_k=value)[0].predictions) == 3
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, *BELOW, 2.5, "2.5", Fraction(5, 2)], ids=repr)
-def test_counts_that_are_none_are_refused_by_name(picture, connect, value):
+def test_invalid_counts_are_refused_by_name(picture, connect, value):
     with pytest.raises(InvalidRequest, match=r"^version is .*; expected a whole number, .* or 'latest'"):
         connect(version=value)
     with pytest.raises(InvalidRequest, match=r"^retries is .*; expected a whole number, 0 or more"):
@@ -86,7 +86,7 @@ def test_counts_that_are_none_are_refused_by_name(picture, connect, value):
         clip.classify(picture, LABELS, top_k=value)
 
 
-def test_versions_that_no_server_can_have(fake, connect):
+def test_version_numbers_out_of_range_are_refused(fake, connect):
     for value in (math.inf, 10**30, 10**5000, 2**63, "99999999999999999999"):
         with pytest.raises(InvalidRequest, match=r"^version is .* 1 to 9,223,372,036,854,775,807, or 'latest'"):
             connect(version=value)
@@ -100,7 +100,7 @@ def test_versions_that_no_server_can_have(fake, connect):
 @pytest.mark.parametrize(
     "value", ["", " ", None, 3, b"clip", "a/b", "..", "clip\n", "clip\0", "cl\udcffip", ["clip"]], ids=repr
 )
-def test_names_that_are_none_are_refused(picture, connect, value):
+def test_invalid_model_and_task_names_are_refused(picture, connect, value):
     with pytest.raises(InvalidRequest, match=r"^model is "):
         connect(model=value)
     if value not in (None, "a/b", ".."):
@@ -112,7 +112,7 @@ def test_names_that_are_none_are_refused(picture, connect, value):
     "value",
     [None, 3, b"localhost:8001", ["a:1"], "a b:1", "a\n:1", "a:1\n", f"{'a' * 99}:1", "a..b:1", "a:-1", "a:1e3"],
 )
-def test_urls_that_are_none_are_refused(connect, value):
+def test_invalid_urls_are_refused(connect, value):
     with pytest.raises(InvalidRequest, match=r"^url .*; expected host:port"):
         connect(value)
 
@@ -145,7 +145,7 @@ def test_headers_that_cannot_be_sent_are_refused(connect, headers, message):
     assert "secr" not in str(caught.value)
 
 
-def test_headers_of_all_sorts_arrive_over_both_protocols(server, connect):
+def test_unusual_but_valid_headers_are_accepted_over_both_protocols(server, connect):
     headers = {"X-Number": 3, "x_under.score-1": "with = signs; and, more", "Authorization": "", "User-Agent": "mine"}
     for url in (server.url, server.http_url):
         with connect(url, headers=headers) as clip:
@@ -153,12 +153,12 @@ def test_headers_of_all_sorts_arrive_over_both_protocols(server, connect):
 
 
 @pytest.mark.parametrize("texts", [None, 3, b"cat", {"cat": 1}, ["cat", 3], ["cat", None], [b"cat"]])
-def test_texts_that_are_none_are_refused(connect, texts):
+def test_texts_of_the_wrong_type_are_refused(connect, texts):
     with connect("localhost:1") as clip, pytest.raises(InvalidRequest, match=r"^texts? .*; expected text"):
         clip.text_features(texts)
 
 
-def test_tls_of_another_kind_is_refused(connect):
+def test_tls_settings_of_the_wrong_type_are_refused(connect):
     with pytest.raises(InvalidRequest, match=r"^tls is 'ca.pem'; expected client.TLS"):
         connect("grpcs://a:443", tls="ca.pem")
     with pytest.raises(InvalidRequest, match=r"^tls: ca is b'a.pem'; expected the path"):
@@ -176,7 +176,7 @@ def test_tls_of_another_kind_is_refused(connect):
     ],
     ids=repr,
 )  # fmt: skip
-def test_a_benchmark_refuses_what_it_cannot_do_by_name(settings):
+def test_a_benchmark_refuses_invalid_settings_by_name(settings):
     (name,) = settings
     with pytest.raises(InvalidRequest, match=f"^{name.removesuffix('s')}"):
         bench("localhost:1", **({"versions": (1, 2)} | settings))
@@ -191,7 +191,7 @@ def test_a_benchmark_refuses_what_it_cannot_do_by_name(settings):
         (["--timeout", "1e300"], "client: no server at localhost:1: "),
     ],
 )
-def test_the_commands_refuse_in_one_line(flags, message):
+def test_the_command_reports_invalid_arguments_in_one_line(flags, message):
     command = [
         sys.executable,
         "-c",
@@ -208,12 +208,12 @@ def test_the_commands_refuse_in_one_line(flags, message):
 
 
 class Own(BaseException):
-    """No Exception, as Ctrl-C is none."""
+    """Not an ``Exception``, like ``KeyboardInterrupt``."""
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 40])
 @pytest.mark.parametrize("raised", [KeyError("mine"), Own("mine"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
-def test_what_an_iterator_gave_before_it_failed_is_answered_first(fake, picture, kind_of_answers, count, raised):
+def test_images_yielded_before_an_iterator_fails_are_answered_first(fake, picture, kind_of_answers, count, raised):
     def images():
         for _ in range(count):
             yield picture
@@ -225,7 +225,7 @@ def test_what_an_iterator_gave_before_it_failed_is_answered_first(fake, picture,
 
 
 @pytest.mark.parametrize("place", [0, 1, 6, 39])
-def test_answers_before_an_unreadable_image_come_first(fake, picture, kind_of_answers, place):
+def test_images_before_an_unreadable_one_are_answered_first(fake, picture, kind_of_answers, place):
     images = [picture] * place + [b"nonsense"] + [picture] * 10
     answers, caught = kind_of_answers(fake.url, images, LABELS)
     assert len(answers) == place
@@ -235,7 +235,7 @@ def test_answers_before_an_unreadable_image_come_first(fake, picture, kind_of_an
 
 @pytest.fixture(params=["blocking", "asynchronous"])
 def kind_of_answers(request):
-    """Answers as they come, and what ended them."""
+    """A function that classifies and returns the answers and the exception that ended them."""
 
     def blocking(url, *question):
         answers = []
@@ -253,7 +253,7 @@ def kind_of_answers(request):
             async with AsyncZeroShotClassifier(url) as clip:
                 try:
                     async for answer in clip.classify(*question):
-                        answers.append(answer)  # those before the error count
+                        answers.append(answer)  # a comprehension would lose the answers before the error
                 except BaseException as exc:
                     return answers, exc
             return answers, None

@@ -47,7 +47,7 @@ def test_contenders_take_turns_and_warm_up_is_not_counted(fake):
     assert base.to_base == Interval(1, 1, 1)
 
 
-def test_every_setting_is_measured_with_as_many_requests_at_a_time(fake):
+def test_every_combination_of_batch_and_concurrency_is_measured(fake):
     result = bench(fake.url, (1, 2), requests=3, batches=[1, 2], concurrencies=[1, 3])
     settings = [(t.contender, t.batch, t.concurrency) for t in result.timings]
     assert settings == [(name, b, c) for b in (1, 2) for c in (1, 3) for name in ("base", "merged")]
@@ -56,7 +56,7 @@ def test_every_setting_is_measured_with_as_many_requests_at_a_time(fake):
     assert all(t.compute_to_base == pytest.approx(t.version) for t in result.timings)
 
 
-def test_an_interval_is_that_of_a_median():
+def test_the_interval_is_the_confidence_interval_of_the_median():
     ratios = np.random.default_rng(5).normal(1.1, 0.1, 400)
     found = interval(ratios)
     assert found.ratio == np.median(ratios)
@@ -93,14 +93,14 @@ def test_to_dict_is_json_with_the_first_setting_at_the_top():
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])
-def test_the_figure_is_drawn(tmp_path, ending):
+def test_the_figure_is_written_as_svg_or_png(tmp_path, ending):
     draw(RESULT, tmp_path / f"overhead.{ending}")
     assert (tmp_path / f"overhead.{ending}").stat().st_size > 5000
     with pytest.raises(ResultsError, match=r"figure .*overhead\.xyz: cannot be written"):
         draw(RESULT, tmp_path / "overhead.xyz")
 
 
-def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_figure_that_cannot_be_written_leaves_the_earlier_file_unchanged(tmp_path, monkeypatch):
     (tmp_path / "overhead.svg").write_text("before")
 
     def full(file, **_):
@@ -113,12 +113,12 @@ def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeyp
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
-def test_batch_larger_than_the_servers_is_refused(fake):
+def test_a_batch_larger_than_the_server_allows_is_refused(fake):
     with pytest.raises(InvalidRequest, match="batch is 5; the server takes at most 4 images in a request"):
         bench(fake.url, (1, 2), batches=[5])
 
 
-def test_versions_with_different_images_are_refused(fake):
+def test_versions_with_different_image_sizes_are_refused(fake):
     fake.cards[2]["image"]["size"] = 32
     with pytest.raises(ContractMismatch, match=r"contenders take images of \[16, 32\] pixels"):
         bench(fake.url, (1, 2))
@@ -130,12 +130,12 @@ def test_version_that_is_not_served_is_refused(fake):
 
 
 @pytest.mark.parametrize("wrong", [{"requests": 0}, {"batches": []}, {"concurrencies": [0]}])
-def test_nothing_to_measure_is_refused(wrong):
+def test_settings_that_measure_nothing_are_refused(wrong):
     with pytest.raises(InvalidRequest, match=r"expected (a whole number, 1 to|one or more)"):
         bench("localhost:8001", (1, 2), **wrong)
 
 
-def test_intervals_that_are_too_wide_are_warned_of():
+def test_intervals_that_are_too_wide_cause_a_warning():
     draw = np.random.default_rng(3)
     steady, busy = (interval(draw.normal(1.0, spread, 40)) for spread in (0.02, 1.5))
     assert not steady.too_wide
@@ -148,5 +148,5 @@ def test_intervals_that_are_too_wide_are_warned_of():
     assert json.loads(json.dumps(BenchResult(tuple(wide), requests=40).to_dict()))["warning"] == said
 
 
-def test_a_handful_of_requests_makes_no_interval():
+def test_too_few_requests_for_an_interval_cause_a_warning():
     assert BenchResult(RESULT.timings, requests=3).warning.startswith("3 requests are too few for an interval")

@@ -1,4 +1,4 @@
-"""A card may come from any server: it is read exactly, or refused in one line."""
+"""Cards may come from untrusted servers: each is either read exactly or refused in one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_whole_card_is_read(card):
         (("tasks", 0, "name"), "\ud800"),
     ],
 )  # fmt: skip
-def test_what_a_card_can_not_say_is_refused(card, path, value):
+def test_a_card_with_an_invalid_value_is_refused(card, path, value):
     inside = card
     for key in path[:-1]:
         inside = inside[key]
@@ -45,6 +45,6 @@ def test_what_a_card_can_not_say_is_refused(card, path, value):
 @pytest.mark.parametrize(
     "text", [b"", b"[" * 10**5, b"3", b"null", b"\xff", b" " * (5 << 20), b"9" * 5000, b"[" + b"0," * 250_000 + b"0]"]
 )
-def test_what_is_no_card_is_refused(text):
+def test_content_that_is_not_a_card_is_refused(text):
     with pytest.raises(ContractMismatch):
         read_card(text, "a server")

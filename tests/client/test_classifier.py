@@ -1,4 +1,4 @@
-"""The classifier against a real Triton: version 1 is the small CLIP, version 2 has learned "digits"."""
+"""The classifier against a real Triton: version 1 is the small CLIP, version 2 has the learned task "digits"."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_versions_are_listed(clip):
     assert clip.versions() == [1, 2]
 
 
-def test_newest_is_taken_and_says_what_it_learned(clip):
+def test_the_newest_version_is_used_and_lists_its_tasks(clip):
     assert clip.card().version == 2
     assert [task.name for task in clip.tasks()] == ["digits"]
     assert clip.classify(pictures(1), task="digits")[0].version == 2
@@ -75,7 +75,7 @@ def test_features_are_normalised_and_do_not_depend_on_the_batch(clip):
     np.testing.assert_allclose(clip.text_features(LABELS[0]), texts[:1], atol=1e-5)
 
 
-def test_probabilities_are_of_all_labels_and_sorted(clip):
+def test_probabilities_cover_all_labels_and_are_sorted(clip):
     for answer in clip.classify(pictures(3), LABELS, top_k=99):
         probabilities = [found.probability for found in answer]
         assert sorted(found.label for found in answer) == sorted(LABELS)
@@ -83,19 +83,19 @@ def test_probabilities_are_of_all_labels_and_sorted(clip):
         assert probabilities == sorted(probabilities, reverse=True)
 
 
-def test_both_protocols_give_one_answer(server, connect):
+def test_both_protocols_give_the_same_answers(server, connect):
     with connect(server.url) as grpc, connect(server.http_url) as http:
         np.testing.assert_array_equal(grpc.image_features(pictures(3)), http.image_features(pictures(3)))
         np.testing.assert_array_equal(grpc.text_features(LABELS), http.text_features(LABELS))
         assert grpc.card() == http.card()
 
 
-def test_version_that_was_never_there(url, connect):
+def test_an_unknown_version_is_refused_and_the_ready_ones_are_listed(url, connect):
     with connect(url, version=99) as clip, pytest.raises(VersionGone, match=r"version 99 .* ready: 1, 2"):
         clip.classify(pictures(1), LABELS)
 
 
-def test_model_that_is_not_there(url, connect):
+def test_an_unknown_model_is_refused_with_a_suggestion(url, connect):
     with connect(url, model="clop") as clip, pytest.raises(ModelNotFound, match="did you mean 'clip'"):
         clip.classify(pictures(1), LABELS)
 
@@ -116,7 +116,7 @@ def test_model_that_is_not_there(url, connect):
         ({"labels": ["a"], "top_k": 0}, "top_k is 0"),
     ],
 )
-def test_wrong_call_is_refused_before_anything_is_sent(arguments, message, connect):
+def test_invalid_arguments_are_refused_before_anything_is_sent(arguments, message, connect):
     with connect("localhost:1") as clip, pytest.raises(InvalidRequest, match=message):
         clip.classify(pictures(1), **arguments)
 
@@ -124,6 +124,6 @@ def test_wrong_call_is_refused_before_anything_is_sent(arguments, message, conne
 @pytest.mark.parametrize(
     ("arguments", "message"), [({"timeout_s": 0}, "timeout_s is 0"), ({"version": 0}, "version is 0")]
 )
-def test_wrong_settings_are_refused(arguments, message, connect):
+def test_invalid_settings_are_refused(arguments, message, connect):
     with pytest.raises(InvalidRequest, match=message):
         connect(**arguments)

@@ -23,7 +23,7 @@ def image(tmp_path, picture) -> str:
 
 @pytest.fixture
 def run(fake, monkeypatch, capsys):
-    """Run the command line on the fake server; (exit code, stdout, stderr)."""
+    """A function that runs the command line on the fake server and returns (exit code, stdout, stderr)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setenv("CLIPWELD_URL", fake.url)
@@ -143,7 +143,7 @@ def test_bug_keeps_its_traceback(run, monkeypatch):
         main()
 
 
-def test_of_a_flag_that_is_repeated_the_last_one_counts(run):
+def test_the_last_value_of_a_repeated_flag_wins(run):
     images = ["samples/seven.png", "--labels", "seven", "--labels", "shoe"]
     code, out, err = run("classify", *images, "--top-k", "2", "--top-k", "1", "--json")
     assert (code, err) == (0, "")

@@ -1,4 +1,4 @@
-"""What goes from process to process: classifiers as their address and settings, answers and errors whole."""
+"""Pickling and copying: classifiers keep their address and settings, answers and errors all their contents."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ def errors_of(package):
     return [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, BaseException)]
 
 
-# For those errors that are made of more than a message.
+# Arguments of the errors whose constructor takes more than a message.
 MADE_OF = {
     "client.UnknownTask": ("digit", ["digits", "clothes"], 2),
     "exporter.GateClosed": ("version 2 lost 3.0 on digits", [{"task": "digits"}], [("a", 0.5)]),
@@ -35,12 +35,12 @@ MADE_OF = {
 
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("package", ["client", "trainer", "exporter"])
-def test_errors_survive_with_all_they_say(package, way):
+def test_errors_keep_their_message_arguments_and_attributes(package, way):
     kinds = errors_of(package)
     assert len(kinds) > 10
     for kind in kinds:
         error = kind(*MADE_OF.get(f"{package}.{kind.__name__}", (f"{kind.__name__}: what, which, and the next step",)))
-        error.image = "scan.png"  # whatever is set later goes along
+        error.image = "scan.png"  # attributes set later are copied too
         found = COPIES[way](error)
         assert type(found) is kind
         assert (str(found), found.args, vars(found)) == (str(error), error.args, vars(error))
@@ -48,7 +48,7 @@ def test_errors_survive_with_all_they_say(package, way):
 
 
 class Counting(ZeroShotClassifier):
-    """One of a caller's own, with a state of its own."""
+    """A caller's subclass with its own state."""
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
@@ -56,7 +56,7 @@ class Counting(ZeroShotClassifier):
 
 
 @pytest.mark.parametrize("way", COPIES)
-def test_a_copy_of_a_classifier_has_its_address_settings_and_connections_of_its_own(fake, picture, way):
+def test_a_copied_classifier_has_the_same_settings_and_its_own_connections(fake, picture, way):
     with Counting(fake.url, version=1, timeout_s=7, retries=0, headers={"X-Who": "me"}) as clip:
         (before,) = clip.classify(picture, LABELS)
         with COPIES[way](clip) as found:
@@ -67,7 +67,7 @@ def test_a_copy_of_a_classifier_has_its_address_settings_and_connections_of_its_
         assert list(clip.classify(picture, LABELS)) == [before]
 
 
-def test_settings_are_kept_to_the_last(tmp_path):
+def test_all_settings_survive_pickling_and_secrets_stay_out_of_the_repr(tmp_path):
     (tmp_path / "ca.pem").write_text("")
     settings = {"version": "latest", "timeout_s": math.inf, "retries": 7, "exif_orientation": False}
     tls = TLS(ca=tmp_path / "ca.pem")
@@ -84,14 +84,14 @@ def label_of(clip, picture):
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_pool_of_processes_that_start_afresh_takes_a_classifier(fake, picture, method):
+def test_a_classifier_can_be_sent_to_a_pool_of_spawned_processes(fake, picture, method):
     with ZeroShotClassifier(fake.url) as clip:
         expected = label_of(clip, picture)
         with multiprocessing.get_context(method).Pool(2) as pool:
             assert pool.map(functools.partial(label_of, clip), [picture] * 4) == [expected] * 4
 
 
-def test_answers_cards_and_tasks_survive(fake, picture):
+def test_answers_cards_and_tasks_survive_copying(fake, picture):
     with ZeroShotClassifier(fake.url) as clip:
         things = [*clip.classify(picture, task="digits"), clip.card(), *clip.tasks()]
     for thing in things:

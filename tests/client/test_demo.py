@@ -1,4 +1,4 @@
-"""The demo page as people see it, in a real Chromium: against a real Triton, and against a server that misbehaves."""
+"""The demo page in a real Chromium, against a real Triton and against a server that misbehaves."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ document.body.dispatchEvent(event);
 
 
 class Page:
-    """The page in the browser: what people do, and what they see."""
+    """The page in the browser: what users do, and what they see."""
 
     def __init__(self, driver, url: str) -> None:
         self.driver = driver
@@ -34,14 +34,14 @@ class Page:
         return self.driver.find_elements("css selector", selector)
 
     def texts(self, selector):
-        """Of those that can be seen."""
+        """Return the texts of the visible elements."""
         return [element.text for element in self.find(selector) if element.is_displayed()]
 
     def text(self, selector):
         return " ".join(self.texts(selector))
 
     def until(self, condition):
-        """Wait for something that the page shows in its own time."""
+        """Wait until a condition holds."""
         from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.wait import WebDriverWait
 
@@ -63,7 +63,7 @@ class Page:
         self.find("#labels")[0].send_keys(text, *([Keys.CONTROL, Keys.ENTER] if ask else []))
 
     def answered(self, *versions):
-        """Wait for an answer of these versions: [(best label, [(label, percentage)], milliseconds)]."""
+        """Wait for answers by these versions: [(best label, [(label, percentage)], milliseconds)]."""
         names = [f"version {version}" for version in versions]
         self.until(
             lambda: self.texts(".answer > header > span") == names and len(self.texts(".latency b")) == len(versions)
@@ -75,7 +75,7 @@ class Page:
         return self.until(lambda: self.text("#error"))
 
     def nothing_was_wrong(self):
-        """No script failed, nothing that the Content-Security-Policy forbids was tried."""
+        """Return whether no script failed and nothing violated the Content-Security-Policy."""
         return self.driver.get_log("browser") == []
 
     @staticmethod
@@ -105,7 +105,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def see(chromium, open_page):
-    """Opens the page of a server and waits until it says what is served."""
+    """A function that opens the page of a server and waits until the page shows the served versions."""
 
     def see(url):
         chromium.get_log("browser")
@@ -114,7 +114,7 @@ def see(chromium, open_page):
         return page
 
     yield see
-    chromium.get("about:blank")  # the page is left before its server ends
+    chromium.get("about:blank")  # leave the page before its server stops
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def photo(picture, tmp_path):
 
 
 def shown(url, version, image, **asked):
-    """What the page should show of a version's answer."""
+    """Return what the page should show for a version's answer."""
     with ZeroShotClassifier(url, version=version) as clip:
         (answer,) = clip.classify([image.read_bytes()], top_k=5, **asked)
     return [(found.label, f"{100 * found.probability:.1f}%") for found in answer.predictions]
@@ -169,7 +169,7 @@ def test_own_labels_on_a_real_triton(see, server, photo):
     assert page.nothing_was_wrong()
 
 
-def test_a_change_of_task_or_labels_sends_the_question_again(see, fake, photo):
+def test_changing_task_or_labels_classifies_the_image_again(see, fake, photo):
     page = see(fake.url)
     page.choose(photo)
     assert {name for name, _ in page.answered(1, 2)[0][1]} == {"zero", "one", "two"}
@@ -181,11 +181,11 @@ def test_a_change_of_task_or_labels_sends_the_question_again(see, fake, photo):
     assert page.texts("#accuracy-bars .number") == ["45.2%", "not measured"]
 
 
-def test_lines_separate_labels_as_the_hint_says(see, fake, photo):
+def test_labels_can_be_separated_by_line_breaks(see, fake, photo):
     page = see(fake.url)
     page.choose(photo)
     page.answered(1, 2)
-    page.own_labels('cat\n\n dog, bird\n"salt, ""pepper"""\n')  # Enter starts a line, and sends no request
+    page.own_labels('cat\n\n dog, bird\n"salt, ""pepper"""\n')  # Enter starts a new line and sends no request
     assert page.find("#labels")[0].get_property("value").count("\n") == 4
     assert page.text("#labels-hint").startswith("Commas or lines between them; Ctrl+Enter asks.")
     assert {name for name, _ in page.answered(1, 2)[0][1]} == {"zero", "one", "two"}
@@ -194,7 +194,7 @@ def test_lines_separate_labels_as_the_hint_says(see, fake, photo):
     assert page.nothing_was_wrong()
 
 
-def test_newest_version_is_the_newest_at_each_question(see, fake, photo):
+def test_each_request_is_answered_by_the_newest_version_at_that_time(see, fake, photo):
     page = see(fake.url)
     page.choose(photo)
     page.answered(1, 2)
@@ -208,7 +208,7 @@ def test_newest_version_is_the_newest_at_each_question(see, fake, photo):
     assert page.find("#task")[0].get_property("value") == "digits"
 
 
-def test_only_the_base_is_served(see, fake, photo):
+def test_a_notice_says_when_only_the_base_is_served(see, fake, photo):
     del fake.cards[2]
     page = see(fake.url)
     assert page.text("#notice").startswith("Only version 1, the base, is served")
@@ -218,7 +218,7 @@ def test_only_the_base_is_served(see, fake, photo):
     page.answered(1)
 
 
-def test_only_newer_ones_are_served(see, fake, photo):
+def test_a_notice_says_when_the_base_is_not_served(see, fake, photo):
     del fake.cards[1]
     page = see(fake.url)
     assert page.text("#notice") == "The base, version 1, is not served: version 2 answers alone."
@@ -227,7 +227,7 @@ def test_only_newer_ones_are_served(see, fake, photo):
 
 
 @pytest.mark.parametrize("how", ["paste", "drop"])
-def test_image_is_pasted_or_dropped(see, fake, how):
+def test_an_image_can_be_pasted_or_dropped(see, fake, how):
     page = see(fake.url)
     page.driver.execute_script(HAND_OVER, "broken.png", "image/png", 100, how)
     assert (
@@ -237,14 +237,14 @@ def test_image_is_pasted_or_dropped(see, fake, how):
     assert page.text("#file-name") == "broken.png"
 
 
-def test_too_large_an_image_is_not_even_sent(see, fake):
+def test_too_large_an_image_is_refused_without_being_sent(see, fake):
     page = see(fake.url)
     page.driver.execute_script(HAND_OVER, "large.png", "image/png", 20_000_001, "drop")
     assert page.error() == "large.png has 20.0 MB; at most 20 MB are taken."
     assert page.nothing_was_wrong()
 
 
-def test_error_goes_with_the_next_answer(see, fake, photo, tmp_path):
+def test_an_error_disappears_with_the_next_answer(see, fake, photo, tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     page = see(fake.url)
     page.choose(photo)
@@ -253,13 +253,13 @@ def test_error_goes_with_the_next_answer(see, fake, photo, tmp_path):
     assert (
         page.error() == "This file (8 bytes) is no image; expected AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP"
     )
-    assert page.texts(".latency") == []  # an answer about another image is no answer
+    assert page.texts(".latency") == []  # the answer for the previous image is removed
     page.choose(photo)
     page.answered(1, 2)
     assert page.text("#error") == ""
 
 
-def test_server_that_is_away_and_comes_back(chromium, open_page, fake, photo):
+def test_the_page_recovers_when_the_server_comes_back(chromium, open_page, fake, photo):
     fake.stop()
     page = Page(chromium, open_page(fake.url))
     assert page.error() == f"No server at {fake.url}: connection refused; start one with: exporter serve"
@@ -276,14 +276,14 @@ def test_server_that_is_away_and_comes_back(chromium, open_page, fake, photo):
     chromium.get("about:blank")
 
 
-def test_a_program_that_ended_is_reported(see, fake, photo):
+def test_the_page_reports_that_its_program_has_ended(see, fake, photo):
     page = see(fake.url)
     page.driver.execute_script("window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))")
     page.choose(photo)
     assert page.error() == "The program behind this page has ended; start it again with: client demo"
 
 
-def test_keyboard_alone_reaches_everything_in_order(see, fake):
+def test_the_keyboard_reaches_every_control_in_order(see, fake):
     from selenium.webdriver import ActionChains, Keys
 
     page = see(fake.url)
@@ -291,12 +291,12 @@ def test_keyboard_alone_reaches_everything_in_order(see, fake):
     for _ in range(4):
         ActionChains(page.driver).send_keys(Keys.TAB).perform()
         reached.append(page.driver.execute_script("return document.activeElement.id || document.activeElement.value"))
-    assert reached == ["file", "task", "task", "ask"]  # the radio button of that value, then the list of that id
+    assert reached == ["file", "task", "task", "ask"]  # a radio button by its value, a list by its id
     ActionChains(page.driver).send_keys(Keys.ENTER).perform()
     assert page.error() == "Choose an image first."
 
 
-def test_narrow_window_needs_no_sideways_scrolling(see, fake, photo):
+def test_a_narrow_window_needs_no_horizontal_scrolling(see, fake, photo):
     page = see(fake.url)
     narrow = {"width": 320, "height": 700, "deviceScaleFactor": 1, "mobile": False}
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
@@ -314,7 +314,7 @@ def test_narrow_window_needs_no_sideways_scrolling(see, fake, photo):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_contrasts_with_its_background(see, fake, photo, scheme):
-    """Contrast of at least 4.5 to 1, as WCAG 2 asks of text."""
+    """Text has a contrast of at least 4.5 to 1, as WCAG 2 requires."""
     fake.cards[2]["tasks"][0]["accuracy"]["after"] = 90.0
     page = see(fake.url)
     feature = {"name": "prefers-color-scheme", "value": scheme}

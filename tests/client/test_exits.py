@@ -1,4 +1,4 @@
-"""The interpreter ends when the script does, whatever is half-way, and says nothing about it."""
+"""The interpreter exits when the script does, silently, whatever calls are still unfinished."""
 
 import signal
 import socket
@@ -62,18 +62,18 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def silent_port():
-    """Accepts connections and never answers."""
+    """A port that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield listening.getsockname()[1]
 
 
 @pytest.mark.parametrize("way", ENDS)
-def test_the_interpreter_ends_over_grpc(fake, way):
+def test_the_interpreter_exits_with_unfinished_calls_over_grpc(fake, way):
     check(run(ENDS[way], fake.url), way)
 
 
 @pytest.mark.parametrize("way", ENDS)
-def test_the_interpreter_ends_over_http(server, way):
+def test_the_interpreter_exits_with_unfinished_calls_over_http(server, way):
     check(run(ENDS[way], server.http_url), way)
 
 
@@ -87,7 +87,7 @@ def check(done, way):
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
 @pytest.mark.parametrize("kind", ["ZeroShotClassifier", "AsyncZeroShotClassifier"])
-def test_the_interpreter_ends_while_a_silent_server_is_waited_for(silent_port, scheme, kind):
+def test_the_interpreter_exits_while_a_thread_waits_for_a_silent_server(silent_port, scheme, kind):
     script = f"""
 clip = {kind}(url, timeout_s=1000)
 def work():
@@ -113,8 +113,8 @@ asyncio.run(work())
 
 @pytest.mark.parametrize("kind", INTERRUPTED)
 @pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_call_to_a_server_that_has_gone_silent(fake, kind, interruption):
-    """Several requests are on their way when it comes, and none will be answered for long."""
+def test_a_signal_ends_a_call_to_a_server_that_stopped_answering(fake, kind, interruption):
+    """Several requests are in flight when the signal arrives, and none is answered for a long time."""
     silent = [0]
 
     def go_silent(model, version, context):

@@ -1,4 +1,4 @@
-"""What the classifier does when the server misbehaves; needs a server that does so on request."""
+"""What the classifier does when the server misbehaves, tested with a fake server that does so on request."""
 
 import threading
 import time
@@ -41,7 +41,7 @@ def test_newest_version_is_pinned_until_it_is_gone(fake, clip, picture):
     assert clip.classify(picture, LABELS)[0].version == 3
 
 
-def test_version_that_vanishes_between_the_towers_redoes_the_whole_call(fake, clip, picture):
+def test_a_version_that_vanishes_between_the_towers_restarts_the_whole_call(fake, clip, picture):
     def drop_2_before_an_image(model, version, context):
         if model == "clip_image":
             fake.cards.pop(2, None)
@@ -58,7 +58,7 @@ def test_version_that_vanishes_between_the_towers_redoes_the_whole_call(fake, cl
     ]
 
 
-def test_version_that_vanishes_while_it_is_opened_is_not_the_end(fake, clip):
+def test_a_version_that_vanishes_while_it_is_opened_is_replaced_by_another(fake, clip):
     fake.before_infer = lambda model, version, context: fake.cards.pop(2, None)
     assert clip.card().version == 1
 
@@ -71,21 +71,21 @@ def test_named_version_is_never_replaced(fake, picture, connect):
             clip.image_features(picture)
 
 
-def test_model_whose_versions_are_all_gone(fake, clip, picture):
+def test_a_model_without_any_version_left_is_reported(fake, clip, picture):
     clip.classify(picture, LABELS)
     fake.cards.clear()
     with pytest.raises(ModelNotFound, match=r"no model 'clip' .*; it serves none: wait, or write one with"):
         clip.classify(picture, LABELS)
 
 
-def test_requests_never_exceed_the_servers_batch(fake, clip, picture):
+def test_requests_never_exceed_the_server_s_batch_size(fake, clip, picture):
     answers = clip.classify([picture] * 9, [f"label {i}" for i in range(6)], templates=["a {}", "the photo of a {}"])
     assert len(answers) == 9
     assert sorted(shape[0] for shape in shapes(fake, "image")) == [1, 4, 4]
     assert [shape[0] for shape in shapes(fake, "text")] == [4, 4, 4]
 
 
-def test_texts_are_cut_to_the_longest_of_their_request(fake, clip):
+def test_texts_are_padded_to_the_longest_text_of_their_request(fake, clip):
     clip.text_features(["a", "a b", "a b c", "a b c d", "a", "word " * 99])
     assert sorted(shapes(fake, "text")) == [(2, 3), (4, 24)], "texts of like length go together"
 
@@ -100,7 +100,7 @@ def test_label_features_are_encoded_once(fake, clip, picture):
 
 
 def test_answer_equals_the_formula(fake, clip, picture):
-    """softmax(logit_scale * image @ text.T), text the normalised mean over templates."""
+    """softmax(logit_scale * image @ text.T), where text is the normalised mean over templates."""
     templates = ["a photo of a {}", "a {} or so"]
     image = clip.image_features(picture)[0].astype(np.float64)
     rows = []
@@ -123,7 +123,7 @@ def test_task_brings_its_labels_and_templates(fake, clip, picture):
     assert by_task != clip.classify(picture, task="digits", templates=["{}"])
 
 
-def test_unknown_task_names_those_that_are_alike(clip, picture):
+def test_an_unknown_task_is_refused_with_similar_names(clip, picture):
     with pytest.raises(UnknownTask, match="no task 'digit'; did you mean 'digits'") as caught:
         clip.classify(picture, task="digit")
     assert (caught.value.name, caught.value.known, caught.value.near) == ("digit", ("digits",), ("digits",))
@@ -159,7 +159,7 @@ def test_card_that_this_client_cannot_serve_is_refused(fake, clip, change, messa
 
 
 @pytest.mark.slow
-def test_slow_answer_is_a_timeout(fake, picture, connect):
+def test_a_slow_answer_causes_a_timeout(fake, picture, connect):
     with connect(fake.url, timeout_s=0.5) as clip:
         clip.card()
         fake.before_infer = lambda *_: time.sleep(1)
@@ -176,7 +176,7 @@ def test_slow_answer_is_a_timeout(fake, picture, connect):
         (grpc.StatusCode.UNAVAILABLE, ServerUnavailable),
     ],
 )
-def test_failure_of_a_version_that_is_still_there_keeps_its_kind(fake, clip, picture, status, error):
+def test_an_error_of_a_version_that_is_still_served_keeps_its_type(fake, clip, picture, status, error):
     clip.card()
     fake.before_infer = lambda model, version, context: context.abort(status, "two\nlines")
     with pytest.raises(error) as caught:
@@ -186,22 +186,22 @@ def test_failure_of_a_version_that_is_still_there_keeps_its_kind(fake, clip, pic
     assert caught.value.__cause__ is not None
 
 
-def test_server_that_stops(fake, clip, picture):
+def test_a_server_that_stops_is_reported_as_unavailable(fake, clip, picture):
     clip.classify(picture, LABELS)
     fake.stop()
     with pytest.raises(ServerUnavailable, match="connection refused; start one with: exporter serve"):
         clip.classify(picture, LABELS)
 
 
-def test_closed_classifier_connects_anew(fake, clip, picture):
+def test_a_closed_classifier_reconnects_when_used_again(fake, clip, picture):
     first = clip.classify(picture, LABELS)
     clip.close()
     clip.close()
     assert clip.classify(picture, LABELS) == first
 
 
-def test_a_version_that_comes_back_as_another_is_opened_anew(fake, picture, connect, monkeypatch):
-    """Restarted on a backup, a server may mean something else by the same number."""
+def test_a_version_replaced_under_the_same_number_is_opened_again(fake, picture, connect, monkeypatch):
+    """A server restarted on a backup may serve another version under the same number."""
     monkeypatch.setattr("clipweld.client._core.LOOK_AGAIN_S", 0.2)
     for version in ("latest", 2):
         with connect(fake.url, version=version, timeout_s=10) as clip:
@@ -214,8 +214,8 @@ def test_a_version_that_comes_back_as_another_is_opened_anew(fake, picture, conn
             assert clip.card().task("digits").adapter_sha256 == f"{version:x<64}"
 
 
-def test_a_call_is_retried_when_its_version_changes(fake, picture, connect):
-    """The server goes and comes back as another between the two towers' answers."""
+def test_a_call_is_retried_when_its_version_changes_between_the_towers(fake, picture, connect):
+    """The server restarts with other contents after the text tower's answer and before the image tower's."""
     with connect(fake.url, timeout_s=10) as clip:
         clip.classify(picture, LABELS)
 
@@ -258,7 +258,7 @@ def raw(function):
         (raw(lambda array: array[:-1]), "failed: cannot reshape"),
     ],
 )
-def test_answers_that_are_none_are_the_servers_failure(fake, clip, picture, tamper, message):
+def test_malformed_answers_are_server_errors(fake, clip, picture, tamper, message):
     clip.card()
     fake.tamper = lambda answer: answer.outputs[0].name != "image_features" or tamper(answer)
     with pytest.raises(ServerError, match=message):
@@ -268,14 +268,14 @@ def test_answers_that_are_none_are_the_servers_failure(fake, clip, picture, tamp
 
 
 @pytest.mark.parametrize("change", [changed(datatype="FP32"), lambda answer: answer.ClearField("outputs")])
-def test_card_that_is_none_is_refused(fake, clip, change):
+def test_a_malformed_card_answer_is_refused(fake, clip, change):
     fake.tamper = change
     with pytest.raises((ContractMismatch, ServerError)):
         clip.card()
 
 
 @pytest.mark.slow
-def test_a_deadline_holds_for_those_who_wait_for_others(fake, picture):
+def test_a_deadline_holds_for_a_call_that_waits_for_another_thread(fake, picture):
     with ZeroShotClassifier(fake.url, timeout_s=10, retries=0) as clip:
         fake.before_infer = lambda *_: time.sleep(3)
         patient = threading.Thread(target=clip.card)

@@ -1,4 +1,4 @@
-"""Answers to folders in files: the same in every format, resumed after any interruption."""
+"""Results files of folders: the same in every format, and resumed after any interruption."""
 
 import csv
 import errno
@@ -26,7 +26,7 @@ QUESTION = {"labels": ["cat", "dog"], "task": None, "templates": None, "top_k": 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Thirty images in two folders, two of which are none."""
+    """Thirty image files in two folders; two of them are not images."""
     for i in range(30):
         path = tmp_path / "images" / ("a", "b")[i % 2] / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def run(fake, monkeypatch, capsys):
-    """Run the command line on the fake server; (exit code, stdout, stderr)."""
+    """A function that runs ``client classify`` on the fake server and returns (exit code, stdout, stderr)."""
 
     def run(*arguments):
         monkeypatch.setenv("CLIPWELD_URL", fake.url)
@@ -58,7 +58,7 @@ def rows(path):
     return [{name: None if value is None else str(value) for name, value in row.items()} for row in table]
 
 
-def test_all_formats_say_the_same(fake, run, folder, tmp_path):
+def test_all_formats_hold_the_same_results(fake, run, folder, tmp_path):
     arguments = (folder, "--labels", "cat, dog", "--top-k", 2)
     for ending in ("csv", "jsonl", "parquet"):
         code, out, err = run(*arguments, "--out", tmp_path / f"answers.{ending}")
@@ -99,11 +99,11 @@ def test_an_interrupted_file_is_resumed(fake, run, folder, tmp_path):
         assert [json.loads(line)["image"] for line in again] == sorted(json.loads(line)["image"] for line in lines)
         assert len(fake.requests) - asked <= 2 + (30 - kept)
         out.unlink()
-    part.write_bytes(header[:9])  # cut off in its very first line
+    part.write_bytes(header[:9])  # cut off within the first line
     assert run(folder, "--labels", "cat, dog", "--out", out)[0] == 0
 
 
-def test_killed_and_run_again_no_image_is_missing_or_twice(server, folder, tmp_path):
+def test_after_a_kill_and_a_second_run_every_image_is_listed_once(server, folder, tmp_path):
     out = tmp_path / "answers.csv"
     command = [Path(sys.executable).with_name("client"), "classify", folder, "--labels", "cat, dog", "--out", out]
     environment = os.environ | {"CLIPWELD_URL": server.url}
@@ -132,7 +132,7 @@ def test_killed_and_run_again_no_image_is_missing_or_twice(server, folder, tmp_p
         ("answers.csv.part", '{"clipweld results": 1, "ques\n', "line 1 is damaged"),
     ],
 )
-def test_an_unwritable_place_is_reported_at_once(tmp_path, name, content, message):
+def test_an_unusable_results_path_is_refused_at_once(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
@@ -148,7 +148,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_loses_no_answer(tmp_path):
+def test_a_full_disk_loses_no_earlier_answer(tmp_path):
     with ResultsFile(tmp_path / "answers.csv", QUESTION) as results:
         error = BadImage("a.png is not an image")
         error.image = "a.png"
@@ -162,7 +162,7 @@ def test_a_full_disk_loses_no_answer(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "step"), [(errno.ENOSPC, "make room"), (errno.EIO, "the disk failed")])
-def test_an_error_of_the_disk_is_named_for_what_it_is(tmp_path, monkeypatch, number, step):
+def test_a_disk_error_is_reported_with_its_cause_and_the_next_step(tmp_path, monkeypatch, number, step):
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
@@ -172,7 +172,7 @@ def test_an_error_of_the_disk_is_named_for_what_it_is(tmp_path, monkeypatch, num
             results.finish()
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -181,7 +181,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         ResultsFile(tmp_path / "answers.csv", QUESTION)
 
 
-def test_two_processes_do_not_write_one_file(tmp_path):
+def test_a_results_file_is_written_by_one_process_at_a_time(tmp_path):
     out = tmp_path / "answers.csv"
     with ResultsFile(out, QUESTION) as first:
         with pytest.raises(ResultsError, match="another client is writing it; wait"):
@@ -200,14 +200,14 @@ def test_two_processes_do_not_write_one_file(tmp_path):
         b'{"image": "a", "version": 2, "predictions": [{"label": "a", "probability": NaN, "score": 0.1}]}',
     ],
 )  # fmt: skip
-def test_lines_that_are_no_answers_are_named(tmp_path, line):
+def test_damaged_lines_are_refused_by_number(tmp_path, line):
     header = json.dumps({"clipweld results": 1, "question": QUESTION}).encode()
     (tmp_path / "answers.csv.part").write_bytes(header + b"\n" + line + b"\n")
     with pytest.raises(ResultsError, match="line 2 is damaged; remove the file"):
         ResultsFile(tmp_path / "answers.csv", QUESTION)
 
 
-def test_what_is_left_is_never_a_pipe_or_a_link(tmp_path):
+def test_a_partial_file_that_is_not_a_regular_file_is_refused(tmp_path):
     part = tmp_path / "answers.csv.part"
     for make in (lambda: os.mkfifo(part), lambda: part.symlink_to("/dev/zero"), part.mkdir):
         make()
@@ -216,7 +216,7 @@ def test_what_is_left_is_never_a_pipe_or_a_link(tmp_path):
         part.rmdir() if part.is_dir() else part.unlink()
 
 
-def test_a_line_of_too_many_values_is_refused(tmp_path):
+def test_a_line_with_too_many_values_is_refused(tmp_path):
     part = tmp_path / "answers.csv.part"
     with ResultsFile(tmp_path / "answers.csv", QUESTION):
         header = part.read_bytes()
@@ -226,7 +226,7 @@ def test_a_line_of_too_many_values_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_names_that_are_no_text_are_kept_as_escapes(tmp_path, ending):
+def test_file_names_that_are_not_valid_text_are_escaped(tmp_path, ending):
     error = BadImage("\udcff is unreadable")
     error.image = os.fsdecode(b"a\xff.png")
     out = tmp_path / f"answers.{ending}"

@@ -1,4 +1,4 @@
-"""Folders walked honestly: what is left out is counted and said, and nothing of the system's is an image."""
+"""Walking folders: whatever is left out is counted and reported, and system files are never taken for images."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ LABELS = ("--labels", "cat, dog")
 
 @pytest.fixture
 def run(fake, monkeypatch, capsys):
-    """Run ``client classify`` on the fake server; (exit code, stdout, stderr)."""
+    """A function that runs ``client classify`` on the fake server and returns (exit code, stdout, stderr)."""
 
     def run(*arguments):
         monkeypatch.setenv("CLIPWELD_URL", fake.url)
@@ -42,7 +42,7 @@ def draw(path: Path, seed: int = 0) -> Path:
 
 @contextlib.contextmanager
 def as_nobody():
-    """Root may read everything; nobody may not."""
+    """Run as the user "nobody" where the tests run as root, who may read everything."""
     if os.geteuid():
         yield
         return
@@ -55,7 +55,7 @@ def as_nobody():
 
 @pytest.fixture
 def scans(tmp_path):
-    """Two images among all that folders hold besides."""
+    """Two images among everything else that real folders contain."""
     scans = tmp_path / "scans"
     draw(scans / "one.png")
     draw(scans / "deep/er/Two.PNG", 1)
@@ -85,7 +85,7 @@ def reasons(left_out):
 EXPECTED = {"linked folder": 1, "dangling link": 2, "special file": 1, "no image": 2, "hidden": 11}
 
 
-def test_whatever_is_left_out_of_a_folder_is_reported(scans):
+def test_everything_left_out_of_a_folder_is_reported(scans):
     left_out = []
     assert list(image_files(scans, left_out.append)) == [scans / "one.png", scans / "deep/er/Two.PNG"]
     assert reasons(left_out) == EXPECTED
@@ -104,7 +104,7 @@ def test_the_library_warns_unless_the_caller_collects_reports(fake, scans):
     assert reasons(reported) == EXPECTED
 
 
-def test_hidden_files_alone_are_no_reason_to_warn(scans):
+def test_hidden_files_alone_cause_no_warning(scans):
     for path in scans.iterdir():
         if path.name not in ("one.png", ".DS_Store"):
             (path.rename if path.is_dir() and not path.is_symlink() else path.replace)(scans.parent / f"x{path.name}")
@@ -112,7 +112,7 @@ def test_hidden_files_alone_are_no_reason_to_warn(scans):
 
 
 def test_a_folder_that_cannot_be_read_is_counted():
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are shut to others
+    with tempfile.TemporaryDirectory() as name:  # other users may not enter pytest's own folders
         folder, left_out = Path(name), []
         folder.chmod(0o755)
         draw(folder / "open/one.png")
@@ -127,14 +127,14 @@ def test_a_folder_that_cannot_be_read_is_counted():
     assert left_out == [LeftOut(str(folder / "shut"), "unreadable folder")]
 
 
-def test_a_folder_without_images_says_what_it_has(tmp_path):
+def test_a_folder_without_images_is_refused_and_its_contents_are_named(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(BadImage, match=r"has no images; .* \(left out: 1 file that is no image \(.*notes\.txt\)\)$"):
         next(image_files(tmp_path))
 
 
-def test_what_is_named_itself_is_taken(run, scans, tmp_path):
-    """A hidden file, a link to a folder, a hidden folder: all were named explicitly."""
+def test_paths_that_are_named_explicitly_are_never_left_out(run, scans, tmp_path):
+    """A hidden file, a hidden folder and a link to a folder."""
     (tmp_path / "link").symlink_to(scans / "deep/er")
     arguments = (scans / ".hidden.jpg", scans / ".ipynb_checkpoints", tmp_path / "link", "--json")
     code, out, err = run(*arguments)
@@ -144,7 +144,7 @@ def test_what_is_named_itself_is_taken(run, scans, tmp_path):
     ]  # fmt: skip
 
 
-def test_the_command_says_what_it_left_out_in_one_line(run, scans, tmp_path):
+def test_the_command_reports_what_it_left_out_in_one_line(run, scans, tmp_path):
     code, out, err = run(scans, "--json")
     assert (code, len(json.loads(out))) == (0, 2)
     (line,) = err.splitlines()
@@ -160,7 +160,7 @@ def test_the_command_says_what_it_left_out_in_one_line(run, scans, tmp_path):
 
 
 @pytest.mark.parametrize("more", [(), ("--out", "a.csv")])
-def test_an_empty_text_is_no_folder_and_no_image(run, scans, monkeypatch, more):
+def test_an_empty_path_is_refused(run, scans, monkeypatch, more):
     monkeypatch.chdir(scans)
     code, out, err = run("", *more)
     assert (code, out) == (1, "")
@@ -199,7 +199,7 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("first", ["as it is", "absolute", "by a link to it"])
 @pytest.mark.parametrize("then", SPELLINGS)
-def test_results_are_resumed_however_the_folder_is_spelled(fake, run, tmp_path, monkeypatch, first, then):
+def test_results_are_resumed_however_the_folder_path_is_written(fake, run, tmp_path, monkeypatch, first, then):
     home = tmp_path / "home"
     for number in range(4):
         draw(home / f"scans/{number}.png", number)
@@ -230,7 +230,7 @@ def test_results_are_resumed_however_the_folder_is_spelled(fake, run, tmp_path, 
     assert out.read_text().splitlines()[:3] == lines
 
 
-def test_results_begun_before_paths_were_recorded_are_resumed(run, tmp_path, monkeypatch):
+def test_results_files_of_older_versions_without_paths_are_resumed(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in range(2):
         draw(tmp_path / f"scans/{number}.png", number)
@@ -243,7 +243,7 @@ def test_results_begun_before_paths_were_recorded_are_resumed(run, tmp_path, mon
     assert (code, json.loads(said)["of_earlier_runs"], json.loads(said)["images"]) == (0, 1, 2)
 
 
-def test_two_names_of_one_picture_are_two_images(run, tmp_path):
+def test_a_link_to_an_image_counts_as_a_second_image(run, tmp_path):
     draw(tmp_path / "scans/one.png")
     (tmp_path / "scans/same.png").symlink_to("one.png")
     code, said, _ = run(tmp_path / "scans", "--json", "--out", tmp_path / "a.csv")

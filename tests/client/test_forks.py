@@ -1,4 +1,4 @@
-"""A classifier made and used before a fork works in the child and in the parent, whatever was underway."""
+"""A classifier used before a fork works in the child and in the parent, whatever requests were in flight."""
 
 import asyncio
 import multiprocessing
@@ -40,7 +40,7 @@ def close(clip):
 
 
 def in_child(work):
-    """What work returns in a forked child, or the error that it raises."""
+    """Return what ``work`` returns in a forked child, or the error that it raises there."""
     readable, writable = os.pipe()
     child = os.fork()
     if child == 0:
@@ -58,7 +58,7 @@ def in_child(work):
 
 
 @pytest.mark.parametrize("kind", [ZeroShotClassifier, AsyncZeroShotClassifier])
-def test_a_child_and_its_child_connect_anew(url, kind):
+def test_a_child_and_a_grandchild_open_their_own_connections(url, kind):
     clip = kind(url, timeout_s=10, retries=0)
     expected = best(clip)
     for _ in range(3):
@@ -81,8 +81,8 @@ def test_closing_in_the_child_leaves_the_parent_alone(url, kind):
     close(clip)
 
 
-def test_a_fork_amid_requests_of_other_threads(url):
-    """Any lock may be held, any request underway, when it comes."""
+def test_a_fork_during_requests_of_other_threads(url):
+    """Any lock may be held and any request may be in flight at the moment of the fork."""
     check("fork_amid_requests", url)
 
 
@@ -112,8 +112,8 @@ def fork_amid_requests(url):
         assert best(clip) == expected
 
 
-def test_a_child_that_gave_up_grpc_for_good_says_so(server):
-    """Imported before this package, and without its setting, gRPC does not outlive a fork amid requests."""
+def test_a_child_in_which_grpc_cannot_work_reports_that(server):
+    """gRPC without fork support does not survive a fork in which a connection is open."""
     check("fork_without_support", server.url, GRPC_ENABLE_FORK_SUPPORT="0")
 
 
@@ -125,7 +125,7 @@ def fork_without_support(url):
 
 
 def check(function, url, **environment):
-    """Run a function of this file in a program of its own, which does not import grpc before this package."""
+    """Run a function of this file in a new process, which does not import grpc before this package."""
     command = f"from tests.client.test_forks import {function}; {function}({url!r})"
     arguments = [sys.executable, "-W", "error", "-c", command]
     done = subprocess.run(arguments, env=os.environ | environment, capture_output=True, text=True, timeout=100)
@@ -151,7 +151,7 @@ def test_a_call_begun_before_the_fork_belongs_to_the_parent(url):
         assert {answer.best.label for answer in rest} == {first.best.label}
 
 
-def test_pools_of_forked_workers(url):
+def test_a_classifier_works_in_pools_of_forked_workers(url):
     with ZeroShotClassifier(url, timeout_s=10) as clip:
         expected = best(clip)
         with multiprocessing.get_context("fork").Pool(2) as pool:
@@ -160,8 +160,8 @@ def test_pools_of_forked_workers(url):
             assert list(pool.map(best, [clip] * 4)) == [expected] * 4
 
 
-def test_images_may_come_from_forked_workers_while_requests_are_underway(url):
-    """As torch's DataLoader gives them."""
+def test_images_may_come_from_workers_forked_during_requests(url):
+    """This is how torch's DataLoader works."""
 
     def loaded():
         for _ in range(4):
@@ -172,12 +172,12 @@ def test_images_may_come_from_forked_workers_while_requests_are_underway(url):
         assert {answer.best.label for answer in clip.classify(loaded(), LABELS)} == {best(clip)}
 
 
-def test_children_that_end_as_programs_do_say_nothing(url):
+def test_a_child_that_exits_normally_prints_nothing(url):
     check("end", url)
 
 
 def end(url):
-    """Fork, use the classifier, and leave both processes through the interpreter's own end."""
+    """Fork, use the classifier in both processes, and let both exit normally."""
     clip = ZeroShotClassifier(url, timeout_s=10)
     answers = clip.classify([PICTURE] * 100, LABELS)
     next(answers)

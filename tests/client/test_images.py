@@ -108,7 +108,7 @@ def test_palette_with_transparency_equals_open_clip():
 
 
 def turned(image: Image.Image, orientation: int) -> tuple[Image.Image, bytes]:
-    """The image as a camera stores it that was held so, and the Exif that says how."""
+    """Return the image as a camera held in that orientation stores it, and the Exif data that says so."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = {
@@ -121,7 +121,7 @@ def turned(image: Image.Image, orientation: int) -> tuple[Image.Image, bytes]:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("ending", "settings"), [("png", {}), ("tif", {}), ("webp", {"lossless": True})])
-def test_an_image_is_seen_upright_in_every_shape_it_comes_in(tmp_path, orientation, ending, settings):
+def test_exif_orientation_is_applied_to_every_kind_of_input(tmp_path, orientation, ending, settings):
     upright = random_image("RGB", (60, 40))
     stored, exif = turned(upright, orientation)
     path = tmp_path / f"turned.{ending}"
@@ -131,7 +131,7 @@ def test_an_image_is_seen_upright_in_every_shape_it_comes_in(tmp_path, orientati
             np.testing.assert_array_equal(ours(image), ours(upright))
 
 
-def test_without_exif_orientation_pixels_are_those_of_open_clip(tmp_path):
+def test_exif_orientation_can_be_switched_off_as_in_open_clip(tmp_path):
     stored, exif = turned(random_image("RGB", (60, 40)), 6)
     path = tmp_path / "turned.jpg"
     stored.save(path, exif=exif)
@@ -141,7 +141,7 @@ def test_without_exif_orientation_pixels_are_those_of_open_clip(tmp_path):
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\x08", b"Exif\0\0MM\0*" + b"\xff" * 40])
-def test_damaged_exif_costs_no_image(tmp_path, exif):
+def test_an_image_with_damaged_exif_is_read(tmp_path, exif):
     path = tmp_path / "odd.png"
     random_image("RGB", (60, 40)).save(path, exif=exif)
     with warnings.catch_warnings():
@@ -150,12 +150,12 @@ def test_damaged_exif_costs_no_image(tmp_path, exif):
 
 
 def ramp() -> np.ndarray:
-    """Every value of 16 bits once, as uint16 (256, 256)."""
+    """Return every 16-bit value once, as uint16 (256, 256)."""
     return np.arange(65536, dtype=np.uint16).reshape(256, 256)
 
 
 @pytest.mark.parametrize("ending", ["png", "tif", "pgm", "jp2"])
-def test_sixteen_bits_of_grey_become_their_high_bytes(tmp_path, ending):
+def test_sixteen_bit_greyscale_keeps_its_high_bytes(tmp_path, ending):
     path = tmp_path / f"ramp.{ending}"
     Image.fromarray(ramp()).save(path)
     expected = ours((ramp() >> 8).astype(np.uint8))
@@ -165,8 +165,8 @@ def test_sixteen_bits_of_grey_become_their_high_bytes(tmp_path, ending):
 
 
 @pytest.mark.parametrize(("bits", "white"), [(12, "is high"), (16, "is high"), (16, "is zero")])
-def test_scanners_tiffs_are_neither_dark_nor_negatives(tmp_path, bits, white):
-    """Twelve bits are packed; Pillow writes neither them nor 16 bits whose white is zero."""
+def test_scanner_tiffs_are_read_neither_too_dark_nor_inverted(tmp_path, bits, white):
+    """Pillow writes neither packed 12-bit values nor 16-bit values with white as zero: the file is edited."""
     grey = np.tile(np.linspace(0, 255, 64).astype(np.uint16), (64, 1))
     values = (grey if white == "is high" else 255 - grey) << (bits - 8)
     even, odd = values[:, ::2], values[:, 1::2]
@@ -187,7 +187,7 @@ def test_scanners_tiffs_are_neither_dark_nor_negatives(tmp_path, bits, white):
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit or signed integers"), (np.float32, "floats")])
-def test_grey_of_unknown_range_says_what_to_save_instead(tmp_path, dtype, kind):
+def test_greyscale_of_unknown_range_is_refused_with_advice(tmp_path, dtype, kind):
     path = tmp_path / "depth.tif"
     Image.fromarray(np.ones((9, 9), dtype)).save(path)
     message = rf"grey values that are {kind}, of unknown range; save it with 8 or 16 bits, unsigned, or give a uint8"
@@ -196,14 +196,14 @@ def test_grey_of_unknown_range_says_what_to_save_instead(tmp_path, dtype, kind):
             ours(image)
 
 
-def test_printers_colours_are_not_shown_inverted():
-    """A red square as a CMYK JPEG, and as YCCK: Adobe writes both inverted."""
+def test_cmyk_and_ycck_jpegs_are_not_read_inverted():
+    """A red square as a CMYK and as a YCCK JPEG; Adobe's programs store both inverted."""
     file = io.BytesIO()
     Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(file, "JPEG", quality=100)
     assert (np.abs(ours(file).astype(int) - (255, 0, 0)) < 6).all()
-    # In YCCK, what would be red, green and blue is cyan, magenta and yellow.
+    # YCCK stores cyan, magenta and yellow in place of red, green and blue.
     y, cb, cr = Image.new("RGB", (1, 1), (0, 255, 255)).convert("YCbCr").getpixel((0, 0))
-    file = io.BytesIO()  # Pillow inverts what it writes, and leaves Adobe's marker at "CMYK": byte 11 behind its name
+    file = io.BytesIO()  # Pillow inverts too, and sets byte 11 of Adobe's marker to "CMYK"
     Image.new("CMYK", (32, 32), (255 - y, 255 - cb, 255 - cr, 0)).save(file, "JPEG", quality=100)
     data = bytearray(file.getvalue())
     place = data.index(b"Adobe")
@@ -214,12 +214,12 @@ def test_printers_colours_are_not_shown_inverted():
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 30), (30, 20_000)])
 @pytest.mark.parametrize("resize_mode", RESIZE_MODES)
-def test_the_smallest_and_the_longest_equal_open_clip(size, resize_mode):
+def test_extreme_sizes_equal_open_clip(size, resize_mode):
     assert_equals_open_clip(random_image("RGB", size), SIZE, resize_mode, "bicubic")
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])
-def test_an_animation_is_its_first_frame_as_in_open_clip(tmp_path, ending):
+def test_the_first_frame_of_an_animation_is_used_as_in_open_clip(tmp_path, ending):
     path = tmp_path / f"moving.{ending}"
     first, second = random_image("RGB", (50, 40)), Image.new("RGB", (50, 40), "red")
     first.save(
@@ -248,7 +248,7 @@ def test_grey_array_equals_grey_image():
     np.testing.assert_array_equal(ours(np.asarray(image)), ours(image))
 
 
-def test_one_image_or_several_become_a_list():
+def test_one_image_and_several_images_are_both_iterated():
     array = np.zeros((4, 5, 3), np.uint8)
     image = Image.fromarray(array)
     for one in ("a.png", Path("a.png"), b"bytes", image, array, array[..., 0]):
@@ -260,7 +260,7 @@ def test_one_image_or_several_become_a_list():
         as_images(3)
 
 
-def test_a_folder_is_its_image_files_in_order(tmp_path):
+def test_a_folder_yields_its_image_files_in_order(tmp_path):
     for name in ("b/2.JPG", "b/1.png", "a.webp", "c/notes.txt", ".hidden/3.png", "c/.thumb.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -272,7 +272,7 @@ def test_a_folder_is_its_image_files_in_order(tmp_path):
         next(as_images(tmp_path / "c"))
 
 
-def test_names_are_paths_or_places():
+def test_an_image_is_named_by_its_path_or_its_position():
     assert name_of(Path("a/b.png"), 3) == "a/b.png"
     assert name_of(b"", 3) == "image 3 (bytes)"
     assert name_of(Image.new("RGB", (1, 1)), 0) == "image 0 (PIL image)"
@@ -323,7 +323,7 @@ def png(image: Image.Image) -> bytes:
         (None, "it: expected a path"),
     ],
 )
-def test_bad_image_says_which_and_why(image, message):
+def test_a_bad_image_is_refused_with_its_name_and_the_reason(image, message):
     with pytest.raises(BadImage) as caught:
         ours(image)
     assert str(caught.value).startswith(message)
@@ -335,7 +335,7 @@ def test_directory_is_refused_by_name(tmp_path):
         preprocess(tmp_path, str(tmp_path), size=SIZE, resize_mode="shortest", interpolation="bicubic")
 
 
-@pytest.mark.parametrize("side", [12, 20])  # Pillow warns from its limit on, and raises from twice that
+@pytest.mark.parametrize("side", [12, 20])  # Pillow warns above its limit, and raises above twice the limit
 @pytest.mark.parametrize("warnings_are", ["error", "ignore"])
 def test_decompression_bomb_is_a_bad_image(monkeypatch, side, warnings_are):
     data = png(random_image("RGB", (side, side)))
@@ -346,7 +346,7 @@ def test_decompression_bomb_is_a_bad_image(monkeypatch, side, warnings_are):
             ours(data, size=4)
 
 
-def test_a_stated_limit_of_the_file_itself(tmp_path, monkeypatch):
+def test_a_file_with_too_many_bytes_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "long.png"
     path.write_bytes(png(random_image("RGB", (10, 10))) + bytes(1000))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -354,7 +354,7 @@ def test_a_stated_limit_of_the_file_itself(tmp_path, monkeypatch):
         ours(path)
 
 
-def test_what_is_no_regular_file_is_refused_not_waited_for(tmp_path):
+def test_pipes_and_devices_are_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
     for name in ("pipe.jpg", "zero.jpg"):
@@ -362,7 +362,7 @@ def test_what_is_no_regular_file_is_refused_not_waited_for(tmp_path):
             ours(tmp_path / name)
 
 
-def test_a_program_is_no_image(tmp_path):
+def test_a_postscript_program_is_refused_as_an_image(tmp_path):
     path = tmp_path / "program.jpg"
     random_image("RGB", (10, 10)).save(path, "EPS")
     with pytest.raises(BadImage, match=r"is no image; expected AVIF, "):
@@ -370,7 +370,7 @@ def test_a_program_is_no_image(tmp_path):
 
 
 def progressive(scans: int) -> bytes:
-    """A JPEG that repeats its last scan many times."""
+    """Return a JPEG that repeats its last scan until it has so many scans."""
     file = io.BytesIO()
     random_image("RGB", (50, 40)).save(file, "JPEG", progressive=True)
     data = file.getvalue()
@@ -378,20 +378,20 @@ def progressive(scans: int) -> bytes:
     return data[:last] + data[last:-2] * (scans - data[:last].count(b"\xff\xda")) + data[-2:]
 
 
-def test_a_jpeg_of_too_many_scans_is_refused():
+def test_a_jpeg_with_too_many_scans_is_refused():
     with pytest.raises(BadImage, match="it has more than 100 scans; save it anew"):
         ours(progressive(101))
     ours(progressive(100))
 
 
-def test_what_only_looks_like_scans_is_none():
+def test_scan_markers_in_comments_and_after_the_end_are_not_counted():
     data = progressive(10)
     comment = b"\xff\xfe\x02\x02" + b"\xff\xda" * 256
     np.testing.assert_array_equal(ours(data[:2] + comment + data[2:] + b"\xff\xda" * 200), ours(data))
 
 
 def array(dtype="uint8", channels=3):
-    """Pixels (40, 50, channels), whose high bytes are the same for every dtype."""
+    """Return pixels (40, 50, channels) whose high bytes are the same for every dtype."""
     values = np.random.default_rng(5).integers(0, 256, (40, 50, channels), dtype=np.uint8)
     return {
         "uint8": lambda: values,
@@ -404,7 +404,7 @@ def array(dtype="uint8", channels=3):
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16", "float32", "float64", "bool"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("first", [False, True])
-def test_arrays_come_in_their_libraries_shapes(dtype, channels, first):
+def test_arrays_may_have_their_channels_first_or_last(dtype, channels, first):
     given = array(dtype, channels)
     meant = (array("bool", channels) * 255).astype(np.uint8) if dtype == "bool" else array("uint8", channels)
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
@@ -412,12 +412,12 @@ def test_arrays_come_in_their_libraries_shapes(dtype, channels, first):
     np.testing.assert_array_equal(ours(given.transpose(2, 0, 1) if first else given), expected)
 
 
-def test_a_narrow_array_is_read_with_its_channels_last():
+def test_an_ambiguous_array_is_read_with_its_channels_last():
     values = np.random.default_rng(1).integers(0, 256, (3, 9, 3), dtype=np.uint8)
     np.testing.assert_array_equal(ours(values), ours(Image.fromarray(values)))
 
 
-def test_a_little_beyond_white_is_rounding():
+def test_values_slightly_outside_the_range_are_taken_as_rounding():
     values = np.array([[0.0, 1.0], [1 + 1e-7, -1e-7]], np.float32)
     np.testing.assert_array_equal(ours(values), ours(np.array([[0, 255], [255, 0]], np.uint8)))
     with pytest.raises(
@@ -426,7 +426,7 @@ def test_a_little_beyond_white_is_rounding():
         ours(np.array([[0.0, 1.2]]))
 
 
-def test_tensors_are_arrays_that_say_what_they_lack():
+def test_tensors_are_read_as_arrays_or_refused_with_the_next_step():
     import torch
 
     values = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0))
@@ -445,12 +445,12 @@ def test_tensors_are_arrays_that_say_what_they_lack():
 
 
 @pytest.mark.parametrize("kind", [bytearray, memoryview, io.BytesIO, lambda data: io.BufferedReader(io.BytesIO(data))])
-def test_contents_come_in_any_container(kind):
+def test_encoded_images_may_come_in_any_bytes_like_object_or_stream(kind):
     data = png(random_image("RGB", (50, 40)))
     np.testing.assert_array_equal(ours(kind(data)), ours(data))
 
 
-def test_an_open_file_is_read_once_from_its_start_and_called_by_its_path(tmp_path):
+def test_an_open_file_is_read_once_from_its_start_and_named_by_its_path(tmp_path):
     path = tmp_path / "open.png"
     random_image("RGB", (50, 40)).save(path)
     with path.open("rb") as file:
@@ -468,7 +468,7 @@ def test_an_open_file_is_read_once_from_its_start_and_called_by_its_path(tmp_pat
         np.testing.assert_array_equal(ours(file), ours(path))
 
 
-def test_a_stream_that_cannot_go_back_is_kept():
+def test_a_stream_that_cannot_seek_can_be_used_twice():
     data = png(random_image("RGB", (50, 40)))
     read, write = os.pipe()
     threading.Thread(target=lambda: (os.write(write, data), os.close(write))).start()
@@ -478,7 +478,7 @@ def test_a_stream_that_cannot_go_back_is_kept():
             np.testing.assert_array_equal(ours(stream), ours(data))
 
 
-def test_an_upload_that_must_be_awaited_is_refused():
+def test_a_file_object_with_asynchronous_read_is_refused():
     class Upload:
         async def read(self, size=-1):
             return b""
@@ -487,7 +487,7 @@ def test_an_upload_that_must_be_awaited_is_refused():
         ours(Upload())
 
 
-def test_several_images_come_in_any_container():
+def test_several_images_may_come_in_any_container():
     paths = ["a.png", "b.png"]
     for several in (tuple(paths), np.array(paths), np.array(paths, object), np.array(paths, "S"), iter(paths)):
         assert list(as_images(several)) == paths
@@ -499,17 +499,17 @@ def test_several_images_come_in_any_container():
 
 
 class Table:
-    """A column of paths, as pandas has them."""
+    """A column of paths, as in pandas."""
 
     def __array__(self, dtype=None, copy=None):
         return np.array(["a.png", "b.png"], object)
 
 
-def test_a_column_of_paths_is_several_images():
+def test_a_column_of_paths_yields_several_images():
     assert list(as_images(Table())) == ["a.png", "b.png"]
 
 
-def test_what_names_an_image_may_be_any_path(tmp_path):
+def test_any_path_like_object_names_an_image(tmp_path):
     random_image("RGB", (50, 40)).save(tmp_path / "a.png")
     (entry,) = os.scandir(tmp_path)
     assert name_of(entry, 0) == str(tmp_path / "a.png")

@@ -1,4 +1,4 @@
-"""Labels as people have them: in any container, from files, with articles, with prompts of their own."""
+"""Labels in every form that users have: any container, files, with articles, with their own prompts."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from clipweld.client.errors import InvalidRequest
 
 @pytest.fixture
 def run(fake, monkeypatch, capsys, tmp_path, picture):
-    """Run ``client classify`` on a picture and the fake server; (exit code, labels of the answer, stderr)."""
+    """A function that classifies a picture on the command line: (exit code, labels of the answer, stderr)."""
     from PIL import Image
 
     Image.fromarray(picture).save(tmp_path / "it.png")
@@ -59,8 +59,8 @@ def test_a_label_gets_one_article(template, label, prompt):
     assert prompt_of(template, label) == prompt
 
 
-def test_labels_with_articles_are_encoded_as_people_mean_them(fake):
-    """The features of a label are those of its sentence, which the answers show."""
+def test_a_label_with_an_article_is_encoded_without_a_second_one(fake):
+    """The scores equal those of the expected sentences."""
     pixels = np.full((9, 9, 3), 7, np.uint8)
     with ZeroShotClassifier(fake.url) as clip:
         (answer,) = clip.classify(pixels, ["the number seven", "a shoe"])
@@ -82,7 +82,7 @@ class Colour(str, Enum):
         np.array(["red", "blue"], object), list(Colour), {"red": 1, "blue": 2}.keys(),
     ],
 )  # fmt: skip
-def test_labels_come_in_any_container(labels):
+def test_labels_may_come_in_any_container(labels):
     wording = checked_labels(labels, None)
     assert sorted(wording.labels) == ["blue", "red"]
     assert {type(label) for label in wording.labels} == {str}
@@ -104,12 +104,12 @@ def test_labels_come_in_any_container(labels):
         ({"cat": [3]}, "prompt of label 'cat' 3 is not text but int"),
     ],
 )
-def test_what_is_no_list_of_labels_is_refused_by_name(labels, message):
+def test_anything_but_a_list_of_labels_is_refused_by_name(labels, message):
     with pytest.raises(InvalidRequest, match=message):
         checked_labels(labels, None)
 
 
-def test_columns_of_tables_are_labels_and_tables_are_not():
+def test_a_pandas_column_is_accepted_as_labels_and_a_table_is_refused():
     pandas = pytest.importorskip("pandas")
     for column in (pandas.Series(["red", "blue"], index=[7, 3]), pandas.Index(["red", "blue"])):
         assert checked_labels(column, None).labels == ("red", "blue")
@@ -119,8 +119,8 @@ def test_columns_of_tables_are_labels_and_tables_are_not():
         checked_labels(pandas.DataFrame({"label": ["a", "b"]}), None)
 
 
-def test_a_mapping_brings_its_own_prompts(fake):
-    """A label is scored by the mean of its prompts' features, and no other prompts are encoded."""
+def test_a_mapping_gives_each_label_its_own_prompts(fake):
+    """Each label is scored by the mean of its own prompts' features."""
     pixels = np.full((9, 9, 3), 7, np.uint8)
     prompts = {"cat": "my cat", "dog": ("a puppy", "some {}", "a hound"), "a fish": "a {}"}
     with ZeroShotClassifier(fake.url) as clip:
@@ -155,19 +155,19 @@ def test_labels_that_the_model_cannot_tell_apart_are_refused(fake, labels, messa
         list(clip.classify("no such image.png", labels))
 
 
-def test_a_learned_task_is_classified_with_its_own_prompts(fake):
+def test_class_names_of_a_learned_task_may_have_equal_tokens(fake):
     fake.cards[2]["tasks"][0]["class_names"] = ["a", "A", "b"]
     with ZeroShotClassifier(fake.url) as clip:
         (answer,) = clip.classify(np.full((9, 9, 3), 7, np.uint8), task="digits")
     assert {found.label for found in answer} == {"a", "A", "b"}
 
 
-def test_labels_of_one_tokens_differ_where_one_prompt_does():
+def test_labels_that_differ_in_a_single_prompt_are_distinguished():
     tokens = [np.array([[1, 2], [1, 3]]), np.array([[1, 2], [1, 4]])]
     Wording(("a", "b")).check_told_apart(tokens, 24)
 
 
-def test_labels_are_given_again_and_from_files(run, tmp_path):
+def test_labels_may_come_from_repeated_flags_and_from_files(run, tmp_path):
     (tmp_path / "more.txt").write_bytes(b"\xef\xbb\xbfbird\r\n\r\n  salt, pepper \r\nbird\r\n\xc3\xa9toile")
     code, labels, err = run("--labels", "cat, dog", "--labels", "@more.txt", "--labels", '"rock, paper",cat')
     assert (code, labels) == (0, {"cat", "dog", "bird", "salt, pepper", "étoile", "rock, paper"})
@@ -184,12 +184,12 @@ def test_labels_are_given_again_and_from_files(run, tmp_path):
         ("a.json", b'{"cat": "my cat", "dog": ["a {}", "b"]}', {"cat": "my cat", "dog": ["a {}", "b"]}),
     ],
 )
-def test_label_files_are_read_as_they_are_written(tmp_path, name, content, expected):
+def test_label_files_of_every_kind_are_read(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     assert read_labels([f"@{tmp_path / name}"]) == (expected, [])
 
 
-def test_labels_with_and_without_prompts_go_together(tmp_path):
+def test_labels_with_and_without_prompts_can_be_combined(tmp_path):
     (tmp_path / "a.json").write_text('{"cat": "my cat"}')
     labels, _ = read_labels(["dog", f"@{tmp_path / 'a.json'}"])
     assert labels == {"dog": ["a photo of a {}"], "cat": "my cat"}
@@ -214,7 +214,7 @@ def test_commas_lines_and_quotes_separate_labels(value, expected):
         (b"cat\nd\xf6g\n", "line 2 is no UTF-8; save it as UTF-8"),
     ],
 )
-def test_label_files_that_cannot_be_read_say_why(run, tmp_path, content, message):
+def test_label_files_that_cannot_be_read_are_refused_with_the_reason(run, tmp_path, content, message):
     if content is not None:
         (tmp_path / "it.txt").write_bytes(content)
     code, _, err = run("--labels", "@it.txt")
@@ -234,19 +234,19 @@ def test_label_files_that_cannot_be_read_say_why(run, tmp_path, content, message
         ("[" * 10**5, "is no JSON that can be read"),
     ],
 )
-def test_label_files_of_other_json_are_refused(tmp_path, content, message):
+def test_json_files_that_hold_no_labels_are_refused(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(InvalidRequest, match=message):
         read_labels([f"@{tmp_path / 'a.json'}"])
 
 
-def test_a_label_of_two_meanings_is_refused(tmp_path):
+def test_a_label_with_two_sets_of_prompts_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('{"cat": "my cat"}')
     with pytest.raises(InvalidRequest, match="label 'cat' is given twice, with other prompts"):
         read_labels(["cat", f"@{tmp_path / 'a.json'}"])
 
 
-def test_prompts_from_a_file_leave_no_room_for_templates(run, tmp_path):
+def test_templates_are_refused_where_a_file_gives_the_prompts(run, tmp_path):
     (tmp_path / "a.json").write_text('{"cat": "my cat", "dog": "my dog"}')
     assert run("--labels", "@a.json")[:2] == (0, {"cat", "dog"})
     code, _, err = run("--labels", "@a.json", "--template", "{}")

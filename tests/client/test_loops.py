@@ -1,4 +1,4 @@
-"""One asynchronous classifier in several event loops: one after the other, after its end, and in several threads."""
+"""One asynchronous classifier in several event loops: in sequence, after it was closed, and in several threads."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ def expected(url):
 
 @pytest.fixture
 def clip(url, caplog):
-    """Nothing may be logged, by asyncio or its libraries."""
+    """An asynchronous classifier; nothing may be logged, by asyncio or its libraries."""
     classifier = AsyncZeroShotClassifier(url, timeout_s=20)
     yield classifier
     asyncio.run(classifier.aclose())
@@ -44,7 +44,7 @@ async def best_of_many(clip):
     return label
 
 
-def test_event_loops_one_after_the_other_with_and_without_an_end_between(clip, expected):
+def test_a_classifier_works_in_one_event_loop_after_another_closed_or_not(clip, expected):
     for _ in range(2):
         assert asyncio.run(best(clip)) == expected
         assert asyncio.run(best_of_many(clip)) == expected
@@ -52,7 +52,7 @@ def test_event_loops_one_after_the_other_with_and_without_an_end_between(clip, e
         assert asyncio.run(best_of_many(clip)) == expected
 
 
-def test_it_may_be_closed_and_used_again_in_one_event_loop(clip, expected):
+def test_a_classifier_can_be_closed_and_used_again_in_one_event_loop(clip, expected):
     async def main():
         for _ in range(3):
             async with clip:
@@ -62,7 +62,7 @@ def test_it_may_be_closed_and_used_again_in_one_event_loop(clip, expected):
     asyncio.run(main())
 
 
-def test_answers_left_half_way_in_one_event_loop_leave_the_next_alone(clip, expected):
+def test_unfinished_answers_of_one_event_loop_do_not_disturb_the_next(clip, expected):
     async def begin():
         answers = clip.classify([PICTURE] * 200, LABELS)
         await anext(answers)
@@ -73,14 +73,14 @@ def test_answers_left_half_way_in_one_event_loop_leave_the_next_alone(clip, expe
     assert kept is not None
 
 
-def test_an_event_loop_that_was_closed_in_the_middle_leaves_the_next_alone(clip, expected):
+def test_an_event_loop_closed_before_the_classifier_does_not_disturb_the_next(clip, expected):
     loop = asyncio.new_event_loop()
     assert loop.run_until_complete(best(clip)) == expected
     loop.close()
     assert asyncio.run(best(clip)) == expected
 
 
-def test_event_loops_of_several_threads_at_a_time(clip, expected):
+def test_a_classifier_works_in_event_loops_of_several_threads_at_once(clip, expected):
     found = []
     threads = [threading.Thread(target=lambda: found.append(asyncio.run(best_of_many(clip)))) for _ in range(4)]
     for thread in threads:
@@ -90,7 +90,7 @@ def test_event_loops_of_several_threads_at_a_time(clip, expected):
     assert found == [expected] * 4
 
 
-def test_a_cancelled_task_leaves_the_others_alone(clip, expected):
+def test_a_cancelled_task_does_not_disturb_the_others(clip, expected):
     async def main():
         tasks = [asyncio.create_task(best(clip)) for _ in range(6)]
         await asyncio.sleep(0.05)

@@ -43,7 +43,7 @@ def test_import_and_help_load_nothing_heavy():
 
 
 @pytest.mark.slow
-def test_a_whole_classification_needs_neither_torch_nor_the_other_packages(fake):
+def test_a_classification_imports_neither_torch_nor_the_other_packages(fake):
     call = (
         "import numpy; from clipweld.client import ZeroShotClassifier; "
         f"list(ZeroShotClassifier({fake.url!r}).classify(numpy.ones((9, 9, 3), 'u1'), ['a']))"

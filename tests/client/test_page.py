@@ -1,4 +1,4 @@
-"""The demo page's web server and its command, without a browser: what it serves, and whom it refuses."""
+"""The demo page's web server and command, without a browser: what it serves, and which requests it refuses."""
 
 import http.client
 import json
@@ -34,7 +34,7 @@ def photo(picture, tmp_path) -> bytes:
 
 
 def send(page, method="GET", path="/state", body=None, **headers):
-    """One request; (status, headers, content). A header's name has underscores for hyphens, None leaves it out."""
+    """Send a request; return (status, headers, content). Underscores in header names become hyphens, None omits one."""
     address = urlsplit(page)
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
     try:
@@ -53,7 +53,7 @@ def send(page, method="GET", path="/state", body=None, **headers):
 
 
 def refusal(page, *arguments, **headers):
-    """Status and error of a refused request, whose error is one line."""
+    """Return the status and the one-line error of a refused request."""
     status, answered, content = send(page, *arguments, **headers)
     assert answered["Content-Type"] == "application/json"
     error = json.loads(content)["error"]
@@ -78,7 +78,7 @@ def test_files_of_the_page_are_those_in_its_folder():
     assert sorted(path.name for path in folder.iterdir()) == sorted(name for name, _ in FILES.values())
 
 
-def test_state_says_what_is_served(page, fake):
+def test_the_state_lists_what_is_served(page, fake):
     state = json.loads(send(page)[2])
     digits = {"name": "digits", "class_names": ["zero", "one", "two"], "accuracy_before": 45.2, "accuracy_after": None}
     assert state == {
@@ -87,7 +87,7 @@ def test_state_says_what_is_served(page, fake):
     }  # fmt: skip
 
 
-def test_answers_are_the_library_s(page, fake, photo):
+def test_answers_equal_those_of_the_library(page, fake, photo):
     task = fake.card(2)["tasks"][0]
     prompts = {"labels": task["class_names"], "templates": task["templates"]}
     for query, asked in (("task=digits", prompts), (f"label={quote('a & b')}&label=c", {"labels": ["a & b", "c"]})):
@@ -104,8 +104,8 @@ def test_answers_are_the_library_s(page, fake, photo):
 
 
 @pytest.mark.slow
-def test_page_asks_a_real_triton_over_http_too(server, open_page, photo):
-    """Where no connection may change threads; the page's server has one for each request."""
+def test_the_page_also_works_with_a_real_triton_over_http(server, open_page, photo):
+    """HTTP connections are bound to one thread, and the page's server uses a new thread per request."""
     page = open_page(server.http_url)
     answers = [json.loads(send(page, "POST", "/answer?task=digits", photo)[2])["answers"] for _ in range(3)]
     for answer in answers:
@@ -119,7 +119,7 @@ def test_labels_are_encoded_once(page, fake, photo):
     assert [model for model, _, _ in fake.requests].count("clip_text") == 2
 
 
-def test_newest_version_is_looked_up_for_each_question(page, fake, photo):
+def test_the_newest_version_is_looked_up_for_each_request(page, fake, photo):
     def answering():
         answer = json.loads(send(page, "POST", "/answer?task=digits", photo)[2])
         return [one["version"] for one in answer["answers"]]
@@ -131,7 +131,7 @@ def test_newest_version_is_looked_up_for_each_question(page, fake, photo):
     assert answering() == [2]
 
 
-def test_version_that_vanishes_in_the_middle_of_a_question(page, fake, photo):
+def test_a_version_that_vanishes_during_a_request_is_replaced_by_the_newest(page, fake, photo):
     def switch(model, version, context):
         if (model, version) == ("clip_image", 2):
             fake.cards[3] = fake.card(3)
@@ -154,7 +154,7 @@ def test_version_that_vanishes_in_the_middle_of_a_question(page, fake, photo):
     ],
 )
 @pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("GET", "/state"), ("POST", "/answer?label=a")])
-def test_another_site_is_refused(page, fake, photo, headers, method, path):
+def test_requests_from_other_sites_are_refused(page, fake, photo, headers, method, path):
     body = photo if method == "POST" else None
     status, error = refusal(page, method, path, body, **headers)
     assert status == 403
@@ -165,13 +165,13 @@ def test_another_site_is_refused(page, fake, photo, headers, method, path):
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "[::1]:{port}", None]
 )
-def test_another_name_is_refused(page, host):
+def test_requests_under_another_host_name_are_refused(page, host):
     named = host and host.format(port=urlsplit(page).port)
     status, error = refusal(page, "GET", "/", Host=named)
     assert (status, error) == (403, f"this page is at {page} and has no other name")
 
 
-def test_own_names_are_taken(page):
+def test_requests_under_the_page_s_own_host_names_are_accepted(page):
     port = urlsplit(page).port
     for host in (f"127.0.0.1:{port}", f"localhost:{port}"):
         assert send(page, Host=host, Origin=f"http://{host}", Sec_Fetch_Site="same-origin")[0] == 200
@@ -179,7 +179,7 @@ def test_own_names_are_taken(page):
     assert send(page, path="/", Sec_Fetch_Site="none")[0] == 200
 
 
-def test_page_listens_on_one_address_alone(page):
+def test_the_page_listens_on_a_single_address(page):
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.2", urlsplit(page).port), timeout=5)
 
@@ -192,7 +192,7 @@ def test_too_large_an_image_is_refused_before_it_is_sent(page, size):
 
 
 @pytest.mark.parametrize("length", [None, "", "-1", "1e3", "²"])
-def test_image_without_its_size_is_refused(page, length):
+def test_an_image_without_a_content_length_is_refused(page, length):
     headers = {} if length is None else {"Content_Length": length.encode()}
     assert refusal(page, "POST", "/answer?label=a", None, **headers)[0] == 411
 
@@ -212,7 +212,7 @@ def test_wrong_method_is_refused(page, method, path, allowed):
     assert json.loads(content)["error"] == f"{method} is not taken, {allowed} is"
 
 
-def test_what_is_not_there_and_what_is_no_method(page):
+def test_unknown_paths_and_unknown_methods_are_refused(page):
     for path in ("/nothing", "/../client/cli.py", "/%2e%2e/cli.py", "//evil.example/"):
         assert refusal(page, "GET", path)[0] == 404
     assert refusal(page, "BREW", "/")[0] == 501
@@ -233,11 +233,11 @@ def test_head_has_no_content(page):
         ("task=flags", None, "version 2, the newest now, has not learned 'flags'; choose another task"),
     ],
 )
-def test_wrong_question_is_one_line(page, photo, query, body, error):
+def test_an_invalid_request_is_refused_in_one_line(page, photo, query, body, error):
     assert refusal(page, "POST", f"/answer?{query}", body or photo) == (400, error)
 
 
-def test_server_that_is_away_is_one_line(page, fake, photo):
+def test_an_unreachable_server_is_reported_in_one_line(page, fake, photo):
     fake.stop()
     for question in (("GET", "/state"), ("POST", "/answer?label=a", photo)):
         status, error = refusal(page, *question)
@@ -245,7 +245,7 @@ def test_server_that_is_away_is_one_line(page, fake, photo):
         assert error == f"no server at {fake.url}: connection refused; start one with: exporter serve"
 
 
-def test_port_that_is_taken_is_one_line():
+def test_a_port_in_use_is_reported_in_one_line():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -277,7 +277,7 @@ def test_ctrl_c_ends_a_page_whose_server_hangs():
 
 
 def test_browser_opens_by_default():
-    """The address that is printed is the one that the browser gets."""
+    """The browser is given the address that is printed."""
     script = (
         "import webbrowser, os, signal; from clipweld.client import cli; "
         "webbrowser.open = lambda url: (print(url, flush=True), os.kill(os.getpid(), signal.SIGINT)); "

@@ -1,4 +1,4 @@
-"""Which proxy requests go through, and that an error names it. All of it on loopback: ".invalid" is never resolved."""
+"""Which proxy requests go through, and that errors name it. All on loopback: ".invalid" is never resolved."""
 
 import threading
 from http.client import HTTPConnection
@@ -19,7 +19,7 @@ SECRET = "pass%40word"
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """Leads every host to ports of this machine, or refuses."""
+    """A proxy that connects every host name to ports of this machine, or refuses."""
 
     def do_CONNECT(self):
         if self.refused():
@@ -66,7 +66,7 @@ class Proxy(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def proxy():
-    """Refuses everything until it gets the ports of a server; ``asked`` lists its requests."""
+    """A proxy that refuses everything until it gets the ports of a server; ``asked`` lists its requests."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
         server.daemon_threads, server.status, server.asked = True, 403, []
         server.url = f"http://127.0.0.1:{server.server_port}"
@@ -79,7 +79,7 @@ def proxy():
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Set variables by their names, all others of the kind unset."""
+    """A function that sets the given proxy variables and unsets all others."""
 
     def set_to(**variables):
         for name in VARIABLES:
@@ -133,7 +133,7 @@ def test_an_error_names_the_proxy_without_its_password(proxy, environment, conne
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_a_proxy_that_is_away_or_silent_is_named(environment, connect, scheme):
+def test_a_proxy_that_is_unreachable_or_silent_is_named(environment, connect, scheme):
     with create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         environment(http_proxy=f"http://me:{SECRET}@127.0.0.1:{port}")
@@ -184,14 +184,14 @@ A, B, C = (f"http://{name}:3128" for name in "abc")
         ("http://128.0.0.1:1", {"http_proxy": A}, A),
     ],
 )
-def test_the_usual_variables_count(environment, url, variables, expected):
+def test_the_usual_proxy_variables_are_followed(environment, url, variables, expected):
     environment(**variables)
     found = proxy_of(parse_url(url))
     assert (found and found.url) == expected
 
 
 @pytest.mark.parametrize("value", ["socks5://a:1", "https://a:1", "http://", "http://a:port", f"ftp://me:{SECRET}@a:1"])
-def test_what_is_no_http_proxy_is_refused_by_its_variable(environment, connect, value):
+def test_a_proxy_setting_that_is_not_http_is_refused_and_its_variable_named(environment, connect, value):
     environment(HTTPS_PROXY=value)
     with (
         connect("grpc://host:1") as clip,
@@ -201,7 +201,7 @@ def test_what_is_no_http_proxy_is_refused_by_its_variable(environment, connect, 
     assert "pass" not in str(caught.value)
 
 
-def test_loopback_needs_no_proxy_that_can_be_used(fake, environment):
+def test_an_invalid_proxy_setting_does_not_matter_for_loopback(fake, environment):
     environment(**everything("nonsense://"))
     with ZeroShotClassifier(fake.url) as clip:
         assert clip.versions() == [1, 2]

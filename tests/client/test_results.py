@@ -8,7 +8,7 @@ from clipweld.client import Classification, Prediction
 ANSWER = Classification("a.png", (Prediction("cat", 0.975, 0.31), Prediction("dog", 0.025, 0.27)), version=2)
 
 
-def test_prints_labels_with_their_probabilities():
+def test_str_shows_labels_with_their_probabilities():
     assert str(ANSWER) == "cat 97.5%, dog 2.5%"
 
 

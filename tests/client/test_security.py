@@ -19,7 +19,7 @@ TOKEN = {"Authorization": "Bearer open-sesame"}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """An authority, a certificate of 127.0.0.1 and one of a client, as PEM files."""
+    """PEM files of a certificate authority, a server certificate for 127.0.0.1 and a client certificate."""
     folder = tmp_path_factory.mktemp("tls")
     authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca.pem")
@@ -33,7 +33,7 @@ def files(tmp_path_factory):
 
 @contextmanager
 def grpc_front(fake, files):
-    """The fake server behind TLS that wants a client certificate and a token."""
+    """Serve the fake server over TLS that requires a client certificate and a token."""
 
     class Guard(grpc.ServerInterceptor):
         def intercept_service(self, proceed, details):
@@ -62,7 +62,7 @@ def grpc_front(fake, files):
 
 @contextmanager
 def https_front(triton, files):
-    """A proxy that speaks TLS, wants a client certificate and a token, and asks a real Triton."""
+    """Serve a real Triton behind a TLS proxy that requires a client certificate and a token."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=files / "ca.pem")
     context.load_cert_chain(files / "server.pem", files / "server.key")
     context.verify_mode = ssl.CERT_REQUIRED
@@ -130,14 +130,14 @@ def mutual(files):
     return TLS(ca=files / "ca.pem", certificate=files / "client.pem", key=files / "client.key")
 
 
-def test_certificates_and_a_token_open_the_door(url, files, connect, picture):
+def test_certificates_and_a_token_give_access(url, files, connect, picture):
     with connect(url, headers=TOKEN, tls=mutual(files)) as clip:
         assert clip.versions() == [1, 2]
         (answer,) = clip.classify(picture, ["cat", "dog"])
         assert answer.version == 2
 
 
-def test_without_the_token_it_is_not_allowed(url, files, connect):
+def test_a_missing_or_wrong_token_is_refused(url, files, connect):
     for headers in (None, {"authorization": "Bearer guess"}):
         with (
             connect(url, headers=headers, tls=mutual(files)) as clip,
@@ -146,7 +146,7 @@ def test_without_the_token_it_is_not_allowed(url, files, connect):
             clip.versions()
 
 
-def test_a_certificate_of_another_host_is_refused(url, files, connect):
+def test_a_server_certificate_for_another_host_is_refused(url, files, connect):
     elsewhere = url.replace("127.0.0.1", "localhost")
     with (
         connect(elsewhere, headers=TOKEN, tls=mutual(files), timeout_s=2, retries=0) as clip,
@@ -156,7 +156,7 @@ def test_a_certificate_of_another_host_is_refused(url, files, connect):
 
 
 @pytest.mark.parametrize("tls", ["no certificate", "another authority"])
-def test_whom_we_do_not_trust_and_who_does_not_trust_us(url, files, connect, tls):
+def test_an_untrusted_server_and_a_missing_client_certificate_are_refused(url, files, connect, tls):
     settings = {
         "no certificate": TLS(ca=files / "ca.pem"),
         "another authority": TLS(files / "other.pem", files / "client.pem", files / "client.key"),
@@ -170,7 +170,7 @@ def test_whom_we_do_not_trust_and_who_does_not_trust_us(url, files, connect, tls
         assert "certificate verify failed" in str(caught.value)
 
 
-def test_certificates_are_looked_at_before_anything_is_sent(files, connect, tmp_path):
+def test_certificates_are_checked_before_anything_is_sent(files, connect, tmp_path):
     with pytest.raises(InvalidRequest, match=r"missing\.pem is not a file"):
         TLS(ca=tmp_path / "missing.pem")
     with pytest.raises(InvalidRequest, match="needs its key"):

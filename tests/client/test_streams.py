@@ -1,4 +1,4 @@
-"""Many images: in order, few at a time, whatever the server does meanwhile."""
+"""Many images: answered in order, a few at a time, whatever the server does meanwhile."""
 
 import threading
 import time
@@ -29,12 +29,12 @@ def clip(fake, connect):
 
 
 def picture(number):
-    """An image of its own for every number."""
+    """Return a different image for every number."""
     return np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 
 
 def scores(answers):
-    """Of the best labels, comparable to rounding."""
+    """Return the scores of the best labels, to be compared up to rounding."""
     return pytest.approx([answer.best.score for answer in answers], abs=1e-5)
 
 
@@ -46,7 +46,7 @@ def test_answers_come_in_the_order_of_the_images(fake, clip):
     assert [answer.image for answer in answers] == [f"image {i} (ndarray)" for i in range(30)]
 
 
-def test_several_requests_are_on_their_way_and_no_more(fake, clip):
+def test_several_requests_but_no_more_than_the_limit_are_in_flight(fake, clip):
     now, most, lock = [0], [0], threading.Lock()
 
     def count(model, version, context):
@@ -63,8 +63,8 @@ def test_several_requests_are_on_their_way_and_no_more(fake, clip):
     assert 2 <= most[0] <= IN_FLIGHT
 
 
-def test_images_are_taken_as_answers_are(fake, thread_stays):
-    """An endless supply: only a few are held, and leaving the loop ends it."""
+def test_images_are_read_only_as_fast_as_answers_are_used(fake, thread_stays):
+    """With an endless iterator, only a few images are held in memory, and closing the answers stops reading."""
     taken = [0]
 
     def endless():
@@ -95,7 +95,7 @@ async def first_of_endless(url, taken):
     return answer
 
 
-def test_leaving_an_asynchronous_stream_ends_it(fake):
+def test_closing_an_asynchronous_stream_stops_reading_images(fake):
     import asyncio
 
     taken = [0]
@@ -103,7 +103,7 @@ def test_leaving_an_asynchronous_stream_ends_it(fake):
     assert taken[0] <= 4 * (IN_FLIGHT + AHEAD + 1)
 
 
-def test_unreadable_images_are_skipped_where_they_are_reported(clip):
+def test_unreadable_images_are_skipped_if_the_caller_collects_them(clip):
     images = [picture(0), b"nonsense", picture(1), b"", *[picture(i) for i in range(2, 9)]]
     told = []
     answers = clip.classify(images, LABELS, unreadable=told.append)
@@ -129,7 +129,7 @@ def test_a_folder_is_classified_file_by_file(clip, tmp_path):
     assert [answer.best.score for answer in answers] == scores(alone)
 
 
-def test_a_version_that_goes_in_the_middle_loses_and_repeats_no_image(fake, clip):
+def test_a_version_unloaded_during_a_call_loses_and_repeats_no_image(fake, clip):
     fake.cards[3] = fake.card(3)
     seen = [0]
 
@@ -149,7 +149,7 @@ def test_a_version_that_goes_in_the_middle_loses_and_repeats_no_image(fake, clip
                 assert [answer.best.score] == scores(two.classify(picture(i), LABELS))
 
 
-def test_a_named_version_that_goes_in_the_middle_is_an_error(fake, connect):
+def test_a_requested_version_unloaded_during_a_call_is_an_error(fake, connect):
     def drop_2(model, version, context):
         if model == "clip_image":
             fake.cards.pop(2, None)
@@ -159,7 +159,7 @@ def test_a_named_version_that_goes_in_the_middle_is_an_error(fake, connect):
         clip.classify((picture(i) for i in range(80)), LABELS)
 
 
-def test_the_newest_version_is_followed_between_calls_and_not_within_one(fake, connect, monkeypatch):
+def test_a_newer_version_is_used_from_the_next_call_on(fake, connect, monkeypatch):
     monkeypatch.setattr("clipweld.client._core.LOOK_AGAIN_S", 0)
 
     def promote_3(model, version, context):
@@ -174,7 +174,7 @@ def test_the_newest_version_is_followed_between_calls_and_not_within_one(fake, c
         assert clip.classify(picture(0), LABELS)[0].version == 2
 
 
-def test_requests_are_retried_while_a_server_is_briefly_away(fake, clip):
+def test_requests_are_retried_while_a_server_is_briefly_unavailable(fake, clip):
     refused = [0]
 
     def away(model, version, context):
@@ -252,8 +252,8 @@ def test_too_many_labels_are_refused(clip):
         clip.classify(picture(0), [str(i) for i in range(2000)], templates=[f"{i} {{}}" for i in range(501)])
 
 
-def test_threads_share_a_classifier_and_its_labels(server):
-    """Sixteen threads on one classifier: every answer is that of a call alone, labels are encoded once."""
+def test_threads_can_share_a_classifier(server):
+    """With sixteen threads on one classifier, every answer equals that of a single call."""
     images = [picture(i) for i in range(40)]
     for url in (server.url, server.http_url):
         with ZeroShotClassifier(url) as clip:
@@ -263,7 +263,7 @@ def test_threads_share_a_classifier_and_its_labels(server):
         np.testing.assert_allclose(found, alone * 4, atol=1e-5)
 
 
-def test_tasks_share_an_asynchronous_classifier(server):
+def test_tasks_can_share_an_asynchronous_classifier(server):
     import asyncio
 
     images = [picture(i) for i in range(40)]
@@ -281,7 +281,7 @@ def test_tasks_share_an_asynchronous_classifier(server):
         np.testing.assert_allclose(asyncio.run(main(url)), alone * 4, atol=1e-5)
 
 
-def test_server_info_says_what_answers(server, connect):
+def test_server_info_names_the_server_and_its_version(server, connect):
     for url in (server.url, server.http_url):
         with connect(url) as clip:
             info = clip.server_info()

@@ -15,7 +15,7 @@ from clipweld.client._tokenizer import default_tokenizer
 CONTEXT = 24
 _OPEN_CLIP = SimpleTokenizer()
 
-# Characters that Python's own Unicode tables know: what is newer is split by whichever `regex` is installed.
+# Characters in Python's Unicode tables only: how newer ones are split depends on the installed `regex`.
 assigned = st.characters(exclude_categories=("Cn", "Cs"))
 vocabulary = st.sampled_from(sorted(_OPEN_CLIP.encoder))
 specials = ("<start_of_text>", "<END_of_text>", "!<start_of_text>", "<&#xfb06;art_of_text>", "<\u017ftart_of_text>")
@@ -36,7 +36,7 @@ characters = (
 odd = st.sampled_from(specials + contractions + characters)
 text = st.one_of(
     st.text(assigned), st.lists(st.one_of(vocabulary, odd, st.text(assigned, max_size=3))).map("".join)
-).filter(lambda value: "Cn" not in map(unicodedata.category, basic_clean(value)))  # which may read bytes anew
+).filter(lambda value: "Cn" not in map(unicodedata.category, basic_clean(value)))  # after ftfy
 
 
 def as_open_clip(texts: list[str], context_length: int) -> np.ndarray:
@@ -56,13 +56,13 @@ def test_tokens_equal_open_clip(value):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(text, min_size=1, max_size=4))
-def test_batches_cut_and_pad_as_open_clip(values):
+def test_batches_are_cut_and_padded_as_by_open_clip(values):
     tokens = default_tokenizer()(values, CONTEXT)
     assert tokens.dtype == np.int32
     np.testing.assert_array_equal(widened(tokens, CONTEXT), as_open_clip(values, CONTEXT))
 
 
-def test_batch_is_as_wide_as_its_longest_text():
+def test_a_batch_is_as_wide_as_its_longest_text():
     tokens = default_tokenizer()(["a cat", "a photo of a cat"], CONTEXT)
     assert tokens.shape == (2, 7)
     np.testing.assert_array_equal(tokens[0], [49406, 320, 2368, 49407, 0, 0, 0])
@@ -78,7 +78,7 @@ def test_no_texts_give_no_rows():
     assert default_tokenizer()([], CONTEXT).shape == (0, 0)
 
 
-def test_vocabulary_is_the_one_of_open_clip():
+def test_the_vocabulary_is_open_clip_s():
     with gzip.open(open_clip.tokenizer.default_bpe()) as file:
         assert default_tokenizer().sha256 == hashlib.sha256(file.read()).hexdigest()
 

@@ -28,7 +28,7 @@ from clipweld.client.errors import InvalidRequest, RequestTimeout, ServerUnavail
         ("https://a:443", Address("http", "a", 443, encrypted=True)),
     ],
 )
-def test_url_names_a_protocol_and_an_address(url, address):
+def test_a_url_is_parsed_into_protocol_and_address(url, address):
     assert parse_url(url) == address
 
 
@@ -36,13 +36,13 @@ def test_url_names_a_protocol_and_an_address(url, address):
     "url",
     ["", "localhost", "http://", ":8001", "ftp://a:1", "a:port", "a:99999", "a:1/path", "a:1?q", "u@a:1", "[a:1"],
 )
-def test_unusable_url_is_refused(url):
+def test_an_invalid_url_is_refused(url):
     with pytest.raises(InvalidRequest, match=r"expected host:port or grpc://host:port \(gRPC\), or http://host:port"):
         ZeroShotClassifier(url)
 
 
-def test_every_grpc_status_is_known_here():
-    """A status that gRPC gains must be looked at: is it the caller's, the network's or the server's fault?"""
+def test_every_grpc_status_is_assigned_to_an_error():
+    """Every status, also one that gRPC adds, is assigned: is it the caller's, the network's or the server's fault?"""
     fault_of_the_server = {
         "OK", "CANCELLED", "UNKNOWN", "ALREADY_EXISTS", "FAILED_PRECONDITION", "ABORTED", "INTERNAL", "DATA_LOSS",
     }  # fmt: skip
@@ -60,7 +60,7 @@ def closed_port():
 
 @pytest.fixture
 def silent_port():
-    """Accepts connections and never answers."""
+    """A port that accepts connections and never answers."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -68,7 +68,7 @@ def silent_port():
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_no_server(closed_port, scheme, connect):
+def test_a_missing_server_is_reported_as_unavailable(closed_port, scheme, connect):
     with (
         connect(f"{scheme}://127.0.0.1:{closed_port}", timeout_s=5) as clip,
         pytest.raises(ServerUnavailable) as caught,
@@ -81,7 +81,7 @@ def test_no_server(closed_port, scheme, connect):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_silent_server_is_a_timeout(silent_port, scheme, connect):
+def test_a_silent_server_causes_a_timeout(silent_port, scheme, connect):
     with (
         connect(f"{scheme}://127.0.0.1:{silent_port}", timeout_s=0.3) as clip,
         pytest.raises(RequestTimeout, match=r"no answer from .* within 0\.3 s"),
@@ -89,7 +89,7 @@ def test_silent_server_is_a_timeout(silent_port, scheme, connect):
         clip.versions()
 
 
-def test_http_spoken_to_a_grpc_port(fake, connect):
+def test_http_to_a_grpc_port_is_reported(fake, connect):
     with (
         connect(f"http://{fake.url}") as clip,
         pytest.raises(ServerUnavailable, match=r"no Triton that speaks HTTP and is ready for more \(.+\); .* for gRPC"),
@@ -97,7 +97,7 @@ def test_http_spoken_to_a_grpc_port(fake, connect):
         clip.versions()
 
 
-def test_every_error_is_in_the_drawn_hierarchy():
+def test_every_error_is_in_the_documented_hierarchy():
     raised = [
         value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__
     ]
@@ -106,7 +106,7 @@ def test_every_error_is_in_the_drawn_hierarchy():
     assert all(issubclass(error, errors.ClientError) for error in raised)
 
 
-def test_many_batches_over_http_need_no_more_threads_and_files_than_one(server):
+def test_many_batches_over_http_need_no_more_threads_and_files_than_few(server):
     image = np.zeros((32, 32, 3), np.uint8)
     with ZeroShotClassifier(server.http_url) as clip:
         list(clip.classify([image] * 80, ["a", "b"]))
@@ -117,7 +117,7 @@ def test_many_batches_over_http_need_no_more_threads_and_files_than_one(server):
     assert not [thread for thread in threading.enumerate() if thread.name == "clipweld-http"]
 
 
-def test_a_classifier_that_is_let_go_leaves_no_thread(server, thread_stays):
+def test_a_deleted_classifier_leaves_no_thread(server, thread_stays):
     clip = ZeroShotClassifier(server.http_url)
     clip.versions()
     del clip
@@ -158,8 +158,8 @@ print("closed")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["done", "halfway"])
-def test_garbage_is_collected_in_the_thread_that_brings_answers(fake, silent_port, what):
-    """Another classifier is garbage, while this one's closing waits for that thread, with gRPC's lock in its hands."""
+def test_garbage_collection_in_grpc_s_answering_thread_causes_no_deadlock(fake, silent_port, what):
+    """That thread collects another classifier while ``close`` of this one holds gRPC's lock and waits for it."""
     command = [sys.executable, "-c", GARBAGE, fake.url, f"127.0.0.1:{silent_port}", what]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (ended.stderr, ended.stdout, ended.returncode) == ("", "closed\n", 0), ended.stderr
@@ -200,7 +200,7 @@ def leaky(server):
     thread.join()
 
 
-def test_a_connection_that_went_dead_without_a_word_is_given_up(leaky, connect):
+def test_a_connection_that_silently_died_is_replaced(leaky, connect):
     url, silence = leaky
     with connect(url, timeout_s=1, retries=1) as clip:
         before = clip.versions()

@@ -1,4 +1,4 @@
-"""Images from addresses: only where that is allowed, within limits, and never from inside the network."""
+"""Images from URLs: only where allowed, within limits, and never from inside the network."""
 
 import base64
 import contextlib
@@ -37,7 +37,7 @@ def png() -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """``/image`` is one; other paths misbehave."""
+    """Serves an image at ``/image``; other paths misbehave."""
 
     def do_GET(self):
         self.server.asked.append(self.path)
@@ -75,7 +75,7 @@ class Quiet(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address):
-        """A client that has had enough hangs up."""
+        """Ignore errors: clients hang up as soon as they have read enough."""
 
 
 @contextlib.contextmanager
@@ -100,7 +100,7 @@ def site():
 
 @pytest.fixture
 def connections(monkeypatch):
-    """Addresses that were connected to; none is reached."""
+    """The addresses that the test tried to connect to; every connection is refused."""
     tried = []
 
     def connect(self, address):
@@ -111,7 +111,7 @@ def connections(monkeypatch):
     return tried
 
 
-def test_an_address_is_an_image(site):
+def test_an_image_is_fetched_from_its_url_and_through_redirects(site):
     assert fetch(f"{site.address}/image", "it", loopback=True) == png()
     assert fetch(f"{site.address}/to//image", "it", loopback=True) == png()
     assert fetch(f"{site.address}/to/http://127.0.0.1:PORT/image", "it", loopback=True) == png()
@@ -126,8 +126,8 @@ def test_addresses_inside_the_network_are_refused_without_a_connection(connectio
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_is_resolved_once_and_what_was_checked_is_connected_to(monkeypatch, connections):
-    """A name that is public when checked and private when used would get in: DNS rebinding."""
+def test_a_name_is_resolved_once_and_the_checked_address_is_used(monkeypatch, connections):
+    """Otherwise a name could resolve to a public address when checked and a private one when used: DNS rebinding."""
     answers = [["93.184.216.34"], ["127.0.0.1"]]
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda host, port, **_: [(2, 1, 6, "", (ip, port)) for ip in answers.pop(0)]
@@ -135,7 +135,7 @@ def test_a_name_is_resolved_once_and_what_was_checked_is_connected_to(monkeypatc
     with pytest.raises(BadImage, match="cannot be fetched"):
         fetch("http://changes.example/image", "it")
     assert (connections, len(answers)) == ([("93.184.216.34", 80)], 1)
-    answers[:] = [["10.0.0.1", "93.184.216.34"]]  # of several, the public ones
+    answers[:] = [["10.0.0.1", "93.184.216.34"]]  # of several addresses, only public ones are used
     with pytest.raises(BadImage, match="cannot be fetched"):
         fetch("http://both.example/image", "it")
     assert connections[1:] == [("93.184.216.34", 80)]
@@ -156,7 +156,7 @@ def test_a_name_is_resolved_once_and_what_was_checked_is_connected_to(monkeypatc
         ("packed", "the server answered with compressed content"),
     ],
 )
-def test_what_is_no_plain_answer_is_refused(site, path, message):
+def test_bad_redirects_and_bad_answers_are_refused(site, path, message):
     with pytest.raises(BadImage) as caught:
         fetch(f"{site.address}/{path}", "it", loopback=True)
     assert str(caught.value).startswith(f"it cannot be fetched: {message}")
@@ -171,12 +171,12 @@ def test_what_is_no_plain_answer_is_refused(site, path, message):
         ("http://127.0.0.1:x/", "Port could not be cast"),
     ],
 )
-def test_addresses_that_lead_nowhere_say_why(url, message):
+def test_urls_that_cannot_be_reached_are_refused_with_the_reason(url, message):
     with pytest.raises(BadImage, match=rf"^it cannot be fetched: .*{message}"):
         fetch(url, "it", loopback=True)
 
 
-def test_a_secure_address_is_who_it_says_and_stays_secure(tmp_path, monkeypatch):
+def test_https_verifies_certificates_and_never_redirects_to_http(tmp_path, monkeypatch):
     authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -191,7 +191,7 @@ def test_a_secure_address_is_who_it_says_and_stays_secure(tmp_path, monkeypatch)
             fetch(server.address.replace("127.0.0.1", "localhost") + "/image", "it", loopback=True)
 
 
-def test_a_server_that_drips_is_given_up(site, monkeypatch):
+def test_a_server_that_sends_byte_by_byte_times_out(site, monkeypatch):
     monkeypatch.setattr(_urls, "TIMEOUT_S", 0.3)
     with pytest.raises(BadImage, match=r"^it cannot be fetched: not done within 0\.3 s"):
         fetch(f"{site.address}/drip", "it", loopback=True)
@@ -199,11 +199,11 @@ def test_a_server_that_drips_is_given_up(site, monkeypatch):
 
 @pytest.fixture
 def allowed(monkeypatch):
-    """Loopback counts as outside."""
+    """Treat loopback as a public address."""
     monkeypatch.setattr(_urls, "fetch", functools.partial(fetch, loopback=True))
 
 
-def test_an_address_that_is_not_allowed_says_how(fake, site):
+def test_a_url_is_refused_by_default_with_the_setting_to_allow_it(fake, site):
     asked = len(site.asked)
     with (
         ZeroShotClassifier(fake.url) as clip,
@@ -214,7 +214,7 @@ def test_an_address_that_is_not_allowed_says_how(fake, site):
 
 
 @pytest.mark.usefixtures("allowed")
-def test_the_library_takes_addresses_among_other_images(fake, site):
+def test_urls_may_be_mixed_with_other_images(fake, site):
     url = f"{site.address}/image"
     with ZeroShotClassifier(fake.url, allow_urls=True) as clip:
         one, other = clip.classify([url, png()], ["cat", "dog"])
@@ -224,7 +224,7 @@ def test_the_library_takes_addresses_among_other_images(fake, site):
 
 
 @pytest.mark.usefixtures("allowed")
-def test_the_command_takes_addresses_by_a_flag_and_keeps_them_in_results(fake, site, tmp_path, monkeypatch, capsys):
+def test_the_command_accepts_urls_with_a_flag_and_writes_them_to_results(fake, site, tmp_path, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["client", "classify", *arguments, "--labels", "cat, dog", "--url", fake.url])
         with pytest.raises(SystemExit) as exit_:
@@ -240,7 +240,7 @@ def test_the_command_takes_addresses_by_a_flag_and_keeps_them_in_results(fake, s
     assert json.loads(out.read_text())["image"] == url
 
 
-def test_passwords_in_addresses_are_not_printed():
+def test_passwords_in_urls_are_not_printed():
     url = "https://me:secret@example.org/a.png?size=1@2"
     assert name_of(url, 0) == "https://...@example.org/a.png?size=1@2"
     assert name_of("ftp://me:secret@example.org", 0) == "ftp://...@example.org"

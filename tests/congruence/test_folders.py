@@ -1,4 +1,4 @@
-"""Client and trainer take the same files of a folder for images."""
+"""Client and trainer take the same files in a folder for images."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from clipweld.client import _folders as in_client
 from clipweld.trainer.tasks import tree as in_trainer
 
 
-def test_the_same_endings_are_images():
+def test_client_and_trainer_know_the_same_image_suffixes():
     assert in_client.endings() == in_trainer.suffixes()
     assert {".jfif", ".mpo", ".avif", ".jp2", ".gif"} <= in_client.endings()
 
@@ -24,5 +24,5 @@ def test_the_same_endings_are_images():
         "a.jpg",
     ],
 )
-def test_the_same_names_are_hidden(name):
+def test_client_and_trainer_ignore_the_same_names(name):
     assert in_client.is_hidden(name) == in_trainer.is_hidden(name) == (name != "a.jpg")

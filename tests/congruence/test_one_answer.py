@@ -1,4 +1,4 @@
-"""Merged weights in open_clip, ours, ONNX Runtime, Triton through the client: one answer on real images and prompts."""
+"""Merged weights give the same features in open_clip, PyTorch, ONNX Runtime and Triton through the client."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ATOL = 2e-5
 
 @pytest.fixture(scope="module")
 def images(digits):
-    """Test images of handwritten digits, from all over the set."""
+    """Test images of handwritten digits, evenly spaced over the set."""
     test = digits.load("test")
     return [test[i][0] for i in range(0, len(test), len(test) // COUNT)][:COUNT]
 
@@ -31,7 +31,7 @@ def prompts(digits):
 
 @pytest.fixture(scope="module")
 def answers(mini, fitted, repository, server, images, prompts):
-    """(image features, text features) of version 2 by every way there is."""
+    """(image features, text features) of version 2, by each way to compute them."""
     pixels, tokens = torch.stack([mini.preprocess(image) for image in images]), mini.tokenizer(prompts)
     answers = {}
     plain = open_clip.create_model("mini").eval()
@@ -56,20 +56,20 @@ def answers(mini, fitted, repository, server, images, prompts):
     return answers
 
 
-def test_every_way_gives_the_same_features(answers):
+def test_all_ways_give_the_same_features(answers):
     reference = answers["open_clip, merged"]
     for name, features in answers.items():
         for ours, theirs in zip(features, reference, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=ATOL, rtol=0, err_msg=name)
 
 
-def test_learning_moved_the_features(mini, images, answers):
+def test_training_changed_the_features(mini, images, answers):
     with torch.no_grad():
         base = F.normalize(mini.model.encode_image(torch.stack([mini.preprocess(i) for i in images])), dim=-1)
     assert np.abs(answers["PyTorch, merged"][0] - base.numpy()).max() > 100 * ATOL
 
 
-def test_served_labels_are_pytorch_s(fitted, server, images, digits, mini):
+def test_served_scores_equal_those_of_pytorch(fitted, server, images, digits, mini):
     with torch.no_grad():
         classes = encode_classes(fitted.backbone, digits.class_names, digits.templates)
         pixels = torch.stack([mini.preprocess(image) for image in images])

@@ -1,4 +1,4 @@
-"""Client and trainer say the same of the same error of the operating system: each has its own words for them."""
+"""Client and trainer, which each have their own texts, give the same advice for the same operating system error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CAUSES = ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "EFBIG
 
 
 @pytest.mark.parametrize("name", CAUSES)
-def test_client_and_trainer_advise_alike(name):
+def test_client_and_trainer_give_the_same_advice(name):
     number = getattr(errno, name)
     exc = OSError(number, os.strerror(number))
     assert of_client(exc) == of_trainer(exc)

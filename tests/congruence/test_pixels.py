@@ -1,4 +1,4 @@
-"""One image, one set of pixels: client and trainer read every format and mode alike, upright, else as open_clip."""
+"""Client and trainer read the same pixels in every format and mode: upright, and otherwise as open_clip."""
 
 import io
 
@@ -29,11 +29,11 @@ def in_client(path):
 
 @pytest.fixture(scope="module")
 def files():
-    """Every format in every mode that Pillow writes it in; those that can say so are turned by their Exif."""
+    """Every format in every mode in which Pillow can write it; formats with Exif data are stored rotated."""
     return seeds(sample(60)[0])
 
 
-def test_every_format_and_mode_is_read_alike_or_refused_alike(files, tmp_path):
+def test_client_and_trainer_read_or_refuse_every_format_and_mode_alike(files, tmp_path):
     refused = []
     for number, (kind, data) in enumerate(files):
         path = tmp_path / f"{number}.jpg"
@@ -49,7 +49,7 @@ def test_every_format_and_mode_is_read_alike_or_refused_alike(files, tmp_path):
         ours, theirs = in_client(path), in_trainer(path)
         *spatial, to_tensor, normalize = image_transform_v2(CONFIG, is_train=False).transforms
         assert torch.equal(normalize(to_tensor(ours)), theirs), (kind, opened.mode)
-        if not opened.mode.startswith("I"):  # where open_clip has it white
+        if not opened.mode.startswith("I"):  # open_clip reads 16-bit greyscale as white
             upright = ImageOps.exif_transpose(opened)
             for step in spatial:
                 upright = step(upright)
@@ -57,7 +57,7 @@ def test_every_format_and_mode_is_read_alike_or_refused_alike(files, tmp_path):
     assert sorted(refused) == ["PPM", "TIFF", "TIFF", "TIFF"]
 
 
-def test_sixteen_bits_of_grey_are_one_ramp_in_both(tmp_path):
+def test_client_and_trainer_read_sixteen_bit_greyscale_alike(tmp_path):
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray((values >> 8).astype(np.uint8)).save(tmp_path / "eight.png")
     expected = in_trainer(tmp_path / "eight.png")
@@ -68,7 +68,7 @@ def test_sixteen_bits_of_grey_are_one_ramp_in_both(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photo_is_upright_in_both(tmp_path, orientation):
+def test_client_and_trainer_read_photos_upright(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.effect_noise((60, 40), 80).convert("RGB").save(tmp_path / "photo.jpg", exif=exif, quality=95)

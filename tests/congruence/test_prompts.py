@@ -1,4 +1,4 @@
-"""Client and trainer put a class name into a template by one rule, and what was learned before keeps its prompts."""
+"""Client and trainer fill templates by the same rule, and tasks learned earlier keep their prompts."""
 
 import json
 from pathlib import Path
@@ -22,14 +22,14 @@ WORDS = st.lists(
 
 
 @given(WORDS, WORDS, WORDS)
-def test_one_rule(before, label, after):
+def test_client_and_trainer_make_the_same_prompts(before, label, after):
     template = f"{''.join(before)}{{}}{' '.join(after)}"
     assert in_client(template, " ".join(label)) == in_trainer(template, " ".join(label))
     template = f"{' '.join(before)} {{}}{' '.join(after)}"
     assert in_client(template, "".join(label)) == in_trainer(template, "".join(label))
 
 
-def test_shipped_tasks_and_the_classes_of_imagenet_keep_their_prompts():
+def test_prompts_of_shipped_tasks_and_imagenet_are_plain_substitutions():
     tasks = json.loads((Path(trainer.__file__).parent / "mini/tasks/tasks.json").read_text(encoding="utf-8"))
     asked = [(task["class_names"], task["templates"]) for task in tasks.values()]
     for names, templates in (*asked, (open_clip.IMAGENET_CLASSNAMES, DEFAULT_TEMPLATES)):

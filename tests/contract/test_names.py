@@ -1,4 +1,4 @@
-"""One import name, ``clipweld``: whatever else a user has beside a script is the user's."""
+"""Only the import name ``clipweld`` is taken: files of users named client, trainer or exporter remain theirs."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ test_each_is_its_own()
 
 @pytest.fixture(params=OWN)
 def folder(request, tmp_path):
-    """A user's folder, with names of its own, and a script that imports both."""
+    """A user's folder with modules of those names, and a script that imports them and clipweld."""
     for name in OWN[request.param]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('MINE = "yes"\n')
@@ -55,22 +55,22 @@ def run(command, folder, **environment):
 @pytest.mark.parametrize(
     "way", [["test_mine.py"], ["-m", "test_mine"], ["-m", "pytest", "-q", "-p", "no:cacheprovider"]]
 )
-def test_a_script_imports_its_own_and_ours(folder, way, environment):
+def test_a_script_imports_its_own_modules_and_clipweld(folder, way, environment):
     done = run([sys.executable, *way], folder, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("environment", [{}, {"PYTHONPATH": "."}], ids=["plain", "PYTHONPATH=."])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_commands_run_there(folder, name, environment):
+def test_the_commands_work_beside_files_of_their_names(folder, name, environment):
     done = run([Path(sys.executable).with_name(name), "--version"], folder, **environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("clipweld ")
 
 
 @pytest.mark.slow
-def test_a_type_checker_finds_every_import_from_outside(tmp_path):
-    """Without a path made by hand: from an editable checkout, as from an installed wheel."""
+def test_a_type_checker_finds_the_package_from_outside(tmp_path):
+    """It needs no extra path, in an editable checkout as with an installed wheel."""
     (tmp_path / "mine.py").write_text(
         "from clipweld.client import Classification, ZeroShotClassifier\n\n"
         'def ask(path: str) -> "list[Classification]":\n'

@@ -1,4 +1,4 @@
-"""Every program, whatever its standard streams are: it works, or says in one line why not."""
+"""Every program works with any standard streams, or says in one line why it cannot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clipweld.client.errors import ResultsError
 from clipweld.trainer import output as of_trainer
 from clipweld.trainer.errors import OutputError
 
-# What is called, and its status where every stream is as usual.
+# Commands, and their exit status with normal streams.
 CALLS = {
     "trainer --help": 0,
     "trainer fit --task nonsuch": 1,
@@ -58,7 +58,7 @@ def run(call, shell="{}", **variables):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
-def test_no_stream_ends_a_program_in_a_traceback(call):
+def test_no_stream_or_terminal_setting_causes_a_traceback(call):
     with ThreadPoolExecutor(2) as pool:
         by_shell = {name: pool.submit(run, call, shell) for name, shell in SHELL.items()}
         by_variable = {name: pool.submit(run, call, **variables) for name, variables in VARIABLES.items()}
@@ -73,7 +73,7 @@ def test_no_stream_ends_a_program_in_a_traceback(call):
 
 
 @both
-def test_json_is_json_whatever_characters_the_stream_has(printing, error, monkeypatch):
+def test_json_output_is_valid_in_every_stream_encoding(printing, error, monkeypatch):
     for encoding in ("ascii", "latin-1", "utf-16", "utf-8"):
         written = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
@@ -83,7 +83,7 @@ def test_json_is_json_whatever_characters_the_stream_has(printing, error, monkey
 
 
 @both
-def test_tables_are_drawn_with_characters_that_the_stream_has(printing, error, monkeypatch):
+def test_tables_use_only_characters_that_the_stream_can_encode(printing, error, monkeypatch):
     from rich.table import Table
 
     written = io.BytesIO()
@@ -98,7 +98,7 @@ def test_tables_are_drawn_with_characters_that_the_stream_has(printing, error, m
 
 
 @both
-def test_a_closed_stream_is_never_the_next_file_that_is_opened(printing, error, tmp_path):
+def test_output_to_a_closed_stream_never_ends_up_in_the_next_opened_file(printing, error, tmp_path):
     code = (
         f"import os, {printing.__name__} as p\n"
         "with p.messages(), p.printing():\n"
@@ -112,7 +112,7 @@ def test_a_closed_stream_is_never_the_next_file_that_is_opened(printing, error, 
 
 
 @both
-def test_messages_that_cannot_be_written_do_not_stop_the_work(printing, error, monkeypatch):
+def test_unwritable_messages_are_ignored_and_unwritable_results_are_an_error(printing, error, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stderr", full)
         with printing.messages():

@@ -1,4 +1,4 @@
-"""The directions between the rooms, and what must stay light."""
+"""Which package and module may import which, and which imports must stay light."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# From the ground up. What is named together does not know of each other.
+# From the lowest layer up. Modules listed together must not import each other.
 FLOORS = {
     "trainer": (
         "errors extras mini os_errors preprocessing schemas",
@@ -40,7 +40,7 @@ SEAMS = {
 
 
 def imports_of(room):
-    """(file, module) for every import of a room's files."""
+    """Yield (file, imported module) for every import of a package."""
     for path in (ROOT / room).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -54,15 +54,15 @@ def imports_of(room):
     ("room", "others"),
     [("trainer", {"exporter", "client"}), ("exporter", {"client"}), ("client", {"trainer", "exporter", "torch"})],
 )
-def test_room_imports_nothing_of(room, others):
+def test_a_package_does_not_import_the_others(room, others):
     found = [(str(path), name.removeprefix("clipweld.")) for path, name in imports_of(room)]
     assert len(found) > 100
     assert [(path, name) for path, name in found if name.split(".")[0] in others | {"evidence"}] == []
 
 
 @pytest.mark.parametrize("room", FLOORS)
-def test_imports_go_down(room):
-    """Those inside functions and for types included; so there are no circles."""
+def test_modules_import_only_from_lower_layers(room):
+    """This includes imports inside functions and for types, so there are no import cycles."""
     floor = {wing: number for number, wings in enumerate(FLOORS[room]) for wing in wings.split()}
     home = ROOT / room / "src" / "clipweld" / room
     wings = {path.name.removesuffix(".py") for path in home.iterdir() if path.name not in ("__pycache__", "py.typed")}
@@ -78,19 +78,19 @@ def test_imports_go_down(room):
 
 
 @pytest.mark.slow
-def test_modules_of_one_wing_form_no_circle():
+def test_modules_of_one_subpackage_form_no_import_cycle():
     for room in ("trainer", "exporter", "client"):
         modules = {}
         for path, name in imports_of(room):
             module = ".".join(path.relative_to(ROOT / room / "src").with_suffix("").parts).removesuffix(".__init__")
             modules.setdefault(module, set()).add(name)
-        for module, names in modules.items():  # a package comes along with what is imported from it
+        for module, names in modules.items():  # importing from a package does not count as importing the package
             packages = {name.rpartition(".")[0] for name in names & modules.keys()}
             modules[module] = names & modules.keys() - packages - {module}
-        list(TopologicalSorter(modules).static_order())  # raises CycleError, with the circle
+        list(TopologicalSorter(modules).static_order())  # raises CycleError, which names the cycle
 
 
-def test_exporter_uses_the_trainer_at_its_seams_only():
+def test_the_exporter_uses_only_the_allowed_modules_of_the_trainer():
     used = {name for _, name in imports_of("exporter") if name.startswith("clipweld.trainer.")}
     assert {".".join(name.split(".")[:3]) for name in used} <= SEAMS
 

@@ -1,4 +1,4 @@
-"""What is installed: the wheels' contents, their size, and what their commands do in environments of their own."""
+"""The wheels: their contents, their size, and what their commands do in fresh environments."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("client", "trainer", "exporter")
-# Beside the modules, which are those of the source folder, one by one.
+# Data files, in addition to the Python modules.
 DATA = {
     "client": {
         "LICENSES.md", "bpe_simple_vocab_16e6.txt.gz", "page/icon.svg", "page/page.css", "page/index.html",
@@ -31,7 +31,7 @@ LARGEST_MB = {"client": 2, "trainer": 34, "exporter": 1}
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory):
-    """The four wheels, built from a copy of the checkout: builds leave files in the folders they are made from."""
+    """The four wheels, built from a copy of the checkout because builds leave files in their source folders."""
     sources, built = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheels")
     for name in ("LICENSE", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, sources)
@@ -44,7 +44,7 @@ def wheels(tmp_path_factory):
 
 
 def contents(wheels, name):
-    """The files of a wheel, those about the wheel itself aside."""
+    """Return the files in a wheel, without its metadata."""
     (wheel,) = wheels.glob(f"{name}-*.whl")
     with zipfile.ZipFile(wheel) as opened:
         return {entry for entry in opened.namelist() if not re.match(r"[\w.-]+\.dist-info/", entry)}
@@ -60,7 +60,7 @@ def test_a_wheel_holds_its_package_and_nothing_else(wheels, name):
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_a_wheel_is_small_and_brings_the_licences(wheels, name):
+def test_a_wheel_is_small_and_includes_the_licence(wheels, name):
     (wheel,) = wheels.glob(f"clipweld_{name}-*.whl")
     assert wheel.stat().st_size < LARGEST_MB[name] * 1e6
     with zipfile.ZipFile(wheel) as opened:
@@ -68,11 +68,11 @@ def test_a_wheel_is_small_and_brings_the_licences(wheels, name):
         assert opened.read(licence) == (ROOT / "LICENSE").read_bytes()
 
 
-def test_the_one_that_people_install_is_made_of_the_others(wheels):
+def test_the_wheel_that_users_install_has_no_files_of_its_own(wheels):
     assert contents(wheels, "clipweld") == set()
 
 
-def test_its_page_on_an_index_has_no_link_that_leads_nowhere(wheels):
+def test_its_page_on_a_package_index_has_no_broken_links(wheels):
     (wheel,) = wheels.glob("clipweld-*.whl")
     with zipfile.ZipFile(wheel) as opened:
         (metadata,) = (entry for entry in opened.namelist() if entry.endswith("/METADATA"))
@@ -86,8 +86,8 @@ def test_its_page_on_an_index_has_no_link_that_leads_nowhere(wheels):
     assert "raw.githubusercontent.com/clipweld/clipweld/main/docs/forgetting.png" in page
 
 
-def test_all_are_of_one_version(wheels):
-    """The same in the modules, the wheels, and what each wheel asks of the others."""
+def test_all_packages_have_the_same_version(wheels):
+    """It is the same in modules, wheels, and the requirements of each wheel on the others."""
     version = import_module("clipweld.client").__version__
     assert {import_module(f"clipweld.{name}").__version__ for name in PACKAGES} == {version}
     assert {wheel.name.split("-")[1] for wheel in wheels.glob("*.whl")} == {version}
@@ -101,7 +101,7 @@ def test_all_are_of_one_version(wheels):
 
 @pytest.fixture(scope="session")
 def install(wheels, tmp_path_factory):
-    """Makes a fresh environment with some of the wheels and what they depend on; its folder of commands."""
+    """A function that installs wheels and their dependencies in a fresh environment and returns its bin folder."""
 
     def install(*requirements):
         folder = tmp_path_factory.mktemp("environment")
@@ -115,14 +115,14 @@ def install(wheels, tmp_path_factory):
 
 
 def run(command, folder):
-    """In a folder of its own, with an environment that knows nothing of this one."""
+    """Run a command in a folder with a minimal environment; return (exit code, stdout, stderr)."""
     done = subprocess.run(command, cwd=folder, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.network
 @pytest.mark.slow
-def test_the_base_install_is_the_client(install, server, tmp_path):
+def test_a_plain_install_has_the_client_only(install, server, tmp_path):
     commands = install("clipweld")
     shutil.copy(ROOT / "samples" / "seven.png", tmp_path)
     code, out, err = run(
@@ -136,8 +136,8 @@ def test_the_base_install_is_the_client(install, server, tmp_path):
 
 @pytest.mark.network
 @pytest.mark.slow
-def test_commands_without_their_extra_name_it(install, repository, tmp_path):
-    """Without extras, a repository can be looked after; what needs more says which extra brings it."""
+def test_commands_name_the_extra_that_they_lack(install, repository, tmp_path):
+    """Without extras a repository can be inspected; commands that need more name the extra to install."""
     commands = install("clipweld-exporter")
     assert run([commands / "trainer", "--version"], tmp_path) == run([commands / "exporter", "--version"], tmp_path)
     code, out, err = run([commands / "exporter", "versions", "--offline", "--repository", repository], tmp_path)
@@ -155,11 +155,11 @@ def test_commands_without_their_extra_name_it(install, repository, tmp_path):
 
 @pytest.mark.network
 @pytest.mark.slow
-def test_what_serves_needs_no_torch(install, repository, tmp_path):
-    """With the extra ``serve`` alone, versions are listed and served, and answer."""
+def test_serving_needs_no_torch(install, repository, tmp_path):
+    """With the extra ``serve`` alone, versions can be listed, served and queried."""
     commands = install("clipweld[serve]")
     assert not list(commands.parent.glob("lib/python*/site-packages/torch"))
-    for folder in ("", ".store"):  # files of both are the same, by hard links
+    for folder in ("", ".store"):  # hard links, as in the original: both folders share their files
         shutil.copytree(f"{repository}{folder}", tmp_path / f"model_repository{folder}", copy_function=os.link)
     shutil.copy(ROOT / "samples" / "seven.png", tmp_path)
     code, out, err = run([commands / "exporter", "versions"], tmp_path)

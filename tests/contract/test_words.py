@@ -1,4 +1,4 @@
-"""Words of the glossary that no reader meets, in pages, printed text, docstrings or comments."""
+"""Words that the glossary forbids appear in no page, printed text, docstring or comment."""
 
 import ast
 import re
@@ -25,11 +25,11 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
     if path.name != "CHANGELOG.md"
 )
-KEYS = {"standing"}  # of JSON, which scripts read
+KEYS = {"standing"}  # a JSON key on which scripts depend
 
 
 def written(path):
-    """(line, text) of every string and comment of a module; keys of JSON aside."""
+    """Yield (line, text) of every string and comment of a module, except JSON keys."""
     with path.open("rb") as file:
         for token in tokenize.tokenize(file.readline):
             if token.type == tokenize.COMMENT:
@@ -42,7 +42,7 @@ def written(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("never", NEVER, ids=NEVER.values())
-def test_glossary_words_are_not_used(never):
+def test_forbidden_words_are_not_used(never):
     word = re.compile(rf"\b(?:{never})\b", re.IGNORECASE)
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"

@@ -1,4 +1,4 @@
-"""The recipe's functions, without network: cleaning, holding out, drawing, augmentation, loss, training."""
+"""The recipe's functions, without a network: cleaning, holding out, drawing, augmentation, loss, training."""
 
 import json
 import random
@@ -19,7 +19,7 @@ MODEL_CFG = {
 
 
 def square(colour: tuple[int, int, int], side: int = 40) -> np.ndarray:
-    """A coloured rectangle as RGBA, uint8, (64, 64, 4)."""
+    """Return a coloured rectangle as RGBA, uint8 (64, 64, 4)."""
     image = drawing.centre_in_square(Image.new("RGBA", (side, 30), (*colour, 255)))
     assert image is not None
     return image
@@ -41,7 +41,7 @@ def test_clean_title_keeps_only_words_of_the_dictionary():
     assert captions.clean_title("01_b_x", {"virus", "b"}) == ""
 
 
-def test_clean_icon_name_drops_styles_and_refuses_glued_icons_brands_and_flags():
+def test_clean_icon_name_drops_styles_and_refuses_combined_icons_brands_and_flags():
     words = {"coffee", "cup", "account", "plus", "flag", "brand", "star"}
     assert captions.clean_icon_name("coffee-cup-outline-2", words) == "coffee cup"
     assert captions.clean_icon_name("star", words) == "star"
@@ -87,7 +87,7 @@ def test_square_is_trimmed_centred_and_keeps_its_margin():
     assert drawing.centre_in_square(Image.new("RGBA", (10, 10))) is None
 
 
-def test_nearest_agrees_with_plain_distances():
+def test_nearest_equals_the_distances_written_out():
     rng = np.random.default_rng(0)
     queries, keys = (rng.uniform(0, 255, (count, 768)).astype(np.float32) for count in (5, 7))
     index, distance = drawing.nearest(queries, keys)
@@ -96,7 +96,7 @@ def test_nearest_agrees_with_plain_distances():
     np.testing.assert_allclose(distance, plain.min(axis=1), rtol=1e-3)
 
 
-def test_repeats_and_pictures_near_a_task_are_dropped(pairs):
+def test_duplicates_and_pictures_similar_to_a_task_s_are_dropped(pairs):
     red = drawing.on_white(pairs[0].image[None]).astype(np.uint8)
     kept = without_repeats([*pairs, pairs[3]], red)
     assert [pair.image.tobytes() for pair in kept] == [pair.image.tobytes() for pair in pairs[1:]]
@@ -122,7 +122,7 @@ def test_augmented_batch_has_the_given_size_and_stays_in_range(size):
     assert batch.max() <= 1
 
 
-def test_ink_contrasts_with_the_ground():
+def test_ink_contrasts_with_the_background():
     torch.manual_seed(0)
     ground = augment.backgrounds(200, 8)
     ink = augment.inked(torch.ones(200, 1, 8, 8), ground).mean(dim=(2, 3))
@@ -143,7 +143,7 @@ def test_multi_positive_loss_equals_the_plain_formula():
     torch.testing.assert_close(train.multi_positive_loss(logits, fits), total)
 
 
-def test_one_positive_each_is_clips_own_loss():
+def test_with_one_positive_each_the_loss_is_clip_s_own():
     torch.manual_seed(0)
     logits, target = torch.randn(5, 5), torch.arange(5)
     clip = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
@@ -158,7 +158,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     assert values.max() < 1.5
 
 
-def test_vocabulary_rows_are_open_clips_tokens_renumbered():
+def test_vocabulary_rows_are_open_clip_s_tokens_renumbered():
     from open_clip.tokenizer import SimpleTokenizer
 
     vocabulary = text.Vocabulary(["red apple", "fruit"])
@@ -169,7 +169,7 @@ def test_vocabulary_rows_are_open_clips_tokens_renumbered():
     assert old[:, new.shape[1] :].sum() == 0
 
 
-def test_caption_is_about_one_of_the_names_or_categories():
+def test_a_caption_contains_one_of_the_names_or_categories():
     rng = random.Random(0)
     for _ in range(50):
         caption, about = text.draw_caption(("apple",), ("fruit", "food"), False, 0.3, rng)
@@ -229,7 +229,7 @@ def test_saved_weights_load_into_open_clip_and_give_the_same_features(pairs, con
         torch.testing.assert_close(loaded.encode_image(images, normalize=True), seen, rtol=0, atol=5e-3)
 
 
-def test_training_resumes_from_weights_and_keeps_unused_tokens(pairs, config, tmp_path):
+def test_training_can_start_from_given_weights_and_keeps_unused_tokens(pairs, config, tmp_path):
     start = train.Training(pairs, MODEL_CFG, config, tmp_path / "one").weights()
     start = {name: value.float() for name, value in start.items()}
     second = train.Training(pairs, MODEL_CFG, config.going_on(), tmp_path / "two", start)
@@ -243,7 +243,7 @@ def test_training_resumes_from_weights_and_keeps_unused_tokens(pairs, config, tm
     assert not torch.equal(rows[~unused], start["token_embedding.weight"][~unused])
 
 
-def test_a_task_is_written_the_same_twice(tmp_path):
+def test_writing_a_task_twice_gives_the_same_bytes(tmp_path):
     names = ["a", "b"]
     items = [("train", "a", square((1, 2, 3))[..., :3]), ("test", "b", square((9, 9, 9))[..., 0])]
     counts = tasks.write("letters", iter(items), names, tmp_path / "one.zip")

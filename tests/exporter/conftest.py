@@ -1,4 +1,4 @@
-"""Fixtures of the exporter's tests: one trace of the towers, one repository of two versions, one real Triton."""
+"""Fixtures of the exporter's tests: traced towers, a repository with two versions, a real Triton."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def graphs(mini):
 
 @pytest.fixture(scope="session")
 def take_traced(graphs):
-    """A function that has merges take these towers instead of tracing them, in float32, while a patch lasts."""
+    """A function that patches merges to use these traced towers for float32 instead of tracing again."""
 
     def take(patch: pytest.MonkeyPatch) -> None:
         for kind in ("image", "text"):
@@ -95,13 +95,13 @@ def take_traced(graphs):
 
 @pytest.fixture
 def traced(take_traced, monkeypatch):
-    """Merges in this test take the towers traced before."""
+    """Merges in this test use the towers that were traced once per session."""
     take_traced(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def released(mini, make_adapter, samples, take_traced, tmp_path_factory):
-    """A repository with version 1 (base) and 2 (two tasks merged), and what the merge reported."""
+    """A repository with version 1 (base) and 2 (two tasks merged), and the result of the merge."""
     path = tmp_path_factory.mktemp("released") / "model_repository"
     repository = Repository(path, "clip")
     first = make_adapter("digits")
@@ -127,11 +127,11 @@ class Served:
     client: tritonclient.grpc.InferenceServerClient
 
     def load(self, model: str) -> None:
-        """Have Triton read a model's folder again."""
+        """Make Triton load or reload a model."""
         self.client.load_model(model, headers=self._headers)
 
     def unload(self, model: str) -> None:
-        """Have Triton serve a model no more."""
+        """Make Triton unload a model."""
         self.client.unload_model(model, headers=self._headers)
 
     @property
@@ -139,7 +139,7 @@ class Served:
         return {f"triton-grpc-protocol-{HEADER}": admin_key(self.repository.path)}
 
     def infer(self, model: str, inputs: dict[str, np.ndarray], version: int | str = "") -> dict[str, np.ndarray]:
-        """One request; the outputs by name."""
+        """Send one request; return the outputs by name."""
         tensors = []
         for name, array in inputs.items():
             kind = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32", "object": "BYTES"}[array.dtype.name]
@@ -152,7 +152,7 @@ class Served:
 
 @pytest.fixture(scope="session")
 def served(released, tmp_path_factory):
-    """The released repository, served by a real Triton; models may be added to it and loaded."""
+    """A copy of the released repository, served by a real Triton; tests may add models and load them."""
     path = tmp_path_factory.mktemp("served") / "model_repository"
     shutil.copytree(released[0].path.parent, path.parent, dirs_exist_ok=True)
     with serve(path) as server:
@@ -163,7 +163,7 @@ def served(released, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def write_model():
-    """A function that writes a model of one small graph: ``y = x + 1`` unless another node is given."""
+    """A function that writes a model with a small graph: ``y = x + 1`` unless another node is given."""
 
     def write(
         repository: Path,

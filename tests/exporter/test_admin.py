@@ -1,4 +1,4 @@
-"""Model control is for whoever may write the repository, and for nobody else."""
+"""Model control is restricted to users who may write the repository."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clipweld.exporter.store.repository import Repository, store_of
 
 @pytest.fixture(scope="module")
 def keyed(released, tmp_path_factory):
-    """A repository of its own and its running server, started without a word about keys."""
+    """A copy of the repository and its running server, started without any option about keys."""
     path = tmp_path_factory.mktemp("keyed") / "models"
     shutil.copytree(released[0].path, path)
     shutil.copytree(store_of(released[0].path), store_of(path))
@@ -34,7 +34,7 @@ def _no_key_in_the_environment(monkeypatch):
 
 
 def model_with_code(file):
-    """The body of a load request that brings a model along, whose Python writes a file where Triton runs."""
+    """Return the body of a load request with a model whose Python code writes a file on Triton's machine."""
     config = {
         "backend": "python",
         "input": [{"name": "x", "data_type": "TYPE_INT32", "dims": [1]}],
@@ -46,8 +46,8 @@ def model_with_code(file):
 
 
 @pytest.mark.parametrize("key", [None, "guessed"])
-def test_a_web_page_runs_no_code(keyed, tmp_path, key):
-    """What a browser on this machine sends for any page without asking first: a POST of plain text."""
+def test_a_web_page_cannot_run_code_through_model_control(keyed, tmp_path, key):
+    """Browsers send a POST of plain text for any page without a preflight request."""
     _, server = keyed
     headers = {"Content-Type": "text/plain", "Origin": "https://elsewhere.example"} | ({HEADER: key} if key else {})
     body = model_with_code(tmp_path / "taken over")
@@ -57,8 +57,8 @@ def test_a_web_page_runs_no_code(keyed, tmp_path, key):
     assert not (tmp_path / "taken over").exists()
 
 
-def test_with_the_key_code_would_run(keyed, tmp_path):
-    """The test above would see it."""
+def test_code_runs_with_the_key(keyed, tmp_path):
+    """This shows that the test above would notice if code ran."""
     repository, server = keyed
     headers = {HEADER: admin_key(repository.path)}
     body = model_with_code(tmp_path / "taken over")
@@ -69,7 +69,7 @@ def test_with_the_key_code_would_run(keyed, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_writer_of_the_repository_switches_it_without_a_key(keyed):
+def test_a_user_who_may_write_the_repository_needs_no_key(keyed):
     repository, server = keyed
     before = repository.served
     promote(repository, 1, [server.url])
@@ -79,7 +79,7 @@ def test_a_writer_of_the_repository_switches_it_without_a_key(keyed):
     assert server.environment.keys() == {"CLIPWELD_URL", "CLIPWELD_HTTP_URL"}, "what it runs learns no key"
 
 
-def test_the_environments_key_goes_before_the_repositorys(keyed, monkeypatch):
+def test_the_key_in_the_environment_takes_precedence_over_the_repository_s(keyed, monkeypatch):
     repository, server = keyed
     monkeypatch.setenv("CLIPWELD_ADMIN_KEY", "another")
     assert admin_key(repository.path) == "another"
@@ -87,7 +87,7 @@ def test_the_environments_key_goes_before_the_repositorys(keyed, monkeypatch):
         promote(repository, 1, [server.url])
 
 
-def test_all_servers_of_a_repository_have_one_key(tmp_path):
+def test_all_servers_of_a_repository_share_one_key(tmp_path):
     store_of(tmp_path / "models").mkdir()
     assert admin_key(tmp_path / "models") is None
     key = new_admin_key(tmp_path / "models")
@@ -96,12 +96,12 @@ def test_all_servers_of_a_repository_have_one_key(tmp_path):
     assert [file.name for file in store_of(tmp_path / "models").iterdir()] == [KEY_FILE]
 
 
-def test_where_nothing_can_be_kept_the_server_has_a_key_all_the_same(tmp_path):
+def test_without_a_store_each_server_gets_its_own_key(tmp_path):
     assert new_admin_key(tmp_path / "models") != new_admin_key(tmp_path / "models")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_key_that_can_not_be_read_is_named(tmp_path):
+def test_an_unreadable_key_file_is_reported_by_path(tmp_path):
     (store_of(tmp_path / "models") / KEY_FILE).mkdir(parents=True)
     with pytest.raises(RepositoryError, match=r"key .*admin-key: Is a directory; ask its owner, or set CLIPWELD_ADMIN"):
         admin_key(tmp_path / "models")

@@ -1,4 +1,4 @@
-"""Our Python-based onnxruntime backend, inside a real Triton: refuses and honours what NVIDIA's does."""
+"""Our Python-based onnxruntime backend in a real Triton refuses and supports what NVIDIA's does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCHED = "max_batch_size: 4\n"
 
 @pytest.fixture
 def load(served, write_model):
-    """A function that writes a model, loads it in the running Triton, and returns its name; removed afterwards."""
+    """A function that writes a model, loads it into the running Triton, and returns its name; removed afterwards."""
     written = []
 
     def load(name, config, **graph):
@@ -65,19 +65,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_load_refuses(load, case):
+def test_a_model_that_contradicts_its_config_is_refused(load, case):
     config, graph, message = REFUSED[case]
     with pytest.raises(InferenceServerException, match=message) as caught:
         load(f"refused_{case}", config, **graph)
     assert "model.onnx" in caught.value.message()
 
 
-def test_missing_io_in_the_config_is_refused(load):
+def test_a_config_without_inputs_and_outputs_is_refused(load):
     with pytest.raises(InferenceServerException):
         load("nothing", BATCHED)
 
 
-def test_documented_parameters_are_taken(served, load):
+def test_documented_parameters_are_accepted(served, load):
     values = {
         "intra_op_thread_count": "1",
         "inter_op_thread_count": "0",
@@ -105,7 +105,7 @@ def test_without_batching_the_whole_shape_is_declared(served, load):
     np.testing.assert_array_equal(served.infer(name, {"x": x})["y"], x + 1)
 
 
-def test_external_data_folder_is_legal(served, write_model, load):
+def test_a_model_file_inside_a_folder_of_that_name_is_accepted(served, write_model, load):
     name = "folder"
     write_model(served.repository.path, name, BATCHED + tensors())
     version = served.repository.path / name / "1"
@@ -121,7 +121,7 @@ def test_external_data_folder_is_legal(served, write_model, load):
         served.unload(name)
 
 
-def test_strings_go_in_and_out(served, load):
+def test_strings_are_accepted_and_returned(served, load):
     text = "data_type: TYPE_STRING dims: [ 2 ]"
     node = helper.make_node("Identity", ["x"], ["y"])
     name = load("strings", BATCHED + tensors(text, text), dtype=TensorProto.STRING, node=node)
@@ -130,8 +130,8 @@ def test_strings_go_in_and_out(served, load):
     assert [[item.decode() for item in row] for row in got] == x.tolist()
 
 
-def test_a_request_that_fails_does_not_fail_those_batched_with_it(served, load):
-    """An index out of range fails the whole run in ONNX Runtime; only its own request may see that."""
+def test_a_request_that_fails_does_not_fail_others_in_its_batch(served, load):
+    """An index out of range fails the whole run in ONNX Runtime, but only its own request may get the error."""
     node = helper.make_node("Gather", ["table", "x"], ["y"])
     table = helper.make_tensor("table", TensorProto.FLOAT, [3], [10.0, 20.0, 30.0])
     delay = "dynamic_batching { max_queue_delay_microseconds: 200000 preferred_batch_size: [ 8 ] }\n"

@@ -1,4 +1,4 @@
-"""LoRA branches in a tower's graph: their number, their places, and their sum when folded."""
+"""LoRA branches in a tower's graph: their number, their positions, and their sum when folded into the weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from clipweld.trainer.adapters.merge import merge
 from evidence.studies.release import write_adapters
 
 EXPERTS = 2
-LAYERS = 6  # of a block, all adapted
+LAYERS = 6  # linear layers per block, all of them adapted
 PER_BRANCH = {"Transpose": 2, "MatMul": 2, "Add": 1}
 
 
 @pytest.fixture(scope="module")
 def lineage(mini, tmp_path_factory):
-    """Three adapters on every layer of both towers, each with a scaling of its own."""
+    """Three adapters on every layer of both towers, each with a different scaling."""
     folder = tmp_path_factory.mktemp("adapters")
     write_adapters(mini, 3, EXPERTS, folder)
     adapters = load_lineage(folder, mini.fingerprint)
@@ -34,7 +34,7 @@ def lineage(mini, tmp_path_factory):
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_every_layer_has_a_branch_for_each_adapter_and_the_rest_is_the_base(mini, graphs, lineage, tower, count):
+def test_every_layer_gets_one_branch_per_adapter_and_the_rest_is_unchanged(mini, graphs, lineage, tower, count):
     base = getattr(graphs, tower)
     before = base.SerializeToString(deterministic=True)
     branched = with_branches(base, lineage[:count])
@@ -49,7 +49,7 @@ def test_every_layer_has_a_branch_for_each_adapter_and_the_rest_is_the_base(mini
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_answers_are_the_merged_towers(mini, graphs, lineage, tower):
+def test_branches_give_the_features_of_the_merged_weights(mini, graphs, lineage, tower):
     base, random = getattr(graphs, tower), np.random.default_rng(0)
     weights = mini.model.state_dict()
     models = (
@@ -71,8 +71,8 @@ def test_answers_are_the_merged_towers(mini, graphs, lineage, tower):
     assert np.abs(unlearned - merged).max() > 100 * MAX_ABS
 
 
-def test_an_adapter_may_leave_layers_alone(graphs, make_adapter, lineage):
-    one_layer = make_adapter("digits")  # one of the text tower, that is
+def test_an_adapter_need_not_cover_every_layer(graphs, make_adapter, lineage):
+    one_layer = make_adapter("digits")  # it adapts a single layer of the text tower
     base, branched = graphs.text, with_branches(graphs.text, [lineage[0], one_layer])
     added = {value.name for value in branched.graph.input} - {value.name for value in base.graph.input}
     assert {name for name in added if name.endswith(".1")} == {
@@ -80,11 +80,11 @@ def test_an_adapter_may_leave_layers_alone(graphs, make_adapter, lineage):
     }
 
 
-def test_without_adapters_the_graph_is_as_it_was(graphs):
+def test_without_adapters_the_graph_is_unchanged(graphs):
     assert with_branches(graphs.image, []) is graphs.image
 
 
-def test_folded_branches_are_the_merged_weights(mini, lineage):
+def test_folded_branches_equal_the_merged_weights(mini, lineage):
     weights = mini.model.state_dict()
     before = {name: tensor.clone() for name, tensor in weights.items()}
     folded, merged = fold_branches(weights | branch_weights(lineage)), merge(weights, lineage)
@@ -94,7 +94,7 @@ def test_folded_branches_are_the_merged_weights(mini, lineage):
     assert fold_branches(weights) == weights
 
 
-def test_a_product_that_is_not_the_layers_own_is_refused(graphs, lineage):
+def test_a_layer_without_a_matrix_product_of_its_own_is_refused(graphs, lineage):
     whole = trace.ModelProto.FromString(graphs.image.SerializeToString())
     split = next(node for node in whole.graph.node if node.op_type == "Split")
     split.op_type = "Identity"

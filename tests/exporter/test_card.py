@@ -1,4 +1,4 @@
-"""The card says what a client must know."""
+"""The card holds everything that a client must know about a version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipweld.exporter.store.card import card_model, describe, read_card
 from clipweld.trainer.schemas import MAX_VALUES
 
 
-def test_card_of_a_merge(mini, make_adapter):
+def test_the_card_of_a_merged_version(mini, make_adapter):
     adapter = make_adapter("digits")
     card = describe("clip", 2, mini, [adapter])
     assert card == {
@@ -43,7 +43,7 @@ def test_card_of_a_merge(mini, make_adapter):
     }
 
 
-def test_tokenizer_is_named_by_its_decompressed_vocabulary(mini):
+def test_the_tokenizer_is_identified_by_the_hash_of_its_decompressed_vocabulary(mini):
     import gzip
 
     from open_clip.tokenizer import default_bpe
@@ -54,7 +54,7 @@ def test_tokenizer_is_named_by_its_decompressed_vocabulary(mini):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_card_model_answers_the_json_whatever_the_index(mini, make_adapter, tmp_path, batch):
+def test_the_card_model_returns_the_json_for_any_index(mini, make_adapter, tmp_path, batch):
     card = describe("clip", 7, mini, [make_adapter("pets")])
     content = to_bytes(card_model(card))
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -80,7 +80,7 @@ def test_other_resize_modes_are_refused_by_name(mini):
         describe("clip", 1, replace(mini, resize_mode="longest"), [])
 
 
-def test_more_words_than_are_read_are_refused_before_they_are_written(mini, make_adapter):
+def test_a_card_too_large_to_be_read_again_is_not_written(mini, make_adapter):
     wide = replace(make_adapter("birds"), class_names=tuple(map(str, range(MAX_VALUES // 2))))
     describe("clip", 2, mini, [wide])
     with pytest.raises(UnsupportedModel, match=r"the card of clip could not be read again .* merge fewer tasks"):
@@ -88,7 +88,7 @@ def test_more_words_than_are_read_are_refused_before_they_are_written(mini, make
 
 
 @pytest.mark.parametrize("content", [b"", b"not onnx", None])
-def test_a_file_that_is_no_card_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_card_is_refused(tmp_path, content):
     file = tmp_path / "model.onnx"
     if content is not None:
         file.write_bytes(content)

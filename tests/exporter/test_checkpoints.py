@@ -18,13 +18,13 @@ from clipweld.trainer.base.backbone import load_backbone, with_weights
 
 
 def as_tensors(backbone, samples):
-    """Real images and prompts as the towers take them."""
+    """Return real images and prompts as input tensors of the towers."""
     images, prompts = samples
     return torch.stack([backbone.preprocess(image.convert("RGB")) for image in images]), backbone.tokenizer(prompts)
 
 
 def assert_same_features(model, expected, pixels, tokens):
-    """transformers' model computes what open_clip's does; its outputs."""
+    """Check that transformers' model gives the features of open_clip's, and return its outputs."""
     found = model(input_ids=tokens, pixel_values=pixels)
     torch.testing.assert_close(found.image_embeds, expected.encode_image(pixels, normalize=True), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.text_embeds, expected.encode_text(tokens, normalize=True), atol=1e-5, rtol=1e-5)
@@ -32,7 +32,7 @@ def assert_same_features(model, expected, pixels, tokens):
 
 
 @torch.no_grad()
-def test_checkpoint_is_loaded_by_open_clip(mini, make_adapter, tmp_path, samples):
+def test_open_clip_loads_the_checkpoint(mini, make_adapter, tmp_path, samples):
     adapters = [make_adapter("digits")]
     out = tmp_path / "new" / "merged.safetensors"
     assert save_open_clip(mini, adapters, out) == "mini"
@@ -45,12 +45,12 @@ def test_checkpoint_is_loaded_by_open_clip(mini, make_adapter, tmp_path, samples
 
 
 @pytest.mark.slow
-def test_weights_trained_with_quick_gelu_are_loaded_by_the_name_that_has_it(tmp_path):
+def test_weights_trained_with_quick_gelu_get_a_model_name_with_quick_gelu(tmp_path):
     backbone = load_backbone("ViT-B-32", "random")
     assert save_open_clip(backbone, [], tmp_path / "plain.safetensors") == "ViT-B-32"
     for module in backbone.model.modules():
         if hasattr(module, "gelu"):
-            module.gelu = QuickGELU()  # as open_clip builds it for OpenAI's weights
+            module.gelu = QuickGELU()  # as open_clip does for OpenAI's weights
     assert save_open_clip(backbone, [], tmp_path / "quick.safetensors") == "ViT-B-32-quickgelu"
 
 
@@ -101,7 +101,7 @@ def test_peft_without_adapters_is_refused(mini, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_transformers_preprocesses_images_alike(mini, tmp_path, samples):
+def test_transformers_preprocesses_images_as_we_do(mini, tmp_path, samples):
     save_transformers(mini, [], tmp_path / "merged")
     processor = CLIPImageProcessorPil.from_pretrained(tmp_path / "merged")
     wide = Image.effect_mandelbrot((300, 170), (-2, -1, 1, 1), 80).convert("RGB")
@@ -110,7 +110,7 @@ def test_transformers_preprocesses_images_alike(mini, tmp_path, samples):
         torch.testing.assert_close(found, mini.preprocess(image), atol=0.02, rtol=0)
 
 
-def test_what_transformers_has_no_place_for_is_named_and_nothing_is_left(mini, tmp_path):
+def test_weights_that_transformers_cannot_hold_are_named_and_nothing_is_written(mini, tmp_path):
     odd = copy.deepcopy(mini.model)
     del odd.logit_bias
     odd.logit_bias = torch.nn.Parameter(torch.zeros(1))
@@ -120,7 +120,7 @@ def test_what_transformers_has_no_place_for_is_named_and_nothing_is_left(mini, t
 
 
 @pytest.mark.slow
-def test_a_folder_that_holds_something_is_left_alone(mini, tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_and_left_alone(mini, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="give another --out"):
@@ -129,7 +129,7 @@ def test_a_folder_that_holds_something_is_left_alone(mini, tmp_path):
     assert os.listdir(tmp_path / "merged") == ["notes.txt"]
 
 
-def test_configuration_is_plain_json(mini, tmp_path):
+def test_the_transformers_configuration_names_the_end_of_text_token(mini, tmp_path):
     save_transformers(mini, [], tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["text_config"]["eos_token_id"] == 49407

@@ -1,4 +1,4 @@
-"""File systems as they are: without hard links, read-only, in layers, of another owner, full."""
+"""Unusual file systems: without hard links, read-only, overlays, owned by another user, full."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def failing(number):
 
 
 @pytest.mark.parametrize("number", NO_LINKS, ids=errno.errorcode.get)
-def test_where_files_can_not_be_linked_they_are_copied(repository, monkeypatch, number):
+def test_files_are_copied_where_they_cannot_be_linked(repository, monkeypatch, number):
     promote(repository, 1, [])
     monkeypatch.setattr(os, "link", failing(number))
     assert promote(repository, 2, []).standing == [1, 2]
@@ -49,14 +49,14 @@ def test_where_files_can_not_be_linked_they_are_copied(repository, monkeypatch, 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced")
-def test_a_first_merge_needs_no_links(tmp_path, mini, make_adapter, samples, monkeypatch):
+def test_a_first_merge_needs_no_hard_links(tmp_path, mini, make_adapter, samples, monkeypatch):
     monkeypatch.setattr(os, "link", failing(errno.EPERM))
     repository = Repository(tmp_path / "model_repository", "clip")
     assert release(mini, [make_adapter("digits")], repository, *samples).served == 2
     assert repository.standing() == [1, 2]
 
 
-def test_a_server_has_its_key_where_files_can_not_be_linked(repository, monkeypatch):
+def test_a_server_s_key_needs_no_hard_links(repository, monkeypatch):
     monkeypatch.delenv("CLIPWELD_ADMIN_KEY", raising=False)
     monkeypatch.setattr(os, "link", failing(errno.EPERM))
     key = new_admin_key(repository.path)
@@ -72,7 +72,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("number", STEPS, ids=errno.errorcode.get)
-def test_an_error_says_its_cause_and_room_only_where_that_lacks(tmp_path, number):
+def test_an_error_names_its_cause_and_suggests_making_room_only_on_a_full_disk(tmp_path, number):
     place = tmp_path / "place"
     for context, kind in ((disk.changing, RepositoryError), (replacing, OutputError)):
         with pytest.raises(kind) as caught, context(place):
@@ -83,20 +83,20 @@ def test_an_error_says_its_cause_and_room_only_where_that_lacks(tmp_path, number
         assert ("make room" in text) == (number in (errno.ENOSPC, errno.EDQUOT))
 
 
-def test_an_error_names_the_path_that_it_is_about(tmp_path):
+def test_an_error_names_the_path_that_caused_it(tmp_path):
     with pytest.raises(RepositoryError, match="no-such-folder/x"), disk.changing(tmp_path):
         (tmp_path / "no-such-folder/x").touch()
 
 
-def test_a_file_system_without_locks_is_named(repository, monkeypatch):
+def test_a_file_system_without_locks_is_reported(repository, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
     with pytest.raises(RepositoryError, match=r"can't lock it \(No locks available\)"):
         promote(repository, 1, [])
     assert repository.standing() == [1, 2]
 
 
-def test_a_switch_that_happened_is_reported_with_what_failed_after_it(repository, monkeypatch, capsys):
-    """Back to version 1: once the card of 2 is out, 1 is served, whatever becomes of the towers of 2."""
+def test_a_completed_switch_is_reported_with_a_warning_if_cleaning_up_fails(repository, monkeypatch, capsys):
+    """In a switch back to version 1, 1 is served as soon as the card of 2 is removed, even if its towers remain."""
     take_out = Repository.take_out
 
     def failing_for_towers(self, version, staging, kinds=KINDS):
@@ -117,8 +117,8 @@ def test_a_switch_that_happened_is_reported_with_what_failed_after_it(repository
     assert err.startswith("exporter: warning: version 2 could not be taken out")
 
 
-def test_a_switch_that_could_not_happen_is_undone(repository, monkeypatch):
-    """Rolling back to version 1 while the card of 2 can't be removed: 2 is served, and reported as served."""
+def test_a_switch_that_fails_is_undone(repository, monkeypatch):
+    """If the card of 2 can't be removed in a switch back to 1, 2 is still served and reported as served."""
 
     def fail(self, version, staging, kinds=KINDS):
         raise RepositoryError("can't be written (Input/output error)")
@@ -129,7 +129,7 @@ def test_a_switch_that_could_not_happen_is_undone(repository, monkeypatch):
     assert (repository.standing(), repository.history()) == ([1, 2], [1, 2])
 
 
-def test_cleaning_up_after_a_switch_never_makes_it_fail(repository, monkeypatch, caplog):
+def test_a_failure_to_clean_up_after_a_switch_is_only_logged(repository, monkeypatch, caplog):
     clean, calls = Repository._clean, []
 
     def failing_at_the_end(self):
@@ -159,7 +159,7 @@ check_files(repository, 2)
 
 
 def mounted(script, *arguments):
-    """Run a shell script in mounts of its own, as root; its output and errors."""
+    """Run a shell script as root in its own mount namespace; return the finished process."""
     command = ["unshare", "--mount", "sh", "-euc", script, "sh", *map(str, arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -172,14 +172,14 @@ def mounted(script, *arguments):
 
 @pytest.fixture
 def actions(tmp_path):
-    """A file that switches versions there and back."""
+    """A Python script that switches versions back and forth."""
     file = tmp_path / "actions.py"
     file.write_text(ACTIONS)
     return file
 
 
-def test_a_repository_in_a_lower_layer_of_a_containers_image_is_switched(repository, tmp_path, actions):
-    """On an overlay, folders of the lower layer can't be renamed."""
+def test_a_repository_in_the_lower_layer_of_an_overlay_can_be_switched(repository, tmp_path, actions):
+    """Folders of the lower layer can't be renamed; a container's image is such a layer."""
     done = mounted(
         """
         mkdir "$1/layers"; mount -t tmpfs none "$1/layers"; cd "$1/layers"; mkdir lower upper work merged
@@ -192,7 +192,7 @@ def test_a_repository_in_a_lower_layer_of_a_containers_image_is_switched(reposit
     assert (done.returncode, done.stdout) == (0, "[1] [1, 2] [1]\n[1, 2] [1, 2]\n"), done.stderr
 
 
-def test_a_store_on_another_file_system_is_copied_from(repository, tmp_path, actions):
+def test_versions_are_copied_from_a_store_on_another_file_system(repository, tmp_path, actions):
     done = mounted(
         """
         cp -a "$1/model_repository.store" "$1/kept"; mount -t tmpfs none "$1/model_repository.store"
@@ -220,7 +220,7 @@ def test_a_version_is_moved_into_a_store_on_another_file_system(tmp_path):
         shutil.rmtree(store)
 
 
-def test_a_read_only_file_system_is_named_and_still_read(repository, tmp_path):
+def test_a_read_only_repository_can_be_listed_and_changes_are_refused(repository, tmp_path):
     done = mounted(
         """
         mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; export CLIPWELD_URL=
@@ -238,8 +238,8 @@ def test_a_read_only_file_system_is_named_and_still_read(repository, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root to be another user")
-def test_files_of_another_owner_are_named(repository, tmp_path):
-    """A user who may read a repository, not write it."""
+def test_missing_write_permission_is_reported(repository, tmp_path):
+    """The user may read the repository but not write it."""
     os.chmod(tmp_path, 0o755)
     for parent in tmp_path.parents:
         if parent != parent.parent and not parent.stat().st_mode & 0o001:

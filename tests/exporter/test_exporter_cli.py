@@ -1,4 +1,4 @@
-"""The command line: contract of names, one-line errors, instant help."""
+"""The command line: names in its JSON, one-line errors, instant help."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_serving_needs_no_torch():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced")
-def test_merge_writes_the_lineage_in_order(make_adapter, tmp_path, monkeypatch, capsys):
+def test_merge_orders_adapters_by_their_lineage(make_adapter, tmp_path, monkeypatch, capsys):
     first = make_adapter("zebras")
     second = make_adapter("ants", (first,), seed=1)
     for adapter in (first, second):
@@ -68,7 +68,7 @@ def test_merge_writes_the_lineage_in_order(make_adapter, tmp_path, monkeypatch, 
     assert "zebras, ants" in capsys.readouterr().out
 
 
-def test_a_broken_chain_is_one_line_and_status_1(make_adapter, tmp_path, monkeypatch, capsys):
+def test_a_broken_lineage_is_one_line_and_status_1(make_adapter, tmp_path, monkeypatch, capsys):
     orphan = make_adapter("ants", (make_adapter("zebras"),))
     save_adapter(orphan, tmp_path / "adapters" / "ants.safetensors")
     merge = ["merge", "--to", "onnx", "--model", "mini", "--adapters", tmp_path / "adapters"]
@@ -87,9 +87,7 @@ def test_a_broken_chain_is_one_line_and_status_1(make_adapter, tmp_path, monkeyp
         (("Bolt", "bolt"), "classes 'Bolt' and 'bolt' are the same tokens to the model"),
     ],
 )
-def test_merge_reads_folders_to_validate_on_as_the_trainer_does(
-    make_adapter, tmp_path, monkeypatch, capsys, classes, says
-):
+def test_merge_reads_validation_folders_as_the_trainer_does(make_adapter, tmp_path, monkeypatch, capsys, classes, says):
     save_adapter(make_adapter("ants"), tmp_path / "adapters" / "ants.safetensors")
     for name in classes:
         for number in range(2):
@@ -148,7 +146,7 @@ def test_wrong_usage_is_status_2(arguments, monkeypatch):
         (["--to", "transformers", "--out", "x", "--repository", "y"], "leave out --repository"),
     ],
 )
-def test_options_that_would_change_nothing_are_refused(arguments, reason, monkeypatch, capsys):
+def test_options_that_would_have_no_effect_are_refused(arguments, reason, monkeypatch, capsys):
     assert run("merge", *arguments, monkeypatch=monkeypatch) == 2
     assert reason in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
@@ -159,11 +157,11 @@ def test_options_that_would_change_nothing_are_refused(arguments, reason, monkey
     ("transformers", "merged", "transformers.pipeline('zero-shot-image-classification', model="),
     ("peft", "lora", "peft.PeftModel.from_pretrained(transformers.CLIPModel.from_pretrained("),
 ])  # fmt: skip
-def test_merge_writes_for_other_libraries_and_says_how_to_load_it(
+def test_merge_writes_for_other_libraries_and_prints_how_to_load_the_files(
     to, out, loads, make_adapter, tmp_path, monkeypatch, capsys
 ):
     save_adapter(make_adapter("zebras"), tmp_path / "adapters" / "zebras.safetensors")
-    merge = ["merge", "--to", to, "--adapters", tmp_path / "adapters", "--out", tmp_path / out]  # mini's, they say
+    merge = ["merge", "--to", to, "--adapters", tmp_path / "adapters", "--out", tmp_path / out]  # adapters of mini
     assert run(*merge, "--json", monkeypatch=monkeypatch) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["tasks"] == ["zebras"]

@@ -1,4 +1,4 @@
-"""What clipweld did not write: named by every command that it would be in the way of, listed, and never deleted."""
+"""Files that clipweld did not write: listed, never deleted, and named by every command that they block."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRECIOUS = b"my only copy"
 
 @pytest.fixture
 def repository(repository):
-    """Versions 1 and 2, and 3, a copy of 2, in the store alone."""
+    """A repository with versions 1 and 2 active, and version 3, a copy of 2, only in the store."""
     shutil.copytree(repository.store / "2", repository.store / "3")
     manifest = json.loads((repository.store / "3/manifest.json").read_text())
     (repository.store / "3/manifest.json").write_text(json.dumps(manifest | {"version": 3}))
@@ -34,7 +34,7 @@ def repository(repository):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """A function that runs a command and gives its status, its output and its errors."""
+    """A function that runs a command and returns its status, stdout and stderr."""
     monkeypatch.setattr("clipweld.exporter.serving.servers.DEFAULT_SERVER", "127.0.0.1:1")
     monkeypatch.delenv("CLIPWELD_URL", raising=False)
 
@@ -48,14 +48,14 @@ def run(monkeypatch, capsys):
 
 
 def put(place):
-    """A file of somebody's, in a folder that is made if need be."""
+    """Write a file as a user might, creating its folder if necessary, and return its path."""
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(PRECIOUS)
     return place
 
 
 def copied(repository, version, to):
-    """A version copied by hand among Triton's three models."""
+    """Copy a version in each of Triton's three models, as a user might by hand."""
     for kind in KINDS:
         shutil.copytree(repository.model(kind) / str(version), repository.model(kind) / str(to))
     return repository.model("image") / str(to) / "model.onnx"
@@ -75,7 +75,7 @@ VERSIONS = {
 
 
 @pytest.mark.parametrize("where", VERSIONS)
-def test_a_version_put_in_by_hand_is_named_and_refused_and_never_served_or_deleted(repository, run, where):
+def test_a_version_added_by_hand_is_reported_and_never_served_or_deleted(repository, run, where):
     file = VERSIONS[where](repository)
     content = file.read_bytes()
     folder = str(file.parent)
@@ -94,7 +94,7 @@ def test_a_version_put_in_by_hand_is_named_and_refused_and_never_served_or_delet
 
 
 @pytest.mark.usefixtures("traced")
-def test_merge_refuses_a_version_put_in_by_hand_before_anything_slow(repository, mini, make_adapter, samples):
+def test_merge_refuses_a_version_added_by_hand_before_any_slow_step(repository, mini, make_adapter, samples):
     steps = []
     for place in (repository.store / "4/image/model.onnx", repository.model("image") / "7/model.onnx"):
         put(place)
@@ -107,7 +107,7 @@ def test_merge_refuses_a_version_put_in_by_hand_before_anything_slow(repository,
 
 
 @pytest.mark.usefixtures("traced")
-def test_a_model_of_the_same_name_that_is_somebodys_is_kept(tmp_path, mini, samples):
+def test_a_user_s_model_of_the_same_name_is_kept(tmp_path, mini, samples):
     repository = Repository(tmp_path / "model_repository", "clip")
     files = [put(repository.model("image") / name) for name in ("config.pbtxt", "1/model.onnx")]
     with pytest.raises(ForeignFiles, match="clip_image/1"):
@@ -121,12 +121,12 @@ def test_a_model_of_the_same_name_that_is_somebodys_is_kept(tmp_path, mini, samp
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "deep/er/notes.txt", ".hidden", "model.onnx"])
-def test_a_version_that_holds_something_foreign_is_not_retired(repository, run, name):
+def test_an_active_version_with_foreign_files_is_not_retired(repository, run, name):
     place = repository.model("image") / "1" / name
     if place.exists():
-        place.unlink()  # put in its place, not written through a hard link
+        place.unlink()  # writing in place would change the hard-linked file in the store
     put(place)
-    promote(repository, 2, [])  # keeps both
+    promote(repository, 2, [])  # versions 1 and 2 both remain active
     code, _, err = run(repository, "promote", "3")
     assert (code, str(repository.model("image") / "1") in err, repository.served) == (1, True, 2)
     assert place.read_bytes() == PRECIOUS
@@ -135,7 +135,7 @@ def test_a_version_that_holds_something_foreign_is_not_retired(repository, run, 
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "image/notes.txt", "image/model.onnx", "fp32/image/other"])
-def test_a_stored_version_that_holds_something_foreign_is_not_pruned(repository, run, name):
+def test_a_stored_version_with_foreign_files_is_not_pruned(repository, run, name):
     promote(repository, 3, [])
     promote(repository, 1, [])
     place = repository.store / "2" / name
@@ -158,7 +158,7 @@ FOREIGN = (
 )  # fmt: skip
 
 
-def test_whatever_else_lies_there_survives_every_command_and_is_listed(repository, run):
+def test_other_foreign_files_survive_every_command_and_are_listed(repository, run):
     root = repository.path.parent
     files = [put(root / name) for name in FOREIGN]
     for command in (["promote"], ["rollback"], ["promote", "1"], ["prune", "--keep", "1"], ["verify", "1"]):
@@ -171,9 +171,7 @@ def test_whatever_else_lies_there_survives_every_command_and_is_listed(repositor
 
 
 @pytest.mark.usefixtures("traced")
-def test_unmerged_versions_are_not_replaced_where_something_foreign_would_go_with_them(
-    repository, mini, make_adapter, samples
-):
+def test_unmerged_versions_with_foreign_files_are_not_replaced(repository, mini, make_adapter, samples):
     lineage = [make_adapter("digits")]
     release_unmerged(mini, lineage, repository, *samples)
     sibling = Repository(repository.path, "clip-unmerged")
@@ -186,8 +184,8 @@ def test_unmerged_versions_are_not_replaced_where_something_foreign_would_go_wit
     release_unmerged(mini, lineage, repository, *samples)
 
 
-def test_a_damaged_version_is_not_taken_for_a_foreign_one(repository):
-    """What was written and then cut off is refused as damaged, and an unreadable manifest is named."""
+def test_a_version_with_an_unreadable_manifest_is_refused_as_damaged(repository):
+    """It is still listed among the foreign entries."""
     repository.manifest_file(3).write_text("{")
     assert repository.versions() == [1, 2]
     with pytest.raises(RepositoryError, match=r"3/manifest\.json: can't be read"):
@@ -197,12 +195,12 @@ def test_a_damaged_version_is_not_taken_for_a_foreign_one(repository):
 
 @pytest.fixture
 def storeless(repository):
-    """The repository alone, as after scp."""
+    """The repository without its store, as after copying only the one folder."""
     shutil.rmtree(repository.store.parent)
     return repository
 
 
-def test_without_its_store_a_repository_shows_what_is_in_it_and_says_what_is_missing(storeless, run):
+def test_a_repository_without_its_store_can_be_listed_and_other_commands_are_refused(storeless, run):
     code, out, err = run(storeless, "versions", "--json")
     rows = json.loads(out)
     assert [(row["version"], row["served"], row["standing"], row["stored"]) for row in rows] == [
@@ -224,8 +222,8 @@ def test_merge_into_a_repository_without_its_store_is_refused(storeless, mini, m
     assert storeless.standing() == [1, 2]
 
 
-def test_a_copied_repository_with_its_store_is_as_good_as_the_first(repository, samples):
-    """Copies have no hard links: the files are other ones with the same bytes."""
+def test_a_copied_repository_with_its_store_works_like_the_original(repository, samples):
+    """Copies have no hard links: repository and store hold separate files with the same bytes."""
     assert not repository.file("image", 2).samefile(repository.model("image") / "2/model.onnx")
     assert promote(repository, 3, []).standing == [2, 3]
     assert rollback(repository, []).standing == [2]
@@ -234,12 +232,12 @@ def test_a_copied_repository_with_its_store_is_as_good_as_the_first(repository, 
 
 
 @pytest.mark.slow
-def test_without_its_store_a_repository_is_served(storeless):
+def test_a_repository_without_its_store_can_be_served(storeless):
     with serve(storeless.path) as server:
         assert server.process.poll() is None
         assert [found.standing() for found in known_repositories(storeless.path)] == [[1, 2]]
 
 
-def test_every_refusal_is_of_the_exporters_own_errors():
+def test_refusals_are_exporter_errors():
     assert issubclass(ForeignFiles, ExporterError)
     assert issubclass(StoreMissing, ExporterError)

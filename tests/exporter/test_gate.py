@@ -1,4 +1,4 @@
-"""The gate: why a merge is refused, and what it is measured on."""
+"""The gate: why a merge is refused, and on which images accuracy is measured."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def quiet(step):
 
 
 def judged(gate, *accuracies, earlier=("digits",), agreements=None):
-    """Return the reason for refusing it, or an empty string."""
+    """Return the gate's reason for refusing, or an empty string."""
     try:
         assert gate.check(accuracies, earlier, agreements) == []
     except GateClosed as exc:
@@ -41,7 +41,7 @@ def judged(gate, *accuracies, earlier=("digits",), agreements=None):
 
 
 @pytest.mark.parametrize(("after", "allowed"), [(88.0, 0.0), (87.1, 0.9), (90.0, 0.0)])
-def test_a_drop_up_to_what_is_allowed_passes(after, allowed):
+def test_an_allowed_drop_passes(after, allowed):
     assert judged(Gate(max_drop=allowed), Accuracy("digits", 88.0, after, "training")) == ""
 
 
@@ -52,7 +52,7 @@ def test_a_larger_drop_is_refused_and_named():
 
 
 @pytest.mark.parametrize("gate", [Gate(min_accuracy=10), Gate(max_drop=100)])
-def test_a_figure_that_is_no_number_passes_no_gate(gate):
+def test_a_nan_figure_never_passes(gate):
     assert "nan" in judged(gate, Accuracy("digits", 50.0, float("nan"), "training"))
     assert "nan" in judged(Gate(), agreements=[Agreement("digits", float("nan"), 8)])
 
@@ -71,21 +71,21 @@ def test_an_unmeasured_task_does_not_pass(before, after):
     assert judged(Gate(), accuracy) == ""
 
 
-def test_agreement_is_that_of_all_images():
+def test_agreement_is_averaged_over_all_images():
     few, many = Agreement("a", 0.9, 10), Agreement("b", 1.0, 190)
     assert judged(Gate(min_agreement=0.995), agreements=[few, many]) == ""
     assert "on 99.5% of 200 images (99.6% wanted)" in judged(Gate(min_agreement=0.996), agreements=[few, many])
     assert "on 0.0% of 0 images" in judged(Gate(), agreements=[])
 
 
-def test_forced_says_what_was_overridden():
+def test_a_forced_check_returns_the_reasons_that_it_overrides():
     faults = Gate(max_drop=0, min_accuracy=99, force=True).check(
         [Accuracy("digits", 88.0, 80.0, "training")], ["digits"]
     )
     assert [fault.partition(" (")[0] for fault in faults] == ["digits is at 80.0%", "digits falls by 8.0 points"]
 
 
-def test_recorded_figures_are_those_of_the_last_adapter_against_what_is_served(make_adapter):
+def test_recorded_accuracies_compare_the_last_adapter_with_the_served_version(make_adapter):
     first = replace(make_adapter("digits"), accuracy={"before": {"digits": 50.0}, "after": {"digits": 88.0}})
     second = replace(
         make_adapter("flags", (first,)),
@@ -102,7 +102,7 @@ def test_recorded_figures_are_those_of_the_last_adapter_against_what_is_served(m
     assert "digits has not been measured" in judged(Gate(max_drop=1), gone)
 
 
-def test_accuracy_in_onnx_runtime_is_the_trainers(mini, released):
+def test_accuracy_in_onnx_runtime_equals_the_trainer_s(mini, released):
     emoji = load_task("emoji")
     base = in_onnx_runtime(mini, *towers(released[0].store / "1"))
     (measured,) = measure_accuracy(mini, base, base, [emoji], quiet)
@@ -111,7 +111,7 @@ def test_accuracy_in_onnx_runtime_is_the_trainers(mini, released):
 
 
 @pytest.mark.slow
-def test_agreement_with_pytorch_is_full_for_its_own_weights_and_not_for_others(mini, released):
+def test_agreement_with_pytorch_is_full_only_for_the_same_answers(mini, released):
     tasks = [load_task("emoji"), load_task("clipart")]
     same = measure_agreement(mini, in_onnx_runtime(mini, *towers(released[0].store / "1")), tasks, quiet)
     assert [(a.task, a.top1, a.images) for a in same] == [("emoji", 1.0, 132), ("clipart", 1.0, 200)]

@@ -1,4 +1,4 @@
-"""The traced towers: right on every length and batch, equal bytes, nothing of this machine inside."""
+"""The traced towers: correct for every length and batch, reproducible bytes, nothing about this machine inside."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def image(mini, graphs):
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_image_tower_is_open_clips_on_raw_pixels(mini, image, batch):
+def test_the_image_tower_equals_open_clip_on_raw_pixels(mini, image, batch):
     pixels = torch.randint(0, 256, (batch, 64, 64, 3), dtype=torch.uint8, generator=torch.manual_seed(batch))
     mean, std = torch.tensor(mini.mean), torch.tensor(mini.std)
     want = F.normalize(mini.model.visual(((pixels / 255 - mean) / std).permute(0, 3, 1, 2)), dim=-1)
@@ -41,10 +41,10 @@ def test_image_tower_is_open_clips_on_raw_pixels(mini, image, batch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 3])
-def test_text_tower_is_open_clips_at_every_length(mini, text, batch):
+def test_the_text_tower_equals_open_clip_at_every_length(mini, text, batch):
     for length in range(1, mini.context_length + 1):
         tokens = torch.randint(1, 49407, (batch, length), generator=torch.manual_seed(length))
-        tokens[:, 0] = 49407  # EOT in the first place for some, at the end for others
+        tokens[:, 0] = 49407  # some rows have EOT first, one has it last
         if length > 2:
             tokens[0, 0], tokens[0, -1] = 49406, 49407
         padded = F.pad(tokens, (0, mini.context_length - length))
@@ -64,7 +64,7 @@ def test_token_ids_out_of_vocabulary_are_clamped(text):
     np.testing.assert_array_equal(text.run(None, {"tokens": wild})[0], text.run(None, {"tokens": tame})[0])
 
 
-def test_weights_keep_open_clips_names_and_values(mini, graphs):
+def test_weights_keep_open_clip_s_names_and_values(mini, graphs):
     weights = mini.model.state_dict()
     for traced in (graphs.image, graphs.text):
         filled = {t.name: t for t in trace.fill(traced, weights).graph.initializer}
@@ -81,7 +81,7 @@ def test_every_weight_of_the_model_is_in_a_tower(mini, graphs):
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_graph_does_not_depend_on_the_values_of_weights(mini, graphs, value):
-    """Equal and zero weights are where optimisers fold and deduplicate."""
+    """Optimisers might fold or deduplicate weights that are equal or zero."""
     constant = {name: torch.full_like(tensor, value) for name, tensor in mini.model.state_dict().items()}
     for traced in (graphs.image, graphs.text):
         ours, others = trace.fill(traced, constant).graph, trace.fill(traced, mini.model.state_dict()).graph
@@ -102,7 +102,7 @@ def test_tracing_again_gives_the_same_bytes_whatever_the_weights(mini, graphs):
     assert onnx_file.to_bytes(again) == onnx_file.to_bytes(graphs.text)
 
 
-def test_file_holds_nothing_of_this_machine(mini, graphs):
+def test_the_file_contains_nothing_about_this_machine(mini, graphs):
     for traced in (graphs.image, graphs.text):
         content = onnx_file.to_bytes(
             trace.fill(traced, {k: torch.zeros_like(v) for k, v in mini.model.state_dict().items()})

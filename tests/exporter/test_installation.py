@@ -1,4 +1,4 @@
-"""What a Triton from the package is laid out with."""
+"""The Python library that is linked for a Triton from the package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clipweld.exporter.serving.installation import link_python_library
 NAME = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
 
 
-def test_the_library_of_the_very_python_is_linked_and_nothing_beside_it(tmp_path, monkeypatch):
+def test_only_the_library_of_the_running_python_is_linked(tmp_path, monkeypatch):
     (tmp_path / "python").mkdir()
     for name in (NAME, "libstdc++.so.6"):
         (tmp_path / "python" / name).write_bytes(b"")
@@ -24,7 +24,7 @@ def test_the_library_of_the_very_python_is_linked_and_nothing_beside_it(tmp_path
     assert linked.resolve() == tmp_path / "python" / NAME
 
 
-def test_a_python_without_a_shared_library_is_refused_before_a_server_waits_for_it(tmp_path, monkeypatch):
+def test_a_python_without_a_shared_library_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_config_var", {"LIBDIR": str(tmp_path)}.get)
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
@@ -33,7 +33,7 @@ def test_a_python_without_a_shared_library_is_refused_before_a_server_waits_for_
         link_python_library(tmp_path / "lib")
 
 
-def test_the_system_s_library_will_do(tmp_path, monkeypatch):
+def test_the_system_s_library_is_used_without_a_link(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_config_var", {"LIBDIR": str(tmp_path)}.get)
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)

@@ -1,4 +1,4 @@
-"""A server runs no file of its user's folder; the command beside it keeps that folder and its own variables."""
+"""A server runs no files of the working folder; the command run beside it keeps that folder and its variables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHADOWS = ("json", "random", "numpy", "onnxruntime", "triton_python_backend_util
 
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
-    """A working folder whose files leave a trace when they are run, with every variable that may lead to it."""
+    """A working folder whose files leave a trace when run, with every variable set that may lead to it."""
     folder = tmp_path / "hostile"
     folder.mkdir()
     trace = folder / "RAN"
@@ -40,11 +40,11 @@ def hostile(tmp_path, monkeypatch):
     return folder
 
 
-def test_nothing_of_the_working_folder_is_run_by_a_server(repository, hostile):
+def test_a_server_runs_nothing_from_the_working_folder(repository, hostile):
     place = os.path.relpath(repository.path)
     command = [sys.executable, "-I", "-c", "import os; open('kept', 'w').write(os.getcwd() + os.environ['PYTHONPATH'])"]
     with serve(Path(place)) as server:
-        os.environ.pop("PYTHONHOME")  # which would keep the command itself from starting
+        os.environ.pop("PYTHONHOME")  # with it, the command itself would not start
         assert run_beside(server, command) == 0
         working = Path(f"/proc/{server.process.pid}/cwd").readlink()
         assert list(working.iterdir()) == []
@@ -53,7 +53,7 @@ def test_nothing_of_the_working_folder_is_run_by_a_server(repository, hostile):
     assert not working.exists()
 
 
-def test_variables_and_relative_paths_that_lead_to_files_are_left_out():
+def test_variables_and_relative_paths_that_may_run_files_are_left_out():
     given = {
         "HOME": "/home/a", "LANG": "C", "PYTHONPATH": "/a", "PYTHONHOME": "/b", "BASH_ENV": "x", "ENV": "x",
         "BASH_FUNC_exec%%": "() { :; }", "PATH": ".::bin:/usr/bin:/bin", "LD_LIBRARY_PATH": ":lib:",
@@ -61,7 +61,7 @@ def test_variables_and_relative_paths_that_lead_to_files_are_left_out():
     assert isolation.isolated_environment(given) == {"HOME": "/home/a", "LANG": "C", "PATH": "/usr/bin:/bin"}
 
 
-def test_packages_are_found_where_they_are_installed_and_elsewhere_only_if_nowhere_else(tmp_path, monkeypatch):
+def test_packages_are_taken_from_pythonpath_only_if_they_are_not_installed(tmp_path, monkeypatch):
     target, working = tmp_path / "target", tmp_path / "working"
     for name in ("numpy", "onnxruntime", "only_there"):
         for folder in (target, working):
@@ -79,7 +79,7 @@ def test_packages_are_found_where_they_are_installed_and_elsewhere_only_if_nowhe
         isolation.package_folders(("only_there",))
 
 
-def test_a_temporary_folder_that_runs_no_programs_is_named(tmp_path, monkeypatch):
+def test_a_temporary_folder_mounted_noexec_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC))
     with (

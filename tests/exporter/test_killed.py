@@ -1,4 +1,4 @@
-"""SIGKILL at every change that a merge, a promotion, a rollback or a prune makes to the disk."""
+"""SIGKILL at every change to the disk that a merge, a promotion, a rollback or a prune makes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from clipweld.exporter.store.repository import KINDS, Repository
 
 
 def state(repository):
-    """What Triton would find."""
+    """Return what Triton would find, per model."""
     return {
         kind: tuple(sorted(os.listdir(repository.model(kind)))) if repository.model(kind).is_dir() else None
         for kind in KINDS
@@ -32,7 +32,7 @@ def state(repository):
 
 
 def check_whole(repository):
-    """Every model that Triton would load has a config and whole versions; every version is what its manifest says."""
+    """Check that each model has a config and complete versions, and each version the files of its manifest."""
     for kind, entries in state(repository).items():
         if entries is None:
             continue
@@ -49,13 +49,13 @@ def check_whole(repository):
 
 
 def everything(repository):
-    """The result that a second run must have: the tree, and no leftovers beside it."""
+    """Return what must be the same after the next run: all paths, leftovers included, and the history."""
     names = sorted(str(p.relative_to(repository.path.parent)) for p in repository.path.parent.rglob("*"))
     return names, repository.history()
 
 
 def tower(name, shape, weight, output):
-    """The least that Triton serves as a tower: the input's mean times a weight, which is a graph input to be filled."""
+    """Return a minimal tower: the input's mean times a weight, which is a graph input."""
     nodes = [
         helper.make_node("Cast", [name], ["float"], name="cast", to=TensorProto.FLOAT),
         helper.make_node("Flatten", ["float"], ["flat"], name="flatten"),
@@ -78,15 +78,15 @@ def tower(name, shape, weight, output):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Merges of tiny towers that nobody compares; a forked child could not use the threads that this takes."""
+    """Merges with tiny towers and without comparing answers, which needs threads that a forked child lacks."""
     image = tower("image", (64, 64, 3), "visual.ln_post.weight", "image_features")
     text = tower("tokens", ("length",), "ln_final.weight", "text_features")
     monkeypatch.setattr(precision, "trace_image_tower", lambda backbone: image)
     monkeypatch.setattr(precision, "trace_text_tower", lambda backbone: text)
     monkeypatch.setattr(build, "measure_parity", lambda *_: Parity(0.0, 0.0, 1.0, 1.0))
-    monkeypatch.setattr(card, "tokenizer_sha256", lambda _: "0" * 64)  # takes longer than all the rest
+    monkeypatch.setattr(card, "tokenizer_sha256", lambda _: "0" * 64)  # it takes longer than the rest of the merge
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked child would wait for threads that it doesn't have
+    torch.set_num_threads(1)  # a forked child would wait for threads that it lacks
     yield
     torch.set_num_threads(threads)
 
@@ -94,7 +94,7 @@ def quick(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("what", ["first merge", "merge", "promote", "promote back", "rollback", "prune"])
-def test_killed_at_any_change_nothing_is_lost_and_the_next_run_ends_the_same(
+def test_a_kill_at_any_change_loses_nothing_and_the_next_run_ends_as_if_undisturbed(
     what, mini, make_adapter, samples, tmp_path, killed_at
 ):
     first = make_adapter("digits")
@@ -107,7 +107,7 @@ def test_killed_at_any_change_nothing_is_lost_and_the_next_run_ends_the_same(
         promote(template, template.versions()[-1], [])
 
     def prepared(name):
-        """A repository of the same files; no file of a version is ever written to."""
+        """Return a copy by hard links, which is safe because files of versions are never written to."""
         shutil.rmtree(tmp_path / name, ignore_errors=True)
         shutil.copytree(template.path.parent, tmp_path / name, copy_function=os.link)
         return Repository(tmp_path / name / "model_repository", "clip")
@@ -135,11 +135,11 @@ def test_killed_at_any_change_nothing_is_lost_and_the_next_run_ends_the_same(
         before_run, stood = repository.versions(), repository.standing()
         done = {"merge": repository.versions() != before, "rollback": repository.served == undisturbed.served}
         if done.get(what):
-            with repository.writing():  # any next run
+            with repository.writing():  # like any next run
                 pass
         else:
             actions[what](repository)
-        if what == "first merge" and 2 in before_run:  # it was complete, and the next run is one more merge
+        if what == "first merge" and 2 in before_run:  # the killed merge was complete, so the next run adds another
             check_whole(repository)
             assert (repository.versions(), repository.served) == ([1, 2, 3], 2 if stood else 3)
             assert sorted(os.listdir(tmp_path / "disturbed")) == ["model_repository", "model_repository.store"]
@@ -147,7 +147,7 @@ def test_killed_at_any_change_nothing_is_lost_and_the_next_run_ends_the_same(
             assert everything(repository) == everything(undisturbed), f"killed at change {change}"
         change += 1
     assert change > 5
-    uneven = [at for text, at in states.items() if len(set(text)) > 1]  # where models have other versions than others
+    uneven = [at for text, at in states.items() if len(set(text)) > 1]  # where the three models have different versions
     print(f"{what}: killed at {change} points, {len(uneven)} uneven states for Triton")
     for at in uneven:
         repository = prepared("disturbed")
@@ -159,7 +159,7 @@ def test_killed_at_any_change_nothing_is_lost_and_the_next_run_ends_the_same(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-def test_killed_at_any_change_unmerged_versions_neither_harm_the_others_nor_stop_triton(
+def test_a_kill_while_writing_unmerged_versions_leaves_both_models_intact(
     mini, make_adapter, samples, tmp_path, killed_at
 ):
     first = make_adapter("digits")
@@ -189,7 +189,7 @@ def test_killed_at_any_change_unmerged_versions_neither_harm_the_others_nor_stop
     assert change > 20
 
 
-def test_the_kill_is_real(tmp_path, killed_at):
+def test_the_fixture_really_kills_at_the_given_change(tmp_path, killed_at):
     def action():
         os.mkdir(tmp_path / "a")
         os.mkdir(tmp_path / "b")

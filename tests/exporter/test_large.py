@@ -1,6 +1,6 @@
-"""Towers with more weights than one ONNX file may hold: they are stored beside it, and nothing else changes.
+"""Towers too large for one ONNX file: their weights are stored in a data file beside it, and nothing else changes.
 
-Forced on the small CLIP by a lower limit.
+The tests lower the limit so that it applies to the small CLIP.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHECKS = Checks(Gate(min_agreement=0.9), compared_on=[load_task("clipart")])
 
 @pytest.fixture(scope="module")
 def made(mini, make_adapter, samples, take_traced, tmp_path_factory):
-    """Versions 1, 2 (digits), 3 (int8), 4 (fp16), written beyond the limit; and their lineage."""
+    """Versions 1, 2 (merged), 3 (int8) and 4 (fp16) with weights in data files; and their lineage."""
     repository = Repository(tmp_path_factory.mktemp("large") / "model_repository", "clip")
     first = make_adapter("digits")
     lineage = [first, make_adapter("pets", (first,), seed=1)]
@@ -57,7 +57,7 @@ def repository(made, tmp_path):
 
 @pytest.fixture
 def low_limit(monkeypatch):
-    """What is written in this test is written beyond the limit."""
+    """Lower the limit, so that this test writes weights to data files."""
     monkeypatch.setattr(onnx_file, "EXTERNAL_ABOVE", LIMIT)
 
 
@@ -69,7 +69,7 @@ def run(file, **inputs):
     return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]).run(None, inputs)[0]
 
 
-def test_weights_are_beside_the_graph_in_the_manifest_and_among_active_files(made):
+def test_data_files_are_in_the_store_in_the_manifest_and_among_active_files(made):
     repository = made[0]
     for kind in TOWERS:
         assert repository.file(kind, 2).stat().st_size < LIMIT < data(repository, kind, 2).stat().st_size
@@ -86,11 +86,11 @@ def test_weights_are_beside_the_graph_in_the_manifest_and_among_active_files(mad
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2, 3, 4])
-def test_every_precision_is_proven_from_its_files(made, samples, version):
+def test_every_precision_can_be_verified_from_its_files(made, samples, version):
     assert verify(made[0], version, *samples).graph_identical_to_base
 
 
-def test_weights_and_answers_are_those_of_one_file(made, released, mini):
+def test_weights_and_answers_equal_those_of_a_single_file(made, released, mini):
     names = mini.model.state_dict()
     beside, inside = read_weights(made[0], 2, names), read_weights(released[0], 2, names)
     assert beside.keys() == inside.keys()
@@ -101,7 +101,7 @@ def test_weights_and_answers_are_those_of_one_file(made, released, mini):
     )
 
 
-def test_models_of_a_usual_size_are_one_file_as_ever(released):
+def test_models_of_usual_size_are_still_a_single_file(released):
     for kind in TOWERS:
         assert not data(released[0], kind, 2).exists()
         assert released[0].file(kind, 2).read_bytes() == onnx_file.to_bytes(onnx.load(released[0].file(kind, 2)))
@@ -135,7 +135,7 @@ def test_versions_with_weights_beside_the_graph_are_switched_and_pruned(reposito
 
 @pytest.mark.parametrize("standing", [False, True], ids=["stored", "standing"])
 @pytest.mark.parametrize("change", ["flip", "cut", "remove", "link"])
-def test_altered_weights_are_found(repository, samples, change, standing, tmp_path):
+def test_altered_data_files_are_found(repository, samples, change, standing, tmp_path):
     file = repository.model("text") / "2" / onnx_file.DATA_FILE if standing else data(repository, "text", 2)
     content = bytearray(file.read_bytes())
     file.unlink()
@@ -156,7 +156,7 @@ def test_altered_weights_are_found(repository, samples, change, standing, tmp_pa
     [("location", "../../1/text/model.onnx.data"), ("location", "/etc/passwd"), ("offset", "99999999"),
      ("offset", "-4"), ("length", "4"), ("length", "")],
 )  # fmt: skip
-def test_a_graph_leads_to_no_other_data(repository, key, value):
+def test_a_graph_may_not_refer_to_any_other_data(repository, key, value):
     file = repository.file("text", 2)
     model = onnx.load(file, load_external_data=False)
     tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
@@ -167,7 +167,7 @@ def test_a_graph_leads_to_no_other_data(repository, key, value):
         onnx_file.load(file)
 
 
-def test_data_that_the_manifest_does_not_name_is_damage_or_foreign(repository, released, tmp_path):
+def test_a_data_file_missing_from_the_manifest_is_damage_or_foreign(repository, released, tmp_path):
     manifest = repository.manifest(4)
     del manifest["files"]["image/model.onnx.data"]
     repository.manifest_file(4).write_text(json.dumps(manifest))

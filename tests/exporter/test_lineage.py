@@ -1,4 +1,4 @@
-"""Merging on top of the version before: only what is new, and to the very bytes of a merge from the base."""
+"""Merging on top of an earlier version: only new adapters are merged, and the files equal a merge from the base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clipweld.trainer.adapters.merge import merge
 
 @pytest.fixture
 def merges(monkeypatch):
-    """The tasks of every merge that is computed."""
+    """A list that receives the tasks of every computed merge."""
     tasks = []
 
     def noting(weights, adapters):
@@ -28,7 +28,7 @@ def merges(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced")
-def test_only_the_new_adapter_is_merged_and_the_files_are_those_of_a_rebuild(
+def test_only_the_new_adapter_is_merged_and_the_files_equal_a_full_merge(
     released, mini, make_adapter, samples, tmp_path, merges
 ):
     first = make_adapter("digits")
@@ -71,7 +71,7 @@ def test_a_damaged_version_is_not_built_on(repository, mini, make_adapter, sampl
         merged_backbone(repository, mini, [*lineage, make_adapter("flags", tuple(lineage), seed=3)])
 
 
-def test_weights_are_read_back_as_they_were_written(released, mini, make_adapter):
+def test_weights_are_read_back_unchanged(released, mini, make_adapter):
     first = make_adapter("digits")
     want = merge(mini.model.state_dict(), [first, make_adapter("pets", (first,), seed=1)])
     got = read_weights(released[0], 2, want)
@@ -79,7 +79,7 @@ def test_weights_are_read_back_as_they_were_written(released, mini, make_adapter
     assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
 
 
-def test_other_weights_leave_the_base_alone(mini):
+def test_replacing_weights_leaves_the_base_unchanged(mini):
     weights = mini.model.state_dict()
     before = {name: tensor.clone() for name, tensor in weights.items()}
     other = on_weights(mini, weights | {"visual.proj": weights["visual.proj"] * 2})

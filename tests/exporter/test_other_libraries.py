@@ -1,4 +1,4 @@
-"""What is written for other libraries gives our answers there, as their users load it: by the line that we print."""
+"""Files written for other libraries, loaded there by the line that we print, give our answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from clipweld.trainer.preprocessing import preprocessing
 from clipweld.trainer.tasks import load_task
 
 TEMPLATE = "an icon of a {}"
-# Ends with ``predictions``, the place of the best label for every file of ``images``; ``line`` is what we print.
+# Run after the printed line; sets ``predictions``, the index of the best label for every file of ``images``.
 ASK = {
     "open_clip": """
 import torch
@@ -50,7 +50,7 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory):
-    """The task, and its test images as files."""
+    """The emoji task, and its test images as files."""
     task, folder = load_task("emoji"), tmp_path_factory.mktemp("emoji")
     files = []
     for number, (image, _) in enumerate(task.load("test")):
@@ -65,7 +65,7 @@ def learned(adapters):
 
 
 def predictions(backbone, adapters, emoji):
-    """Ours, for the test images of emoji."""
+    """Return our predictions for the test images of emoji."""
     task, _ = emoji
     merged = with_weights(backbone, merge(backbone.model.state_dict(), adapters))
     pixels = torch.stack([backbone.preprocess(image.convert("RGB")) for image, _ in task.load("test")])
@@ -74,7 +74,7 @@ def predictions(backbone, adapters, emoji):
 
 
 def theirs(target, line, emoji, cwd):
-    """Another library's, in a process that knows nothing of ours."""
+    """Return another library's predictions, from a process that does not import ours."""
     task, files = emoji
     given = f"images, labels, template = {files!r}, {list(task.class_names)!r}, {TEMPLATE!r}\n"
     code = (
@@ -92,7 +92,7 @@ def theirs(target, line, emoji, cwd):
 
 
 def with_preprocessing(backbone, **changes):
-    """The same model for images that are prepared otherwise."""
+    """Return the same model with a different preprocessing."""
     config = PreprocessCfg(**{**open_clip.get_model_preprocess_cfg(backbone.model), **changes})
     changed = with_weights(backbone, backbone.model.state_dict())
     open_clip.model.set_model_preprocess_cfg(changed.model, vars(config))
@@ -110,7 +110,7 @@ def with_preprocessing(backbone, **changes):
         ("peft", "lora"),
     ],
 )
-def test_the_line_that_is_printed_gives_our_answers(target, name, mini, learned, emoji, tmp_path):
+def test_the_printed_line_loads_a_model_that_gives_our_answers(target, name, mini, learned, emoji, tmp_path):
     ours = predictions(mini, learned, emoji)
     _, line = save(target, mini, learned, tmp_path / "new" / name)
     assert os.listdir(tmp_path) == ["new"]
@@ -118,7 +118,7 @@ def test_the_line_that_is_printed_gives_our_answers(target, name, mini, learned,
     found = theirs(target, line, emoji, tmp_path)
     labels = torch.tensor(emoji[0].load("test").labels)
     assert (ours == labels).float().mean() > 0.6
-    # transformers scales images by torchvision, within a grey level of Pillow: a near tie may fall otherwise.
+    # transformers resizes with torchvision, which differs from Pillow by up to a grey level: a near tie may change.
     assert (found != ours).sum() <= (0 if target == "open_clip" else 1)
     if target == "open_clip":
         assert torch.equal(found, ours)
@@ -130,13 +130,13 @@ def test_the_line_that_is_printed_gives_our_answers(target, name, mini, learned,
 @pytest.mark.parametrize(
     ("target", "name"), [("open_clip", "merged"), ("open_clip", "merged.safetensors"), ("transformers", "merged")]
 )
-def test_every_preprocessing_goes_along(target, name, mode, mini, emoji, tmp_path):
+def test_the_preprocessing_is_written_too(target, name, mode, mini, emoji, tmp_path):
     other = with_preprocessing(
         mini, mean=(0.4, 0.5, 0.6), std=(0.3, 0.3, 0.2), resize_mode=mode, interpolation="bilinear"
     )
     task, _ = emoji
     wide, files = [], []
-    for number in range(12):  # where modes differ
+    for number in range(12):  # wide images, for which resize modes differ
         image = task.load("test")[number][0].convert("RGB").resize((150, 70 + 5 * number))
         wide.append(image)
         files.append(str(tmp_path / f"{number}.png"))
@@ -149,7 +149,7 @@ def test_every_preprocessing_goes_along(target, name, mode, mini, emoji, tmp_pat
 
 
 @pytest.mark.slow
-def test_transformers_reads_prompts_alike(mini, tmp_path):
+def test_transformers_tokenizes_prompts_as_we_do(mini, tmp_path):
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
@@ -169,7 +169,7 @@ def test_transformers_reads_prompts_alike(mini, tmp_path):
     ]
 
 
-def test_what_was_written_for_open_clip_brings_its_preprocessing_back(mini, tmp_path):
+def test_preprocessing_written_for_open_clip_is_read_back(mini, tmp_path):
     other = with_preprocessing(mini, mean=(0.5, 0.5, 0.5), resize_mode="squash")
     save("open_clip", other, [], tmp_path / "merged")
     found = load_backbone("mini", str(tmp_path / "merged" / "open_clip_model.safetensors"))
@@ -178,7 +178,7 @@ def test_what_was_written_for_open_clip_brings_its_preprocessing_back(mini, tmp_
 
 
 @pytest.mark.parametrize("target", ["open_clip", "transformers", "peft"])
-def test_written_files_may_be_read_by_whom_the_umask_lets(target, mini, learned, tmp_path):
+def test_permissions_of_written_files_follow_the_umask(target, mini, learned, tmp_path):
     before = os.umask(0o022)
     try:
         save(target, mini, learned, tmp_path / "merged")
@@ -191,7 +191,7 @@ def test_written_files_may_be_read_by_whom_the_umask_lets(target, mini, learned,
 
 
 @pytest.mark.parametrize("target", ["open_clip", "transformers", "peft"])
-def test_nothing_is_left_of_a_write_that_fails(target, mini, learned, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_nothing(target, mini, learned, tmp_path, monkeypatch):
     def full(*_arguments, **_settings):
         raise OSError(28, "No space left on device")
 
@@ -215,7 +215,7 @@ def test_nothing_is_left_of_a_write_that_fails(target, mini, learned, tmp_path, 
         ("peft", "/", "it has no name"),
     ],
 )
-def test_a_place_that_is_taken_or_odd_is_refused(target, name, says, tmp_path):
+def test_an_output_path_that_exists_or_does_not_fit_is_refused(target, name, says, tmp_path):
     (tmp_path / "file.safetensors").write_bytes(b"mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
@@ -226,7 +226,7 @@ def test_a_place_that_is_taken_or_odd_is_refused(target, name, says, tmp_path):
     assert (tmp_path / "file.safetensors").read_bytes() == b"mine"
 
 
-def test_a_folder_that_was_filled_meanwhile_is_not_replaced(mini, tmp_path, monkeypatch):
+def test_a_folder_created_meanwhile_is_not_replaced(mini, tmp_path, monkeypatch):
     def fill(*_arguments, **_settings):
         (tmp_path / "merged").mkdir()
         (tmp_path / "merged" / "notes.txt").write_text("mine")
@@ -238,7 +238,7 @@ def test_a_folder_that_was_filled_meanwhile_is_not_replaced(mini, tmp_path, monk
     assert os.listdir(tmp_path / "merged") == ["notes.txt"]
 
 
-def test_images_filled_up_with_a_colour_are_refused_for_transformers(mini, tmp_path):
+def test_padding_with_a_colour_is_refused_for_transformers(mini, tmp_path):
     other = with_preprocessing(mini, resize_mode="longest", fill_color=128)
     with pytest.raises(UnsupportedModel, match="colour 128"):
         save("transformers", other, [], tmp_path / "merged")

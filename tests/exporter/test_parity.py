@@ -1,4 +1,4 @@
-"""The checks before a version counts: they pass what is right and refuse what is wrong."""
+"""The checks of a new version: correct ones pass, wrong ones are refused."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ def test_other_weights_are_detected(mini, released, samples):
         {"top1_agreement": 0.99},
     ],
 )
-def test_each_figure_can_refuse(worse):
+def test_each_figure_alone_can_cause_a_refusal(worse):
     check_parity(GOOD, "v")
     with pytest.raises(AnswersDiffer):
         check_parity(replace(GOOD, **worse), "v")
 
 
-def test_pixels_survive_normalisation(mini):
+def test_normalised_pixels_are_converted_back_exactly(mini):
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (mini.mean, mini.std))
     back = to_uint8((pixels / 255 - mean) / std, mini.mean, mini.std)
     np.testing.assert_array_equal(back, pixels.permute(0, 2, 3, 1).numpy())
 
 
-def test_merged_is_the_bases_graph_with_other_weights(released):
+def test_the_merged_graph_is_the_base_s_with_other_weights(released):
     repository, _ = released
     for kind in ("image", "text"):
         base, merged = (onnx.load(repository.file(kind, version)) for version in (1, 2))
@@ -101,7 +101,7 @@ def other_input(model):
 
 
 @pytest.mark.parametrize("change", [rename_node, extra_node, other_opset, other_dtype, other_input])
-def test_any_other_difference_is_refused(mini, graphs, change):
+def test_any_difference_besides_weights_is_refused(mini, graphs, change):
     base = trace.fill(graphs.text, mini.model.state_dict())
     merged = onnx.ModelProto.FromString(base.SerializeToString())
     change(merged)
@@ -113,7 +113,7 @@ def test_any_other_difference_is_refused(mini, graphs, change):
 @pytest.mark.parametrize(
     ("kind", "name", "what"), [("image", "visual.ln_post.weight", "images"), ("text", "ln_final.bias", "prompts")]
 )
-def test_answers_that_are_no_numbers_are_refused_whatever_pytorch_says(
+def test_non_finite_answers_are_refused_even_if_pytorch_gives_them_too(
     mini, released, samples, tmp_path, kind, name, what, value
 ):
     repository, weights = released[0], dict(mini.model.state_dict())
@@ -128,12 +128,12 @@ def test_answers_that_are_no_numbers_are_refused_whatever_pytorch_says(
     chosen = [tmp_path / "broken.onnx" if k == kind else repository.file(k, 1) for k in ("image", "text")]
     with pytest.raises(NotFinite, match=rf"features of {what} in ONNX Runtime, in batches of 1: .* for number 0"):
         measure_parity(mini, *chosen, *samples)
-    alike = with_weights(mini, weights)  # both wrong in the same way
+    alike = with_weights(mini, weights)  # PyTorch now gives the same wrong answers
     with pytest.raises(NotFinite, match=f"features of {what} in PyTorch"):
         measure_parity(alike, *chosen, *samples)
 
 
-def test_one_answer_that_is_no_number_in_the_largest_batches_alone_is_refused(mini, released, samples, monkeypatch):
+def test_a_single_non_finite_answer_in_the_largest_batch_is_refused(mini, released, samples, monkeypatch):
     run = parity._run_batches
 
     def spoiled(*args, **settings):
@@ -148,7 +148,7 @@ def test_one_answer_that_is_no_number_in_the_largest_batches_alone_is_refused(mi
 
 
 @pytest.mark.parametrize("length", [0.0, 0.98, 1.02, np.nan, np.inf, 1e30])
-def test_features_are_unit_vectors(length):
+def test_features_that_are_not_unit_vectors_are_refused(length):
     features = np.eye(3, dtype=np.float32)
     check_unit(features, "images")
     features[2, 2] = length

@@ -1,4 +1,4 @@
-"""config.pbtxt, read as Triton reads it, beside what ONNX Runtime says of the graph."""
+"""config.pbtxt, parsed as Triton parses it and compared with what ONNX Runtime reports of the graph."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def parsed(text):
 
 
 def described(values):
-    """As the configuration has it: without the batch, -1 where free."""
+    """Return (name, type, dims) as in the configuration: without the batch dimension, -1 where dynamic."""
     return [(v.name, DATATYPES[v.type], [d if isinstance(d, int) else -1 for d in v.shape[1:]]) for v in values]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_says_what_the_graph_takes_and_gives(released, kind):
+def test_the_config_declares_the_graph_s_inputs_and_outputs(released, kind):
     file = parsed((released[0].model(kind) / "config.pbtxt").read_text())
     session = onnxruntime.InferenceSession(released[0].file(kind, 1), providers=["CPUExecutionProvider"])
     for tensors, values in ((file.input, session.get_inputs()), (file.output, session.get_outputs())):
@@ -45,7 +45,7 @@ def test_it_says_what_the_graph_takes_and_gives(released, kind):
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
-def test_it_is_warmed_up_with_what_the_graph_takes(released, kind):
+def test_the_warmup_requests_fit_the_graph_s_inputs(released, kind):
     file = parsed((released[0].model(kind) / "config.pbtxt").read_text())
     session = onnxruntime.InferenceSession(released[0].file(kind, 1), providers=["CPUExecutionProvider"])
     (name, datatype, dims) = described(session.get_inputs())[0]
@@ -61,7 +61,7 @@ def test_it_is_warmed_up_with_what_the_graph_takes(released, kind):
     ("tokens", "width", "largest"),
     [(50, 3072, 64), (197, 3072, 64), (257, 4096, 32), (577, 4096, 16), (1 << 20, 1 << 10, 1)],
 )
-def test_the_largest_batch_is_what_fits_into_memory(tokens, width, largest):
+def test_the_largest_batch_is_limited_by_memory(tokens, width, largest):
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in ("image", "features")]
     weights = [
         TensorProto(name="visual.positional_embedding", dims=[tokens, width // 4], data_type=TensorProto.FLOAT),

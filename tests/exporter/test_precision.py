@@ -1,4 +1,4 @@
-"""Lower precisions: cast from float32, the same graph for base and merged, close enough, and served."""
+"""Lower precisions: cast from float32, the same graph for base and merged, close enough to float32, and served."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHECKS = Checks(Gate(min_agreement=0.9), compared_on=[load_task("clipart")])
 
 @pytest.fixture(scope="module")
 def cast(released, mini, make_adapter, samples, take_traced, tmp_path_factory):
-    """The released repository with a version 3 of fp16 and a version 4 of int8, of the adapters of version 2."""
+    """The released repository with two more versions of version 2's adapters: 3 in fp16, 4 in int8."""
     folder = tmp_path_factory.mktemp("cast")
     shutil.copytree(released[0].path.parent, folder, dirs_exist_ok=True)
     repository = Repository(folder / "model_repository", "clip")
@@ -54,7 +54,7 @@ def size(repository, kind, version):
     return repository.file(kind, version).stat().st_size
 
 
-def test_half_precision_is_half_the_bytes_and_close(cast):
+def test_half_precision_halves_the_file_and_stays_close_to_float32(cast):
     repository, (half, _) = cast
     for kind in ("image", "text"):
         assert size(repository, kind, 3) < 0.51 * size(repository, kind, 2)
@@ -71,7 +71,7 @@ def test_half_precision_is_half_the_bytes_and_close(cast):
     assert graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 
-def test_int8_is_the_image_towers_products(cast):
+def test_int8_applies_to_the_matrix_products_of_the_image_tower(cast):
     repository, (_, quantized) = cast
     assert size(repository, "image", 4) < 0.45 * size(repository, "image", 2)
     assert repository.file("text", 4).read_bytes() == repository.file("text", 2).read_bytes()
@@ -80,7 +80,7 @@ def test_int8_is_the_image_towers_products(cast):
     initializers = {t.name: t for t in graph.initializer}
     in_float = [n for n in graph.node if n.op_type == "MatMul" and n.input[1] in initializers]
     assert len(with_weights) == 6 * 6 - 4  # six products per block
-    assert len(in_float) == 5  # the first MLP's second, three at [CLS] alone, and the projection
+    assert len(in_float) == 5  # the first MLP's second, three on [CLS] only, and the projection
     assert {initializers[n.input[1]].data_type for n in with_weights} == {onnx.TensorProto.INT8}
     assert all(node.domain == "" for node in graph.node), "standard operators alone"
     assert quantized.cast.parity.max_abs < 0.05
@@ -88,7 +88,7 @@ def test_int8_is_the_image_towers_products(cast):
     assert quantized.to_dict()["precision"] == "int8"
 
 
-def test_they_are_merged_in_float32_first(cast):
+def test_lower_precisions_are_merged_in_float32_first(cast):
     repository, _ = cast
     for version, kinds in ((3, ("image", "text")), (4, ("image",))):
         for kind in kinds:
@@ -96,7 +96,7 @@ def test_they_are_merged_in_float32_first(cast):
             assert kept.read_bytes() == repository.file(kind, 2).read_bytes()
 
 
-def test_configurations_are_those_of_float32(cast):
+def test_all_precisions_have_the_same_config(cast):
     repository, _ = cast
     for kind in KINDS:
         texts = {(repository.store / str(v) / kind / "config.pbtxt").read_text() for v in (1, 2, 3, 4)}
@@ -104,7 +104,7 @@ def test_configurations_are_those_of_float32(cast):
 
 
 @pytest.mark.slow
-def test_the_quantised_graph_does_not_depend_on_weights_and_its_bytes_are_the_same_again(mini, graphs, tmp_path):
+def test_the_quantised_graph_is_reproducible_and_does_not_depend_on_weights(mini, graphs, tmp_path):
     models = []
     for name, change in (
         ("base", lambda w: w),
@@ -121,7 +121,7 @@ def test_the_quantised_graph_does_not_depend_on_weights_and_its_bytes_are_the_sa
         check_same_graph(base, other, "image tower")
 
 
-def test_a_cast_that_would_differ_from_the_bases_is_refused(
+def test_a_cast_whose_graph_differs_from_the_base_s_is_refused(
     released, mini, make_adapter, samples, repository, monkeypatch, take_traced
 ):
     take_traced(monkeypatch)
@@ -139,11 +139,11 @@ def test_a_cast_that_would_differ_from_the_bases_is_refused(
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.99])
-def test_files_cut_off_by_a_full_disk_are_no_int8(cast, share, caplog):
+def test_quantisation_on_a_full_disk_is_an_error(cast, share, caplog):
     file = cast[0].file("image", 2)
     limit = int(share * file.stat().st_size)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # the kernel refuses what is written beyond it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # the kernel refuses to write beyond it
     try:
         with pytest.raises(OutputError, match=r"temporary folder .* can't be written .* make room"):
             quantize(file)
@@ -169,7 +169,7 @@ def test_too_little_agreement_is_refused_and_forced_on_request(mini, make_adapte
 
 
 @pytest.mark.slow
-def test_they_are_proven_again_by_their_own_files(cast, samples):
+def test_lower_precisions_can_be_verified_from_their_own_files(cast, samples):
     repository, (half, quantized) = cast
     for result in (half, quantized):
         again = verify(repository, result.version, *samples)
@@ -178,7 +178,7 @@ def test_they_are_proven_again_by_their_own_files(cast, samples):
     assert verify(repository, 2, *samples).cast is None
 
 
-def test_files_that_are_not_served_are_verified_too(cast, samples, tmp_path):
+def test_stored_float32_files_are_verified_too(cast, samples, tmp_path):
     shutil.copytree(cast[0].path.parent, tmp_path, dirs_exist_ok=True)
     repository = Repository(tmp_path / "model_repository", "clip")
     kept = repository.store / "4" / EXACT / "image/model.onnx"
@@ -190,7 +190,7 @@ def test_files_that_are_not_served_are_verified_too(cast, samples, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cast_further_off_than_recorded_is_refused(cast, samples, monkeypatch):
+def test_a_cast_less_exact_than_recorded_is_refused(cast, samples, monkeypatch):
     recorded = cast[0].manifest(4)
     recorded["cast"]["parity"]["image_max_abs"] = 1e-6
     monkeypatch.setattr(Repository, "manifest", lambda *_: recorded)
@@ -199,7 +199,7 @@ def test_a_cast_further_off_than_recorded_is_refused(cast, samples, monkeypatch)
 
 
 @pytest.mark.slow
-def test_base_alone_can_be_cast(mini, samples, tmp_path, take_traced, monkeypatch):
+def test_the_base_alone_can_be_cast(mini, samples, tmp_path, take_traced, monkeypatch):
     take_traced(monkeypatch)
     repository = Repository(tmp_path / "model_repository", "clip")
     made = release(mini, [], repository, *samples, precision=Precision.int8, checks=CHECKS)
@@ -224,7 +224,7 @@ def test_versions_of_all_precisions_are_served_side_by_side(cast, samples, tmp_p
 
 
 @pytest.mark.slow
-def test_what_float16_cannot_hold_is_refused_even_by_force(mini, released, samples, traced, tmp_path):
+def test_an_overflow_in_float16_is_refused_even_with_force(mini, released, samples, traced, tmp_path):
     shutil.copytree(released[0].path.parent, tmp_path, dirs_exist_ok=True)
     towers = Towers(mini, Precision.fp16)
     weights = {name: weight.clone() for name, weight in mini.model.state_dict().items()}
@@ -232,7 +232,7 @@ def test_what_float16_cannot_hold_is_refused_even_by_force(mini, released, sampl
     weights[name][3] = 1e5
     with pytest.raises(NotFinite, match=rf"weight {name} reaches 1e\+05, expected finite float16; .*--precision fp32"):
         towers.cast("image", weights, released[0].file("image", 1))
-    weights[name][3] = 6e4  # fits; twice that does not
+    weights[name][3] = 6e4  # 6e4 fits into float16, twice that does not
     weights[name.replace("2", "4")][3] = 6e4
     other = replace(with_weights(mini, weights), fingerprint="0" * 64)
     repository = Repository(tmp_path / "another", "clip")

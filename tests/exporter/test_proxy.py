@@ -1,4 +1,4 @@
-"""Loopback is reached without a proxy; for other hosts the usual variables count, and errors name the proxy."""
+"""Loopback is reached without a proxy; other hosts follow the usual variables, and errors name the proxy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clipweld.exporter.serving.switch import loaded_versions, promote
 from clipweld.exporter.serving.triton import serve
 
 VARIABLES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "no_proxy", "no_grpc_proxy")
-ELSEWHERE = "models.invalid:8001"  # a name that never is one
+ELSEWHERE = "models.invalid:8001"  # a host name that is never resolved
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_loopback_is_reached_without_a_proxy(repository, proxy, monkeypatch, spe
     ("scheme", "variable"),
     [("grpc", "grpc_proxy"), ("grpc", "https_proxy"), ("grpc", "HTTP_PROXY"), ("http", "http_proxy")],
 )
-def test_other_hosts_are_reached_by_the_proxy_which_errors_name(proxy, monkeypatch, scheme, variable):
+def test_other_hosts_are_reached_through_the_proxy_and_errors_name_it(proxy, monkeypatch, scheme, variable):
     address, asked = proxy
     monkeypatch.setenv(variable, f"http://me:secret@{address}")
     with pytest.raises(ServerUnreachable) as caught:
@@ -74,11 +74,11 @@ def test_other_hosts_are_reached_by_the_proxy_which_errors_name(proxy, monkeypat
     assert "secret" not in str(caught.value)
     method, target, authorization = asked[0]
     assert ELSEWHERE in target
-    assert method == ("CONNECT" if scheme == "grpc" else "POST")  # of a full address
+    assert method == ("CONNECT" if scheme == "grpc" else "POST")  # with the full URL
     assert authorization == "Basic bWU6c2VjcmV0"
 
 
-def test_what_no_proxy_lists_is_reached_without(monkeypatch):
+def test_hosts_listed_in_no_proxy_are_reached_directly(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://proxy.invalid:1")
     assert str(proxy_of(ELSEWHERE, "http")) == "http://proxy.invalid:1 (http_proxy)"
     for listed in ("models.invalid", ".invalid", "*", "a, invalid"):
@@ -89,7 +89,7 @@ def test_what_no_proxy_lists_is_reached_without(monkeypatch):
     assert proxy_of("11.1.2.3:8001", "grpc") is not None
 
 
-def test_a_proxy_that_is_none_is_refused_without_its_password(monkeypatch):
+def test_an_invalid_proxy_is_refused_without_showing_its_password(monkeypatch):
     monkeypatch.setenv("grpc_proxy", "socks5://me:secret@proxy.invalid:1")
     with pytest.raises(ServerUnreachable, match=r"grpc_proxy .* names no proxy .* models\.invalid") as caught:
         Connection(ELSEWHERE, 1)
@@ -99,16 +99,16 @@ def test_a_proxy_that_is_none_is_refused_without_its_password(monkeypatch):
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST.", "127.0.0.1", "127.9.9.9", "127.1", "::1", "::ffff:127.0.0.1", "a.localhost"]
 )
-def test_loopback_has_many_spellings(host):
+def test_every_spelling_of_loopback_is_recognised(host):
     assert is_loopback(host)
 
 
 @pytest.mark.parametrize("host", ["localhost.example", "128.0.0.1", "10.0.0.1", "::2", "", "127.0.0.1.example"])
-def test_what_looks_like_loopback_is_not(host):
+def test_names_that_only_look_like_loopback_are_not(host):
     assert not is_loopback(host)
 
 
-def test_a_listener_that_never_answers_is_given_up(monkeypatch):
+def test_a_listener_that_never_answers_times_out(monkeypatch):
     monkeypatch.setattr("clipweld.exporter.serving.connection.CONNECT_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]

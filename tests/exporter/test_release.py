@@ -1,4 +1,4 @@
-"""One merge: numbers, contents, refusals, and nothing half-written."""
+"""One merge: its files, its result, its refusals, and no half-written files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def contents(repository):
     return {str(p): p.read_bytes() for p in sorted(repository.path.rglob("*")) if p.is_file()}
 
 
-def test_first_merge_writes_base_and_merged(released):
+def test_a_first_merge_writes_the_base_and_the_merged_version(released):
     repository, result = released
     assert repository.versions() == repository.standing() == repository.history() == [1, 2]
     want = [f"clip_{kind}{rest}" for kind in KINDS for rest in ("", "/config.pbtxt")]
@@ -52,7 +52,7 @@ def test_first_merge_writes_base_and_merged(released):
     assert [t["name"] for t in repository.card(2)["tasks"]] == ["digits", "pets"]
 
 
-def test_report_has_the_promised_keys(released):
+def test_the_result_has_the_documented_keys(released):
     result = released[1].to_dict()
     assert list(result) == [
         "model", "version", "parity", "graph_identical_to_base", "seconds", "served", "precision", "accuracy", "cast",
@@ -62,7 +62,7 @@ def test_report_has_the_promised_keys(released):
 
 
 @pytest.mark.usefixtures("traced")
-def test_next_merge_adds_a_version_to_the_store_and_touches_nothing_else(mini, make_adapter, samples, repository):
+def test_a_later_merge_adds_a_version_to_the_store_and_changes_nothing_else(mini, make_adapter, samples, repository):
     before = contents(repository)
     first = make_adapter("digits")
     adapters = [first, make_adapter("pets", (first,), seed=1)]
@@ -77,7 +77,7 @@ def test_next_merge_adds_a_version_to_the_store_and_touches_nothing_else(mini, m
 
 
 @pytest.mark.usefixtures("traced")
-def test_without_adapters_the_base_alone_is_written_once(mini, samples, tmp_path):
+def test_without_adapters_only_the_base_is_written_and_only_once(mini, samples, tmp_path):
     repository = Repository(tmp_path / "r", "clip")
     assert release(mini, [], repository, *samples).version == 1
     assert repository.versions() == [1]
@@ -86,7 +86,7 @@ def test_without_adapters_the_base_alone_is_written_once(mini, samples, tmp_path
 
 
 @pytest.mark.usefixtures("traced")
-def test_two_names_live_in_one_repository(mini, samples, repository):
+def test_a_repository_can_hold_two_models(mini, samples, repository):
     release(mini, [], Repository(repository.path, "base"), *samples)
     assert [(r.name, r.standing()) for r in repositories(repository.path)] == [("base", [1]), ("clip", [1, 2])]
 
@@ -110,7 +110,7 @@ def test_a_failing_merge_leaves_nothing(mini, make_adapter, samples, repository,
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("at", [1, 3, 4, 6])
-def test_a_first_merge_that_fails_as_it_is_put_in_can_be_run_again(
+def test_a_first_merge_that_fails_while_activating_can_be_run_again(
     mini, make_adapter, samples, tmp_path, monkeypatch, at
 ):
     repository, links = Repository(tmp_path / "model_repository", "clip"), itertools.count(1)
@@ -132,7 +132,7 @@ def test_a_first_merge_that_fails_as_it_is_put_in_can_be_run_again(
 
 @pytest.mark.usefixtures("traced")
 def test_wrong_weights_in_the_file_are_refused(mini, make_adapter, samples, repository, monkeypatch):
-    """The check runs on the file itself: here it holds the base's weights instead of the merged ones."""
+    """The check reads the written file, which here holds the base's weights instead of the merged ones."""
     fill, base = precision.fill, mini.model.state_dict()
     monkeypatch.setattr(precision, "fill", lambda graph, weights: fill(graph, base))
     with pytest.raises(AnswersDiffer, match="clip version 3"):
@@ -140,7 +140,7 @@ def test_wrong_weights_in_the_file_are_refused(mini, make_adapter, samples, repo
     assert repository.versions() == [1, 2]
 
 
-def test_a_graph_other_than_the_bases_is_refused(mini, make_adapter, samples, repository, monkeypatch):
+def test_a_graph_that_differs_from_the_base_s_is_refused(mini, make_adapter, samples, repository, monkeypatch):
     fill = precision.fill
 
     def renaming(graph, weights):
@@ -154,9 +154,7 @@ def test_a_graph_other_than_the_bases_is_refused(mini, make_adapter, samples, re
     assert repository.versions() == [1, 2]
 
 
-def test_later_merges_have_the_first_ones_graph_whatever_torch_would_trace(
-    mini, make_adapter, samples, repository, monkeypatch
-):
+def test_later_merges_reuse_the_first_graph_without_tracing(mini, make_adapter, samples, repository, monkeypatch):
     monkeypatch.delattr(precision, "trace_image_tower")
     monkeypatch.delattr(precision, "trace_text_tower")
     made = release(mini, [make_adapter("flags", seed=2)], repository, *samples)
@@ -192,7 +190,7 @@ def test_only_one_merge_writes_at_a_time(mini, samples, repository):
 
 
 def test_leftovers_of_a_killed_merge_are_removed(repository):
-    """Killed between two renames: towers without a card; killed before: a staging folder."""
+    """A kill between two renames leaves towers without a card, an earlier one leaves a staging folder."""
     with repository.writing() as staging:
         repository.take_out(2, staging)
         repository.put_in(2, staging, ("image", "text"))
@@ -216,7 +214,7 @@ def test_leftovers_of_a_killed_first_merge_are_removed(repository):
         assert tree(repository.path) == []
 
 
-def test_an_empty_repository_says_what_to_do(tmp_path):
+def test_an_empty_repository_is_refused_with_the_next_step(tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(RepositoryEmpty, match="exporter merge --to onnx"):
             repositories(path)

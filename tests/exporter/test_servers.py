@@ -1,4 +1,4 @@
-"""What a command says about running servers is true: it finds those there are, and takes nothing else for one."""
+"""What commands report about running servers is true: they find every server, and take nothing else for one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _nothing_at_the_default_address(monkeypatch):
 
 @pytest.fixture
 def run(repository, monkeypatch, capsys):
-    """A command on the repository: its status, output and errors."""
+    """A function that runs a command on the repository and returns its status, stdout and stderr."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["exporter", *arguments, "--repository", str(repository.path)])
@@ -48,7 +48,7 @@ def at_default(monkeypatch, url):
     monkeypatch.setattr(servers, "DEFAULT_SERVER", url.rpartition("/")[2])
 
 
-def test_servers_on_any_ports_are_found_and_all_are_switched(repository, run):
+def test_servers_on_any_port_are_found_and_all_are_switched(repository, run):
     with serve(repository.path) as one:
         with serve(repository.path) as other:
             urls = {one.url, other.url}
@@ -56,7 +56,7 @@ def test_servers_on_any_ports_are_found_and_all_are_switched(repository, run):
             assert status == 0, err
             assert set(json.loads(out)["servers"]) == urls
             assert [loaded_versions(repository, url) for url in urls] == [[1], [1]]
-        # Only one is left, and a switch of the files alone passes it by.
+        # Only one server is left, and a switch with --offline does not reach it.
         status, out, _ = run("promote", "2", "--offline", "--json")
         assert (status, json.loads(out)["servers"], json.loads(out)["offline"]) == (0, [], True)
         status, out, _ = run("versions", "--json")
@@ -77,7 +77,7 @@ def test_servers_on_any_ports_are_found_and_all_are_switched(repository, run):
 
 
 @pytest.mark.parametrize("kind", ["web server", "silent", "triton"])
-def test_what_else_listens_at_the_default_address_is_no_server_of_it(repository, run, tmp_path, monkeypatch, kind):
+def test_anything_else_at_the_default_address_is_not_taken_for_a_server(repository, run, tmp_path, monkeypatch, kind):
     if kind == "triton":
         other = tmp_path / "another" / "models"
         shutil.copytree(repository.path, other)
@@ -108,8 +108,8 @@ def test_what_else_listens_at_the_default_address_is_no_server_of_it(repository,
     assert f"what listens at 127.0.0.1:{port} is no Triton" in json.loads(out)["looked"][-1]
 
 
-def test_a_server_that_has_not_announced_itself_is_found_at_the_default_address(repository, run, monkeypatch):
-    """As one that was started by hand, or in a container, is."""
+def test_a_server_without_an_announcement_is_found_at_the_default_address(repository, run, monkeypatch):
+    """Servers that were started by hand or in a container leave no announcement."""
     with serve(repository.path) as server:
         shutil.rmtree(store_of(repository.path) / FOLDER)
         assert find_servers([repository]).urls == []
@@ -118,7 +118,7 @@ def test_a_server_that_has_not_announced_itself_is_found_at_the_default_address(
         assert (status, json.loads(out)["servers"]) == (0, [server.url]), err
 
 
-def test_what_a_killed_server_left_is_no_server(repository):
+def test_an_announcement_left_by_a_killed_server_is_ignored(repository):
     with announced(repository.path, "grpc://127.0.0.1:2", "http://127.0.0.1:3") as hidden:
         assert hidden is None
         assert [entry["url"] for entry in announcements(repository.path)] == ["grpc://127.0.0.1:2"]
@@ -131,7 +131,7 @@ def test_what_a_killed_server_left_is_no_server(repository):
     assert not file.exists()
 
 
-def test_the_server_of_a_repository_is_none_of_its_copy(repository, tmp_path):
+def test_a_server_of_a_repository_is_not_a_server_of_its_copy(repository, tmp_path):
     with announced(repository.path, "grpc://127.0.0.1:2", "http://127.0.0.1:3"):
         copy = tmp_path / "copy" / "models"
         for folder, target in ((repository.path, copy), (store_of(repository.path), store_of(copy))):
@@ -140,7 +140,7 @@ def test_the_server_of_a_repository_is_none_of_its_copy(repository, tmp_path):
         assert len(announcements(repository.path)) == 1
 
 
-def test_a_server_that_can_not_be_reached_from_here_is_never_passed_over(repository, run, monkeypatch):
+def test_a_running_server_that_cannot_be_reached_is_an_error(repository, run, monkeypatch):
     with announced(repository.path, "grpc://127.0.0.1:2", "http://127.0.0.1:3"):
         status, _, err = run("promote", "1", "--timeout", "1")
         assert (status, repository.served) == (1, 2)
@@ -159,7 +159,7 @@ def test_a_server_that_can_not_be_reached_from_here_is_never_passed_over(reposit
         assert repository.served == 1
 
 
-def test_files_that_are_no_announcements_are_no_servers(repository):
+def test_invalid_announcement_files_are_ignored(repository):
     folder = store_of(repository.path) / FOLDER
     with announced(repository.path, "grpc://192.0.2.1:2", "http://127.0.0.1:3"):
         assert announcements(repository.path) == [], "the key would go to another machine"
@@ -184,7 +184,7 @@ def test_an_unwritable_store_is_reported(repository):
     assert not store_of(repository.path).exists()
 
 
-def test_addresses_that_are_none_are_refused(repository, run):
+def test_invalid_server_addresses_are_refused(repository, run):
     for url in ("localhost", "https://localhost:8001", "grpc://localhost:8001/v2", "localhost:99999"):
         status, _, err = run("promote", "1", "--url", url)
         assert status == 1
@@ -194,13 +194,13 @@ def test_addresses_that_are_none_are_refused(repository, run):
     assert run("promote", "1", "--url", "localhost:1", "--offline")[0] == 2
 
 
-def test_machines_are_distinguished():
+def test_the_identifier_of_this_network_is_stable():
     assert announcement.this_network() == announcement.this_network()
     assert len(announcement.this_network()) > 30
 
 
-def test_a_merge_beside_a_running_server_does_not_call_its_version_served(released):
-    """A first version of another name is active at once, and only the next start loads it unasked."""
+def test_a_merge_beside_a_running_server_does_not_report_its_version_as_served(released):
+    """A new model's first version is active at once, but a running server loads it only when promoted."""
     first = replace(released[1], model="other", version=1, served=1)
     assert tables.released(first, [], servers_run=False).endswith("It is served")
     assert tables.released(first, [], servers_run=True).endswith("Serve it: exporter promote 1 --name other")

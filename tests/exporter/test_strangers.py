@@ -1,4 +1,4 @@
-"""A repository from anyone: names, links, manifests and ONNX files lead nowhere and crash nothing."""
+"""Untrusted repositories: names, links, manifests and ONNX files lead to no other files and cause no crash."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from clipweld.exporter.store.repository import Repository, repositories
 
 
 @pytest.mark.parametrize("name", ["", "../clip", "/clip", "a/b", "..", "clip\n", "²", "a.b", "x" * 101, "\ud800"])
-def test_names_that_are_paths_are_refused_everywhere(tmp_path, name):
+def test_model_names_that_could_be_paths_are_refused(tmp_path, name):
     with pytest.raises(RepositoryError, match="letters, digits, - and _ only"):
         Repository(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["0", "0007", "²", "٣", "1" * 30, "-1", "+1", "1.0", " 1"])
-def test_folders_that_are_no_version_s_are_left_alone(repository, name):
+def test_folders_that_are_not_versions_are_left_alone(repository, name):
     shutil.copytree(repository.store / "2", repository.store / name)
     assert repository.versions() == [1, 2]
 
 
 @pytest.mark.parametrize("what", ["version", "store", "model"])
-def test_links_in_the_place_of_folders_are_refused(repository, tmp_path, what):
+def test_links_in_place_of_folders_are_refused(repository, tmp_path, what):
     place = {"version": repository.store / "2", "store": repository.store, "model": repository.model("image")}[what]
     place.rename(tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")
@@ -43,7 +43,7 @@ def test_links_in_the_place_of_folders_are_refused(repository, tmp_path, what):
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.symlink_to("/dev/zero"), os.mkdir])
-def test_what_is_no_regular_file_is_never_read(repository, make):
+def test_a_model_file_that_is_not_a_regular_file_is_never_read(repository, make):
     file = repository.file("image", 2)
     file.unlink()
     make(file)
@@ -65,7 +65,7 @@ def test_what_is_no_regular_file_is_never_read(repository, make):
         ({"more": 1}, "has 'more'"),
     ],
 )
-def test_a_manifest_says_nothing_but_what_a_manifest_says(repository, change, says):
+def test_a_manifest_with_invalid_contents_is_refused(repository, change, says):
     file = repository.manifest_file(2)
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(RepositoryError) as caught:
@@ -74,13 +74,13 @@ def test_a_manifest_says_nothing_but_what_a_manifest_says(repository, change, sa
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "\xff", '{"now": ["1"], "next": []}', '{"now": 1, "next": []}', "3", ""])
-def test_a_history_that_is_none_is_named(repository, text):
+def test_an_invalid_history_file_is_refused(repository, text):
     (repository.store / "history.json").write_text(text, encoding="latin-1")
     with pytest.raises(RepositoryError, match=r"history\.json: can't be read .*; remove it"):
         repository.history()
 
 
-def test_data_in_other_files_is_never_followed(repository):
+def test_external_data_outside_the_version_is_never_read(repository):
     file = repository.file("image", 2)
     model = onnx.load(file)
     tensor = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
@@ -97,6 +97,6 @@ def test_data_in_other_files_is_never_followed(repository):
         check_files(repository, 2)
 
 
-def test_models_of_others_beside_ours_are_not_in_the_way(repository):
+def test_models_of_other_tools_in_the_repository_are_ignored(repository):
     (repository.path / "some.thing_card" / "1").mkdir(parents=True)
     assert [found.name for found in repositories(repository.path)] == ["clip"]

@@ -56,7 +56,7 @@ def four(released, mini, make_adapter, samples, take_traced, tmp_path_factory):
 
 @pytest.fixture
 def repository(four, tmp_path):
-    """A copy of it that a test may change."""
+    """A copy of ``four`` that a test may change."""
     shutil.copytree(four.path.parent, tmp_path, dirs_exist_ok=True)
     return Repository(tmp_path / "model_repository", "clip")
 
@@ -65,11 +65,11 @@ def folders(repository):
     return sorted(os.listdir(repository.path.parent))
 
 
-def test_promotion_keeps_the_version_before_it_and_rollback_goes_back_step_by_step(repository):
+def test_promotion_keeps_the_previous_version_and_rollback_undoes_each_promotion(repository):
     assert (repository.versions(), repository.standing(), repository.served) == ([1, 2, 3, 4], [1, 2], 2)
     promoted = promote(repository, 4, [])
     assert (promoted.version, promoted.previous, promoted.standing, promoted.servers) == (4, 2, [2, 4], [])
-    assert promote(repository, 3, []).standing == [3]  # a newer one would be served in its place
+    assert promote(repository, 3, []).standing == [3]  # clients would get version 4 if it stayed loaded
     assert repository.history() == [1, 2, 4, 3]
     for version in (4, 2, 1):
         assert rollback(repository, []).version == version
@@ -80,7 +80,7 @@ def test_promotion_keeps_the_version_before_it_and_rollback_goes_back_step_by_st
     assert folders(repository) == ["model_repository", "model_repository.store"]
 
 
-def test_promoting_what_is_served_changes_nothing(repository):
+def test_promoting_the_served_version_changes_nothing(repository):
     promote(repository, 3, [])
     written = (repository.store / HISTORY_FILE).read_bytes()
     assert promote(repository, 3, []).standing == [2, 3]
@@ -88,7 +88,7 @@ def test_promoting_what_is_served_changes_nothing(repository):
     assert (repository.store / HISTORY_FILE).read_bytes() == written
 
 
-def test_active_files_are_the_stores_own(repository):
+def test_active_files_are_hard_links_to_the_store(repository):
     promote(repository, 3, [])
     for kind in KINDS:
         model = repository.model(kind)
@@ -97,13 +97,13 @@ def test_active_files_are_the_stores_own(repository):
         assert (model / "3/model.onnx").samefile(repository.file(kind, 3))
 
 
-def test_a_version_that_is_not_there_is_named(repository):
+def test_a_missing_version_is_refused_and_the_present_ones_are_listed(repository):
     with pytest.raises(VersionMissing, match=r"clip version 9: .*versions there: 1, 2, 3, 4"):
         promote(repository, 9, [])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cut_off_file_never_replaces_a_good_one(repository, kind):
+def test_a_truncated_version_is_never_promoted(repository, kind):
     file = repository.file(kind, 3)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(VersionDamaged, match=f"3/{kind}/model.onnx: has .* bytes, the manifest says"):
@@ -111,7 +111,7 @@ def test_a_cut_off_file_never_replaces_a_good_one(repository, kind):
     assert repository.standing() == [1, 2]
 
 
-def test_an_edited_config_is_refused_before_anything_moves(repository):
+def test_an_edited_config_is_refused_before_anything_changes(repository):
     (repository.model("card") / "config.pbtxt").write_text("edited")
     with pytest.raises(ConfigChanged):
         promote(repository, 3, [])
@@ -121,15 +121,15 @@ def test_an_edited_config_is_refused_before_anything_moves(repository):
     )
 
 
-def test_an_absent_server_is_reported_before_anything_changes(repository):
+def test_an_unreachable_server_is_reported_before_anything_changes(repository):
     for url in ("127.0.0.1:1", "http://127.0.0.1:1"):
         with pytest.raises(ServerUnreachable, match=f"server {url}: .*another --url"):
             promote(repository, 3, [url])
     assert repository.standing() == [1, 2]
 
 
-def test_a_record_that_was_cut_off_is_made_up_for(repository):
-    """Killed between the last rename and the record: the files count, not the record."""
+def test_an_outdated_history_is_corrected_from_the_active_files(repository):
+    """After a kill between the last rename and writing the history, the files decide."""
     with repository.writing() as staging:
         repository.put_in(3, staging)
     assert repository.history() == [1, 2, 3]
@@ -153,7 +153,7 @@ def test_prune_keeps_the_newest_the_active_and_the_base(repository):
     assert rollback(repository, []).version == 1
 
 
-def test_prune_needs_no_room(repository, monkeypatch):
+def test_prune_works_on_a_full_disk(repository, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -165,7 +165,7 @@ def test_prune_needs_no_room(repository, monkeypatch):
     assert repository.standing() == repository.history() == [1, 2]
 
 
-def test_the_commands(repository, monkeypatch, capsys):
+def test_the_commands_print_what_they_changed(repository, monkeypatch, capsys):
     monkeypatch.setattr(servers, "DEFAULT_SERVER", "127.0.0.1:1")
     monkeypatch.delenv("CLIPWELD_URL", raising=False)
     where = ["--repository", str(repository.path)]
@@ -190,7 +190,7 @@ def test_the_commands(repository, monkeypatch, capsys):
     assert (pruned["servers"], pruned["looked"][-1]) == ([], "nothing listens at 127.0.0.1:1")
 
 
-def test_promote_without_a_number_serves_the_newest_and_says_which(repository, monkeypatch, capsys):
+def test_promote_without_a_number_takes_the_newest_version_and_names_it(repository, monkeypatch, capsys):
     monkeypatch.setattr(servers, "DEFAULT_SERVER", "127.0.0.1:1")
     monkeypatch.delenv("CLIPWELD_URL", raising=False)
     monkeypatch.setattr(sys, "argv", ["exporter", "promote", "--repository", str(repository.path)])
@@ -201,7 +201,7 @@ def test_promote_without_a_number_serves_the_newest_and_says_which(repository, m
     assert (repository.served, promote(repository, None, []).version) == (4, 4)
 
 
-def test_the_table_of_versions_says_in_plain_words_what_it_shows(repository, monkeypatch, capsys):
+def test_the_table_of_versions_has_plain_headings_and_states(repository, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["exporter", "versions", "--repository", str(repository.path)])
     with pytest.raises(SystemExit):
         cli.main()
@@ -222,7 +222,7 @@ def live(four, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_prune_keeps_what_a_running_server_has_loaded(live):
+def test_prune_keeps_versions_that_a_running_server_has_loaded(live):
     repository, server = live
     promote(repository, 3, [server.url])
     promote(repository, 1, [])
@@ -233,7 +233,7 @@ def test_prune_keeps_what_a_running_server_has_loaded(live):
 
 @pytest.fixture(scope="module")
 def probe(live, samples):
-    """(image, label, features by version) as each version answers when it is alone."""
+    """(images, label, features by version): the answers of each version without load."""
     repository, server = live
     images, label = samples[0][:1], "a cat"
     features = {}
@@ -249,7 +249,7 @@ def probe(live, samples):
 @pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "switches"), [("url", 20), ("http_url", 4)])
 def test_switches_under_load_lose_no_request_and_mix_no_towers(live, probe, protocol, switches):
-    """Clients come and stay; each answer is one version's, score and all, whatever is switched meanwhile."""
+    """Old and new clients ask all the time; every answer comes from a single version, whatever is switched."""
     repository, server = live
     images, label, features = probe
     scores = {version: float((image @ text.T)[0, 0]) for version, (image, text) in features.items()}
@@ -294,8 +294,8 @@ def test_switches_under_load_lose_no_request_and_mix_no_towers(live, probe, prot
 
 
 @pytest.mark.slow
-def test_a_version_that_triton_can_not_load_never_replaces_a_good_one(live, probe, monkeypatch):
-    """A file that is what its manifest says and no model all the same."""
+def test_a_version_that_triton_cannot_load_is_not_promoted(live, probe, monkeypatch):
+    """The file passes the check against its manifest but is not a model."""
     repository, server = live
     images, label, _ = probe
     promote(repository, 2, [server.url])
@@ -316,8 +316,8 @@ def test_a_version_that_triton_can_not_load_never_replaces_a_good_one(live, prob
 
 
 @pytest.mark.slow
-def test_a_server_of_another_repository_is_found_out(live, repository, monkeypatch):
-    """It wants another key; and where the key is the same, it has another version of that number, or none."""
+def test_a_server_of_another_repository_is_refused(live, repository, monkeypatch):
+    """It requires another key; even with the same key, its version of that number differs or is missing."""
     of_live, server = live
     with pytest.raises(ServerUnreachable, match="of this very repository"):
         promote(Repository(repository.path, "clip"), 4, [server.url], timeout_s=2)
@@ -327,7 +327,7 @@ def test_a_server_of_another_repository_is_found_out(live, repository, monkeypat
     assert repository.served == 2
 
 
-def test_model_control_wants_the_administrators_key(repository, monkeypatch):
+def test_model_control_requires_the_administrator_s_key(repository, monkeypatch):
     monkeypatch.setenv("CLIPWELD_ADMIN_KEY", "open sesame")
     with serve(repository.path) as server:
         with tritonclient.grpc.InferenceServerClient(server.url.removeprefix("grpc://")) as anyone:
@@ -349,7 +349,7 @@ def test_model_control_wants_the_administrators_key(repository, monkeypatch):
 
 
 @pytest.mark.parametrize("command", [["promote", "2"], ["rollback"], ["prune", "--keep", "3"], ["verify"]])
-def test_a_repository_that_is_not_there_is_named_and_not_made(command, tmp_path, monkeypatch, capsys):
+def test_a_missing_repository_is_reported_and_not_created(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["exporter", *command, "--repository", str(tmp_path / "typo")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -360,8 +360,8 @@ def test_a_repository_that_is_not_there_is_named_and_not_made(command, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), [("image", "visual.ln_post.weight"), ("text", "ln_final.weight")])
-def test_a_version_that_answers_no_numbers_here_is_not_promoted(repository, monkeypatch, kind, name):
-    """As after an overflow on this machine alone: the file's hash is taken for right."""
+def test_a_version_that_answers_nan_is_not_promoted(repository, monkeypatch, kind, name):
+    """The check of the files is skipped, as if only this machine computed NaN."""
     file = repository.file(kind, 3)
     model = onnx.load(file)
     (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)

@@ -1,4 +1,4 @@
-"""The towers written in plain operators: the same weights, and what ONNX Runtime makes of them."""
+"""The towers in plain operators: they share the backbone's weights, and ONNX Runtime fuses their activations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_backbone_is_not_changed_and_its_weights_are_shared(mini):
     assert copied.attn.in_proj_weight.data_ptr() == block.attn.in_proj_weight.data_ptr()
 
 
-def test_half_precision_leaves_the_backbone_in_full(mini):
+def test_half_precision_leaves_the_backbone_in_float32(mini):
     copied = plain(mini.model, torch.float16)
     assert {p.dtype for p in copied.parameters()} == {torch.float16}
     assert {p.dtype for p in mini.model.parameters()} == {torch.float32}
@@ -30,13 +30,13 @@ def test_half_precision_leaves_the_backbone_in_full(mini):
 
 
 @torch.no_grad()
-def test_the_activation_is_torchs(mini):
+def test_the_activation_equals_torch_s(mini):
     x = torch.linspace(-6, 6, 1001)
     torch.testing.assert_close(PlainGELU()(x), nn.functional.gelu(x))
 
 
 @torch.no_grad()
-def test_attention_is_torchs_with_and_without_a_mask(mini):
+def test_attention_equals_torch_s_with_and_without_a_mask(mini):
     attention = mini.model.transformer.resblocks[0].attn
     x = torch.randn(2, 9, attention.embed_dim, generator=torch.manual_seed(0))
     for mask in (None, mini.model.attn_mask[:9, :9]):
@@ -54,6 +54,6 @@ def test_onnx_runtime_fuses_every_activation(mini, graphs, tower, tmp_path):
     onnxruntime.InferenceSession(filled, options, providers=["CPUExecutionProvider"])
     operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     blocks = mini.model.visual.transformer.layers if tower == "image" else mini.model.transformer.layers
-    # In the image tower's last block a single token is left, and ONNX Runtime may choose another layout for it.
+    # The image tower's last block has a single token, for which ONNX Runtime may choose Gelu over BiasGelu.
     assert operators["BiasGelu"] + operators["Gelu"] == blocks
     assert operators["Erf"] == 0

@@ -1,4 +1,4 @@
-"""A real Triton on the released repository: right answers, clean starts, clean ends."""
+"""A real Triton on the released repository: correct answers, clean starts and clean ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RNG = np.random.default_rng(0)
 
 
 def processes_of(group: int) -> list[int]:
-    """Living processes of a group, zombies aside."""
+    """Return the living processes of a group, without zombies."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -50,7 +50,7 @@ def wait_for(condition, seconds=30.0):
 
 @pytest.fixture(scope="module")
 def sessions(served):
-    """In-process ONNX Runtime of the same files."""
+    """ONNX Runtime sessions in this process, on the same files."""
     return {
         (kind, version): onnxruntime.InferenceSession(
             str(served.repository.file(kind, version)), providers=["CPUExecutionProvider"]
@@ -62,7 +62,7 @@ def sessions(served):
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_image_answers_are_onnxruntimes_own(served, sessions, version, batch):
+def test_image_features_equal_those_of_onnx_runtime(served, sessions, version, batch):
     image = RNG.integers(0, 256, (batch, 64, 64, 3), dtype=np.uint8)
     got = served.infer("clip_image", {"image": image}, version)["image_features"]
     want = sessions["image", version].run(None, {"image": image})[0]
@@ -70,7 +70,7 @@ def test_image_answers_are_onnxruntimes_own(served, sessions, version, batch):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_text_answers_are_onnxruntimes_own(served, sessions, version):
+def test_text_features_equal_those_of_onnx_runtime(served, sessions, version):
     for length in (1, 7, 24, 60):
         tokens = RNG.integers(0, 49408, (3, length), dtype=np.int32)
         got = served.infer("clip_text", {"tokens": tokens}, version)["text_features"]
@@ -84,13 +84,13 @@ def test_card_is_served(served, version):
     assert json.loads(answer[0, 0]) == served.repository.card(version)
 
 
-def test_newest_version_answers_when_none_is_named(served):
+def test_the_newest_version_answers_when_none_is_named(served):
     tokens = np.array([[49406, 5, 49407]], np.int32)
     got = served.infer("clip_text", {"tokens": tokens})["text_features"]
     np.testing.assert_array_equal(got, served.infer("clip_text", {"tokens": tokens}, 2)["text_features"])
 
 
-def test_mixed_lengths_at_once_are_all_answered_right(served, sessions):
+def test_concurrent_requests_of_mixed_lengths_are_answered_correctly(served, sessions):
     requests = [RNG.integers(0, 49408, (1 + i % 3, 1 + i % 24), dtype=np.int32) for i in range(96)]
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda t: served.infer("clip_text", {"tokens": t})["text_features"], requests))
@@ -98,7 +98,7 @@ def test_mixed_lengths_at_once_are_all_answered_right(served, sessions):
         np.testing.assert_allclose(answer, sessions["text", 2].run(None, {"tokens": tokens})[0], atol=1e-6)
 
 
-def test_wrong_requests_are_refused_and_their_neighbours_answered(served, sessions):
+def test_invalid_requests_are_refused_and_concurrent_ones_answered(served, sessions):
     image = RNG.integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
     wrong = [image[:, :32], image.astype(np.float32), np.repeat(image, 65, axis=0), image[..., :1]]
 
@@ -120,7 +120,7 @@ def test_wrong_requests_are_refused_and_their_neighbours_answered(served, sessio
 
 @pytest.mark.parametrize("content", ["application/x-www-form-urlencoded", "application/json"])
 def test_a_large_request_of_any_content_type_is_answered(served, content):
-    """Triton's HTTP server takes a form-encoded body, which is curl's default, twice onto a thread's stack."""
+    """Triton's HTTP server copies a form-encoded body, curl's default, onto a thread's stack twice."""
     request = {"inputs": [{"name": "image", "shape": [1, 64, 64, 3], "datatype": "UINT8", "data": [7] * 64 * 64 * 3}]}
     body = b" " * (60 << 20) + json.dumps(request).encode()
     address = f"{served.server.http_url}/v2/models/clip_image/infer"
@@ -130,8 +130,8 @@ def test_a_large_request_of_any_content_type_is_answered(served, content):
     assert served.server.process.poll() is None
 
 
-def test_only_loopback_listens(served):
-    """Triton's own default is every interface."""
+def test_the_server_listens_on_loopback_only(served):
+    """Triton's own default is all interfaces."""
     ports = {int(url.rpartition(":")[2]) for url in (served.server.url, served.server.http_url)}
     listening = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -141,11 +141,11 @@ def test_only_loopback_listens(served):
             if state == "0A" and int(port, 16) in ports:
                 listening[int(port, 16)] = address
     assert set(listening) == ports
-    mapped = "0000000000000000FFFF0000"  # gRPC listens on IPv4 by an IPv6 socket
+    mapped = "0000000000000000FFFF0000"  # gRPC listens on IPv4 through an IPv6 socket
     assert {address.removeprefix(mapped) for address in listening.values()} == {"0100007F"}
 
 
-def test_one_process_a_version_and_a_clean_end(repository):
+def test_each_version_has_its_own_process_and_nothing_is_left_at_the_end(repository):
     with serve(repository.path) as server:
         group = server.process.pid
         assert len(processes_of(group)) == 1 + 6
@@ -167,7 +167,7 @@ def test_a_broken_model_is_refused_at_the_start_in_one_line(repository):
     assert "\n" not in message
 
 
-def test_a_path_that_a_shell_would_take_apart_is_served(repository, tmp_path):
+def test_a_path_with_shell_characters_can_be_served(repository, tmp_path):
     odd = tmp_path / "my models; exit 1 #$(exit 2)'"
     shutil.copytree(repository.path.parent, odd)
     with serve(odd / repository.path.name) as server:
@@ -175,7 +175,7 @@ def test_a_path_that_a_shell_would_take_apart_is_served(repository, tmp_path):
     assert (odd / repository.path.name).is_dir()
 
 
-def test_a_taken_port_is_named(repository):
+def test_a_port_in_use_is_reported(repository):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -184,13 +184,13 @@ def test_a_taken_port_is_named(repository):
             pytest.fail("must not start")
 
 
-def test_loading_too_long_is_refused_and_leaves_nothing(repository):
+def test_a_start_that_takes_too_long_fails_and_leaves_nothing(repository):
     with pytest.raises(TritonFailed, match=r"within 0.01 s; .*--timeout"), serve(repository.path, timeout_s=0.01):
         pytest.fail("must not start")
     assert not list(Path("/dev/shm").glob(f"clipweld-{os.getpid()}-*-x"))
 
 
-def test_command_runs_beside_the_server_and_its_status_is_ours(repository, tmp_path):
+def test_a_command_runs_beside_the_server_and_serve_exits_with_its_status(repository, tmp_path):
     script = (
         "import os, sys, urllib.request as u; h = os.environ['CLIPWELD_HTTP_URL'];"
         "assert u.urlopen(h + '/v2/health/ready').status == 200; print(os.environ['CLIPWELD_URL']); sys.exit(42)"
@@ -203,7 +203,7 @@ def test_command_runs_beside_the_server_and_its_status_is_ours(repository, tmp_p
 
 
 @pytest.mark.parametrize("port", ["0", "given"])
-def test_an_http_port_that_is_given_is_the_one_that_is_taken(repository, port):
+def test_the_given_http_port_is_used(repository, port):
     with socket.socket() as grpc, socket.socket() as http:
         for each in (grpc, http):
             each.bind(("127.0.0.1", 0))
@@ -215,7 +215,7 @@ def test_an_http_port_that_is_given_is_the_one_that_is_taken(repository, port):
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_however_serve_ends_no_process_is_left(repository, signum, status):
+def test_no_process_is_left_however_serve_ends(repository, signum, status):
     command = [*EXPORTER, "serve", "--repository", str(repository.path), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     with process:
@@ -245,8 +245,8 @@ def test_native_triton_is_preferred_where_it_has_the_backend(tmp_path, monkeypat
         assert "NVIDIA's onnxruntime backend" in found.description
 
 
-def test_what_a_killed_server_left_is_removed_and_what_others_use_is_not(tmp_path, monkeypatch):
-    """Stopped while it loads, Triton leaves its processes behind, and they keep their shared memory."""
+def test_leftovers_of_a_killed_server_are_removed_and_files_in_use_are_kept(tmp_path, monkeypatch):
+    """A Triton killed while loading leaves processes behind, which keep their shared memory."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     region = installation.SHARED_MEMORY / f"clipweld-{os.getpid()}-0-of-a-test"
     with installation.installation(f"clipweld-{os.getpid()}-1-") as others:
@@ -254,7 +254,7 @@ def test_what_a_killed_server_left_is_removed_and_what_others_use_is_not(tmp_pat
         stale.mkdir()
         program = shutil.copy(shutil.which("sleep"), stale)
         orphan = subprocess.Popen([program, "60"])
-        while not Path(f"/proc/{orphan.pid}/cmdline").read_bytes():  # the kernel has not quite begun the program yet
+        while not Path(f"/proc/{orphan.pid}/cmdline").read_bytes():  # until the kernel has started the program
             time.sleep(0.01)
         region.touch()
         with installation.installation(f"clipweld-{os.getpid()}-2-"):
@@ -265,7 +265,7 @@ def test_what_a_killed_server_left_is_removed_and_what_others_use_is_not(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_without_any_triton_the_extra_is_named(monkeypatch):
+def test_without_any_triton_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(installation, "find_native", lambda: None)
     monkeypatch.setattr(installation.importlib.util, "find_spec", lambda name: None)
     with (

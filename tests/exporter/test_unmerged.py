@@ -1,4 +1,4 @@
-"""Adapters left in the graph: a model beside the normal one, with its answers, that touches nothing of it."""
+"""Adapters left unmerged in the graph: a second model with the same answers that leaves the normal one untouched."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from clipweld.trainer.adapters.adapter import save_adapter
 
 @pytest.fixture(scope="module")
 def lineage(make_adapter):
-    """The adapters of ``released``, and three more."""
+    """The two adapters of ``released`` and three more."""
     adapters = ()
     for seed, task in enumerate(["digits", "pets", "flags", "cars", "birds"]):
         adapters = (*adapters, make_adapter(task, adapters, seed))
@@ -37,7 +37,7 @@ def lineage(make_adapter):
 
 @pytest.fixture(scope="module")
 def apart(mini, released, lineage, samples, tmp_path_factory):
-    """The released repository with its two tasks left unmerged beside it; what was there before; the report."""
+    """(a copy of the released repository with its two tasks also unmerged, its contents before, the result)."""
     path = tmp_path_factory.mktemp("unmerged") / "model_repository"
     shutil.copytree(released[0].path.parent, path.parent, dirs_exist_ok=True)
     repository = Repository(path, "clip")
@@ -47,7 +47,7 @@ def apart(mini, released, lineage, samples, tmp_path_factory):
 
 @pytest.fixture
 def changeable(apart, tmp_path):
-    """A copy of it that a test may change."""
+    """A copy of that repository that a test may change."""
     shutil.copytree(apart[0].path.parent, tmp_path, dirs_exist_ok=True)
     return Repository(tmp_path / "model_repository", "clip")
 
@@ -67,11 +67,11 @@ def run(*arguments, monkeypatch):
     return ended.value.code
 
 
-def test_counts_grow_fourfold_and_end_with_all():
+def test_numbers_of_adapters_grow_fourfold_and_end_with_all():
     assert [counts(n) for n in (1, 2, 4, 5, 11, 17)] == [[1], [1, 2], [1, 4], [1, 4, 5], [1, 4, 11], [1, 4, 16, 17]]
 
 
-def test_a_model_of_its_own_with_a_version_for_each_count(apart):
+def test_a_separate_model_gets_one_version_per_number_of_adapters(apart):
     repository, _, result = apart
     sibling = sibling_of(repository)
     assert (result.model, result.versions) == ("clip-unmerged", [1, 2])
@@ -96,7 +96,7 @@ def test_the_graph_grows_with_every_adapter(apart):
         assert (sibling.model(kind) / "config.pbtxt").read_text() == config.replace("clip_", "clip-unmerged_")
 
 
-def test_nothing_of_the_normal_model_is_touched(apart):
+def test_the_normal_model_is_left_unchanged(apart):
     repository, before, _ = apart
     after = contents(repository.path.parent)
     assert {name: after[name] for name in before} == before
@@ -134,7 +134,7 @@ def test_base_merged_and_unmerged_are_served_side_by_side(apart, samples):
 
 
 @pytest.mark.slow
-def test_versions_of_the_normal_model_come_and_go_beside_it(mini, lineage, samples, changeable):
+def test_changes_of_the_normal_model_leave_the_unmerged_one_unchanged(mini, lineage, samples, changeable):
     sibling = sibling_of(changeable)
     before = {name: content for name, content in contents(changeable.path.parent).items() if "unmerged" in name}
     assert release(mini, lineage[:3], changeable, *samples).version == 3
@@ -148,7 +148,7 @@ def test_versions_of_the_normal_model_come_and_go_beside_it(mini, lineage, sampl
 
 
 @pytest.mark.slow
-def test_the_next_one_takes_its_place(mini, lineage, samples, changeable):
+def test_the_next_unmerged_release_replaces_the_earlier_one(mini, lineage, samples, changeable):
     normal = {name: content for name, content in contents(changeable.path.parent).items() if "unmerged" not in name}
     result = release_unmerged(mini, lineage, changeable, *samples)
     sibling = sibling_of(changeable)
@@ -160,7 +160,7 @@ def test_the_next_one_takes_its_place(mini, lineage, samples, changeable):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [AnswersDiffer("no"), OSError("disk full")])
-def test_one_that_fails_leaves_the_one_before(mini, lineage, samples, changeable, monkeypatch, error):
+def test_a_failed_unmerged_release_keeps_the_earlier_one(mini, lineage, samples, changeable, monkeypatch, error):
     before = contents(changeable.path.parent)
 
     def fail(*_):
@@ -173,7 +173,7 @@ def test_one_that_fails_leaves_the_one_before(mini, lineage, samples, changeable
 
 
 @pytest.mark.slow
-def test_one_that_fails_while_it_takes_the_place_of_the_one_before_leaves_that(
+def test_an_unmerged_release_that_fails_while_activating_keeps_the_earlier_one(
     mini, lineage, samples, changeable, monkeypatch
 ):
     before = contents(changeable.path.parent)
@@ -190,7 +190,7 @@ def test_one_that_fails_while_it_takes_the_place_of_the_one_before_leaves_that(
     assert contents(changeable.path.parent) == before
 
 
-def test_verify_proves_it_from_its_files_alone(apart, changeable, samples):
+def test_unmerged_versions_can_be_verified_from_their_files(apart, changeable, samples):
     result = verify(sibling_of(apart[0]), 2, *samples)
     assert result.parity.max_abs <= MAX_ABS
     assert result.graph_identical_to_base is None
@@ -204,13 +204,13 @@ def test_verify_proves_it_from_its_files_alone(apart, changeable, samples):
 
 
 @pytest.mark.usefixtures("traced")
-def test_it_needs_no_normal_model(mini, lineage, samples, tmp_path):
+def test_an_unmerged_release_needs_no_normal_model(mini, lineage, samples, tmp_path):
     repository = Repository(tmp_path / "r", "clip")
     assert release_unmerged(mini, lineage[:1], repository, *samples).versions == [1]
     assert [(r.name, r.standing()) for r in repositories(repository.path)] == [("clip-unmerged", [1])]
 
 
-def test_what_is_refused_says_why_and_writes_nothing(mini, lineage, samples, changeable):
+def test_refused_unmerged_releases_give_the_reason_and_write_nothing(mini, lineage, samples, changeable):
     before = contents(changeable.path.parent)
     with pytest.raises(RepositoryError, match="no adapter to leave unmerged; learn a task first: trainer fit"):
         release_unmerged(mini, [], changeable, *samples)
@@ -221,7 +221,7 @@ def test_what_is_refused_says_why_and_writes_nothing(mini, lineage, samples, cha
     assert contents(changeable.path.parent) == before
 
 
-def test_merged_versions_of_that_name_are_not_replaced(mini, lineage, samples, repository):
+def test_merged_versions_of_the_same_name_are_not_replaced(mini, lineage, samples, repository):
     for path in (repository.store, *map(repository.model, ("image", "text", "card"))):
         path = path.rename(path.with_name(path.name.replace("clip", "clip-unmerged")))
         for manifest in path.glob("*/manifest.json"):
@@ -233,7 +233,7 @@ def test_merged_versions_of_that_name_are_not_replaced(mini, lineage, samples, r
 
 
 @pytest.mark.slow
-def test_the_command(released, lineage, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_lists_and_verifies_unmerged_versions(released, lineage, tmp_path, monkeypatch, capsys):
     shutil.copytree(released[0].path.parent, tmp_path, dirs_exist_ok=True)
     for adapter in lineage[:2]:
         save_adapter(adapter, tmp_path / "adapters" / f"{adapter.task}.safetensors")
@@ -263,7 +263,7 @@ def test_the_command(released, lineage, tmp_path, monkeypatch, capsys):
         ["--force"],
     ],
 )
-def test_what_does_not_go_with_it_is_wrong_usage(others, monkeypatch, capsys):
+def test_options_that_do_not_apply_to_unmerged_are_refused(others, monkeypatch, capsys):
     arguments = ["merge", "--to", "onnx", "--unmerged", *others]
     assert run(*arguments, monkeypatch=monkeypatch) == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
@@ -271,8 +271,8 @@ def test_what_does_not_go_with_it_is_wrong_usage(others, monkeypatch, capsys):
     assert others[0] in said.rpartition("leave out")[2]
 
 
-def test_towers_differ_from_the_merged_ones_in_branches_alone(apart):
-    """What is compared is nothing but the branches: all other nodes and weights are the base's."""
+def test_unmerged_towers_differ_from_the_base_only_in_branches(apart):
+    """So a comparison with merged versions measures the branches only."""
     repository, sibling = apart[0], sibling_of(apart[0])
     for kind in TOWERS:
         base, unmerged = (onnx.load(r.file(kind, version)).graph for r, version in ((repository, 1), (sibling, 2)))

@@ -1,4 +1,4 @@
-"""Manifests, and proving versions again from nothing but their files."""
+"""Manifests, and verifying versions from nothing but their files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipweld.exporter.store.repository import KINDS, Repository
 
 
 def rehash(repository, version):
-    """Make a manifest fit altered files: an accident no more, but a forgery."""
+    """Adapt a manifest to altered files, as in a forgery rather than an accident."""
     manifest = repository.manifest(version)
     for kind in KINDS:
         content = repository.file(kind, version).read_bytes()
@@ -26,7 +26,7 @@ def rehash(repository, version):
     repository.manifest_file(version).write_text(json.dumps(manifest))
 
 
-def test_a_manifest_says_where_a_version_comes_from(released, mini, make_adapter):
+def test_a_manifest_records_the_origin_of_a_version(released, mini, make_adapter):
     repository, result = released
     manifest = repository.manifest(2)
     first = make_adapter("digits")
@@ -59,7 +59,7 @@ def test_the_same_adapters_give_the_same_files(released, mini, make_adapter, sam
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_version_is_proven_by_its_own_files(released, samples, version):
+def test_a_version_can_be_verified_from_its_own_files(released, samples, version):
     found = verify(released[0], version, *samples)
     assert found.graph_identical_to_base
     recorded = found.recorded
@@ -67,7 +67,7 @@ def test_a_version_is_proven_by_its_own_files(released, samples, version):
     assert found.parity.top1_agreement == 1.0
 
 
-def test_what_is_not_there_is_named(released, samples):
+def test_a_missing_version_is_refused_and_the_present_ones_are_listed(released, samples):
     with pytest.raises(VersionMissing, match="versions there: 1, 2"):
         verify(released[0], 7, *samples)
 
@@ -84,7 +84,7 @@ def test_one_flipped_bit_is_found(repository, samples, kind, standing):
     assert str(file) in str(caught.value)
 
 
-def test_a_missing_file_and_an_unreadable_manifest_are_named(repository, samples):
+def test_a_missing_file_and_an_unreadable_manifest_are_reported(repository, samples):
     repository.file("text", 2).unlink()
     with pytest.raises(VersionDamaged, match=r"text/model\.onnx: can't be read"):
         verify(repository, 2, *samples)
@@ -93,7 +93,7 @@ def test_a_missing_file_and_an_unreadable_manifest_are_named(repository, samples
         verify(repository, 1, *samples)
 
 
-def test_another_graph_is_found_even_where_the_hashes_fit(repository, samples):
+def test_another_graph_is_found_even_if_the_hashes_match(repository, samples):
     model = onnx.load(repository.file("text", 2))
     model.graph.node[3].name += "_"
     onnx.save(model, repository.file("text", 2))
@@ -104,7 +104,7 @@ def test_another_graph_is_found_even_where_the_hashes_fit(repository, samples):
 
 
 @pytest.mark.slow
-def test_the_command(released, tmp_path, monkeypatch, capsys):
+def test_the_command_verifies_one_or_all_versions(released, tmp_path, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["exporter", "verify", *arguments])
         with pytest.raises(SystemExit) as ended:

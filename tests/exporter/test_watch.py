@@ -1,4 +1,4 @@
-"""What a server loses is loaded again: one version's process, or Triton itself; and what can't be mended ends it."""
+"""A version whose process dies is loaded again, Triton itself is restarted on request, and repeated deaths end both."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def copy_of(released, folder):
 
 
 class Watched:
-    """A server, what was reported of it, and requests to it."""
+    """A server, its reports, and requests to it."""
 
     def __init__(self, server, repository, reports):
         self.server, self.repository, self.reports = server, repository, reports
@@ -70,7 +70,7 @@ def watched(released, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _forgotten(request):
-    """Each test begins as if nothing had died before."""
+    """Make each test begin as if no process had died before."""
     if "watched" in request.fixturenames:
         found = request.getfixturevalue("watched")
         found.reports.clear()
@@ -78,7 +78,7 @@ def _forgotten(request):
 
 
 @pytest.mark.parametrize("version", [2, 1])
-def test_a_killed_process_is_started_again_and_the_other_version_loses_no_request(watched, version, monkeypatch):
+def test_a_killed_version_is_reloaded_and_the_other_loses_no_request(watched, version, monkeypatch):
     ready, load = [], Reloader.load
 
     def look_and_load(reloader, model):
@@ -115,7 +115,7 @@ def test_a_killed_process_is_started_again_and_the_other_version_loses_no_reques
 
 
 @pytest.mark.slow
-def test_the_only_version_is_loaded_again(watched):
+def test_the_only_version_is_reloaded(watched):
     promote(watched.repository, 1, [watched.server.url])
     assert watched.repository.standing() == [1]
     before = watched.features(1)
@@ -129,7 +129,7 @@ def test_the_only_version_is_loaded_again(watched):
 
 
 @pytest.mark.slow
-def test_a_version_that_is_taken_out_is_not_taken_for_a_dead_one(watched):
+def test_an_unloaded_version_is_not_taken_for_a_dead_one(watched):
     for _ in range(2):
         rollback(watched.repository, [watched.server.url])
         wait_for(lambda: not watched.processes("clip_text", 2))
@@ -139,7 +139,7 @@ def test_a_version_that_is_taken_out_is_not_taken_for_a_dead_one(watched):
 
 
 @pytest.mark.slow
-def test_a_switch_after_a_reload_is_seen_by_triton(watched):
+def test_versions_can_be_switched_after_a_reload(watched):
     watched.kill("clip_text", 1)
     wait_for(lambda: len(watched.reports) == 2)
     assert rollback(watched.repository, [watched.server.url]).version == 1
@@ -148,14 +148,14 @@ def test_a_switch_after_a_reload_is_seen_by_triton(watched):
 
 
 @pytest.mark.slow
-def test_what_dies_again_and_again_ends_the_server_and_the_command(released, tmp_path):
+def test_a_version_that_dies_repeatedly_ends_the_server_and_its_command(released, tmp_path):
     repository, reports = copy_of(released, tmp_path), []
     with serve(repository.path, report=reports.append) as server:
         found = Watched(server, repository, reports)
 
         def kill_each():
             killed = set()
-            while not server.watch.over.wait(0.5):  # which is loaded by then
+            while not server.watch.over.wait(0.5):  # the version is loaded again by then
                 for pid in set(found.processes("clip_card", 1)) - killed:
                     os.kill(pid, signal.SIGKILL)
                     killed.add(pid)
@@ -171,7 +171,7 @@ def test_what_dies_again_and_again_ends_the_server_and_the_command(released, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("restart", [True, False])
-def test_a_triton_that_ends_is_started_again_where_that_is_wanted(released, tmp_path, restart):
+def test_a_triton_that_ends_is_restarted_only_if_requested(released, tmp_path, restart):
     repository, reports = copy_of(released, tmp_path), []
     with serve(repository.path, restart=restart, report=reports.append) as server:
         found = Watched(server, repository, reports)

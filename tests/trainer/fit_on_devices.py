@@ -1,4 +1,4 @@
-"""Run by test_devices.py: learn a little on several processes; each writes what it saw."""
+"""Run by test_devices.py: train a few steps on several processes, each of which writes its votes and losses."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from clipweld.trainer.tasks import load_task
 
 
 def main(devices: int, batch_size: int, out: Path) -> None:
-    """Two tasks, so that all parts of the loss take part."""
+    """Train two tasks, so that every term of the loss is used."""
     fabric = Fabric(accelerator="cpu", devices=devices)
     fabric.launch()
     votes, losses = [], []

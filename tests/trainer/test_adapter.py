@@ -17,7 +17,7 @@ def child_of(adapter, task, parents):
     return dataclasses.replace(adapter, task=task, parents=tuple(p.sha256 for p in parents))
 
 
-def test_an_adapter_survives_the_file(adapter, tmp_path):
+def test_an_adapter_is_unchanged_by_saving_and_loading(adapter, tmp_path):
     save_adapter(adapter, tmp_path / "a.safetensors")
     loaded = load_adapter(tmp_path / "a.safetensors")
     assert loaded.sha256 == adapter.sha256
@@ -26,14 +26,14 @@ def test_an_adapter_survives_the_file(adapter, tmp_path):
         assert torch.equal(loaded.tensors[name], tensor)
 
 
-def test_the_same_adapter_is_the_same_bytes_and_leaves_no_other_file(adapter, tmp_path):
+def test_saving_an_adapter_twice_gives_the_same_bytes_and_no_other_files(adapter, tmp_path):
     for name in ("a", "b"):
         save_adapter(adapter, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_adapters_of_one_lineage_have_the_same_layers(adapter, tmp_path):
+def test_adapters_of_one_lineage_must_have_the_same_layers(adapter, tmp_path):
     layer = adapter.modules()[0]
     tensors = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(f"{layer}.")}
     save_adapter(adapter, tmp_path / "a.safetensors")
@@ -43,7 +43,7 @@ def test_adapters_of_one_lineage_have_the_same_layers(adapter, tmp_path):
 
 
 def test_any_flipped_bit_is_refused(adapter, tmp_path):
-    """One bit in each of 60 places all over the file: header, metadata and tensors."""
+    """One bit at each of 60 positions across the file: header, metadata and tensors."""
     path = tmp_path / "a.safetensors"
     save_adapter(adapter, path)
     whole = path.read_bytes()
@@ -71,12 +71,12 @@ def test_other_safetensors_files_are_refused(tmp_path):
         load_adapter(tmp_path / "x.safetensors")
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(AdapterError, match="no such file"):
         load_adapter(tmp_path / "x.safetensors")
 
 
-def test_lineage_is_put_in_order_whatever_the_files_are_called(adapter, tmp_path):
+def test_a_lineage_is_ordered_by_parents_and_not_by_file_names(adapter, tmp_path):
     second = child_of(adapter, "b", [adapter])
     third = child_of(adapter, "a", [adapter, second])
     for name, each in (("z", adapter), ("y", second), ("x", third)):
@@ -84,7 +84,7 @@ def test_lineage_is_put_in_order_whatever_the_files_are_called(adapter, tmp_path
     assert [a.task for a in load_lineage(tmp_path, adapter.base_fingerprint)] == ["digits", "b", "a"]
 
 
-def test_an_absent_folder_is_the_empty_lineage(tmp_path):
+def test_a_missing_folder_is_an_empty_lineage(tmp_path):
     assert load_lineage(tmp_path / "none", "f") == []
 
 
@@ -103,7 +103,7 @@ def test_lineage_refuses_a_missing_parent_and_shows_both_chains(adapter, tmp_pat
         load_lineage(tmp_path, adapter.base_fingerprint)
 
 
-def test_lineage_refuses_two_tasks_learned_side_by_side(adapter, tmp_path):
+def test_lineage_refuses_two_tasks_with_the_same_parents(adapter, tmp_path):
     for task in ("b", "c"):
         save_adapter(child_of(adapter, task, [adapter]), tmp_path / f"{task}.safetensors")
     save_adapter(adapter, tmp_path / "a.safetensors")
@@ -112,7 +112,7 @@ def test_lineage_refuses_two_tasks_learned_side_by_side(adapter, tmp_path):
 
 
 def sealed(adapter, path, **changes):
-    """The file of an adapter that says something else, with the hash that fits."""
+    """Write an adapter with changed contents and a matching hash, and return its path."""
     changed = dataclasses.replace(adapter, **changes)
     save_adapter(changed, path)
     return path
@@ -139,7 +139,7 @@ def sealed(adapter, path, **changes):
         ({"activation_counts": {"m": [-1]}}, "activation_counts.m.0"),
     ],
 )
-def test_what_no_fit_writes_is_refused_though_its_hash_fits(adapter, tmp_path, changes, says):
+def test_invalid_metadata_is_refused_even_with_a_matching_hash(adapter, tmp_path, changes, says):
     with pytest.raises(AdapterCorrupt) as caught:
         load_adapter(sealed(adapter, tmp_path / "a.safetensors", **changes))
     assert says in str(caught.value)
@@ -157,7 +157,7 @@ def test_what_no_fit_writes_is_refused_though_its_hash_fits(adapter, tmp_path, c
         (lambda t: t[:1], "of one rank"),
     ],
 )
-def test_tensors_that_are_no_experts_are_refused(adapter, tmp_path, spoil, says):
+def test_invalid_tensors_are_refused_even_with_a_matching_hash(adapter, tmp_path, spoil, says):
     name = next(name for name in adapter.tensors if name.endswith(".lora_A"))
     tensors = adapter.tensors | {name: spoil(adapter.tensors[name].clone())}
     with pytest.raises(AdapterCorrupt, match=says):
@@ -167,13 +167,13 @@ def test_tensors_that_are_no_experts_are_refused(adapter, tmp_path, spoil, says)
 @pytest.mark.parametrize(
     "text", ["[" * 10**5, '{"a":' * 10**5, "9" * 5000, '"\\ud800"', " " * (3 << 20), "[{}]", "NaN"]
 )
-def test_metadata_that_is_no_json_of_ours_is_refused(tmp_path, text):
+def test_metadata_that_cannot_be_parsed_is_refused(tmp_path, text):
     save_file({"m.lora_A": torch.ones(1, 1)}, tmp_path / "a.safetensors", {"clipweld": text})
     with pytest.raises(AdapterCorrupt):
         load_adapter(tmp_path / "a.safetensors")
 
 
-def test_a_header_that_no_adapter_has_is_refused_before_it_is_read(tmp_path):
+def test_an_oversized_header_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path / "a.safetensors", "wb") as file:
         file.write((1 << 26).to_bytes(8, "little"))
         file.truncate(1 << 27)

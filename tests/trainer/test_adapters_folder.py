@@ -1,4 +1,4 @@
-"""A folder of adapters as people have them: renamed, copied, beside other files, and used by two at once."""
+"""Folders of adapters in practice: renamed or copied files, other files, and two processes at once."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def adapter(fitted):
 
 @pytest.fixture
 def folder(adapter, tmp_path):
-    """A folder with the adapter of digits."""
+    """A folder that contains the adapter of digits."""
     save_adapter(adapter, tmp_path / "adapters" / "digits.safetensors")
     return tmp_path / "adapters"
 
 
 def fails(capsys, *arguments):
-    """The one line that a failing command ends with."""
+    """Run a command that must fail; return its error message, which must be one line."""
     with pytest.raises(SystemExit) as caught:
         main([*map(str, arguments)])
     assert caught.value.code == 1
@@ -55,7 +55,7 @@ def child_of(adapter, task, parents):
     return dataclasses.replace(adapter, task=task, parents=tuple(p.sha256 for p in parents))
 
 
-def test_fit_never_takes_the_place_of_another_tasks_adapter(capsys, folder):
+def test_fit_never_overwrites_the_adapter_of_another_task(capsys, folder):
     (folder / "digits.safetensors").rename(folder / "emoji.safetensors")
     before = contents(folder)
     line = fails(capsys, "fit", "--task", "emoji", "--adapters", folder, *QUICK)
@@ -64,13 +64,13 @@ def test_fit_never_takes_the_place_of_another_tasks_adapter(capsys, folder):
     assert contents(folder) == before
 
 
-def test_a_renamed_adapter_is_still_of_its_task(capsys, folder):
+def test_a_renamed_adapter_keeps_its_task(capsys, folder):
     (folder / "digits.safetensors").rename(folder / "b.safetensors")
     assert "'digits' was learned already" in fails(capsys, "fit", "--task", "digits", "--adapters", folder, *QUICK)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "merge"])
-def test_an_absent_folder_that_was_named_is_an_error(capsys, tmp_path, command):
+def test_a_missing_folder_that_was_named_is_an_error(capsys, tmp_path, command):
     if command == "evaluate":
         line = fails(capsys, "evaluate", "--model", "mini", "--tasks", "emoji", "--adapters", tmp_path / "adaptors")
     else:
@@ -85,19 +85,19 @@ def test_an_absent_folder_that_was_named_is_an_error(capsys, tmp_path, command):
     assert f"adapters folder {tmp_path}/adaptors: no such folder" in line
 
 
-def test_the_default_folder_may_be_absent(capsys, tmp_path, monkeypatch):
+def test_the_default_folder_may_be_missing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["evaluate", "--model", "mini", "--tasks", "emoji", "--json"])
     assert json.loads(capsys.readouterr().out)["learned"] == []
 
 
-def test_a_file_is_no_folder_of_adapters(capsys, folder):
+def test_a_file_in_place_of_the_folder_is_refused(capsys, folder):
     file = folder / "digits.safetensors"
     line = fails(capsys, "evaluate", "--model", "mini", "--tasks", "emoji", "--adapters", file)
     assert f"adapters folder {file}: not a folder" in line
 
 
-def test_hidden_files_and_other_suffixes_are_no_adapters_and_capitals_are(adapter, folder):
+def test_hidden_files_and_other_suffixes_are_ignored_and_case_does_not_matter(adapter, folder):
     (folder / "digits.safetensors").rename(folder / "DIGITS.SAFETENSORS")
     for name in ("._digits.safetensors", ".emoji.unfinished", "README.md", ".DS_Store"):
         (folder / name).write_bytes(b"\x00\x05\x16\x07")
@@ -105,13 +105,13 @@ def test_hidden_files_and_other_suffixes_are_no_adapters_and_capitals_are(adapte
     assert [found.task for found in load_lineage(folder, adapter.base_fingerprint)] == ["digits"]
 
 
-def test_other_libraries_files_are_called_that(adapter, folder):
+def test_safetensors_files_of_other_libraries_are_reported_as_such(adapter, folder):
     save_file({"weight": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(AdapterCorrupt, match=r"model\.safetensors: a safetensors file, but not one of clipweld's"):
         load_lineage(folder, adapter.base_fingerprint)
 
 
-def test_what_is_called_like_an_adapter_and_is_none_is_named(folder):
+def test_entries_named_like_adapters_that_are_not_files_are_refused(folder):
     odd = folder / "odd.safetensors"
     odd.mkdir()
     with pytest.raises(AdapterError, match=r"odd\.safetensors: is a folder, expected a file"):
@@ -126,27 +126,27 @@ def test_what_is_called_like_an_adapter_and_is_none_is_named(folder):
         adapter_files(folder)
 
 
-def test_two_copies_of_one_adapter_are_called_that(adapter, folder):
+def test_two_copies_of_an_adapter_are_reported_as_copies(adapter, folder):
     save_adapter(adapter, folder / "copy.safetensors")
     with pytest.raises(AdapterError, match=r"copy\.safetensors and .*digits\.safetensors are copies of one, task 'dig"):
         load_lineage(folder, adapter.base_fingerprint)
 
 
-def test_two_branches_are_called_that_with_their_files(adapter, folder):
+def test_two_branches_are_reported_with_their_files(adapter, folder):
     for task in ("b", "c"):
         save_adapter(child_of(adapter, task, [adapter]), folder / f"of-{task}.safetensors")
     with pytest.raises(BrokenChain, match=r"of-b\.safetensors \(b@.*of-c\.safetensors \(c@.*are two branches"):
         load_lineage(folder, adapter.base_fingerprint)
 
 
-def test_one_task_learned_twice_is_two_branches(adapter, folder):
+def test_a_task_learned_twice_is_reported_as_two_branches(adapter, folder):
     again = dataclasses.replace(adapter, seed=7)
     save_adapter(again, folder / "digits (1).safetensors")
     with pytest.raises(BrokenChain, match="are two branches, each learned on top of the base alone"):
         load_lineage(folder, adapter.base_fingerprint)
 
 
-def test_two_fits_cannot_learn_into_one_folder(tmp_path, capsys):
+def test_only_one_fit_at_a_time_may_use_a_folder(tmp_path, capsys):
     folder = tmp_path / "adapters"
     with held(folder):
         line = fails(capsys, "fit", "--task", "emoji", "--adapters", folder, *QUICK)
@@ -156,20 +156,20 @@ def test_two_fits_cannot_learn_into_one_folder(tmp_path, capsys):
         pass
 
 
-def test_a_dry_run_may_look_while_another_learns(tmp_path, capsys, folder):
+def test_a_dry_run_may_read_the_folder_during_another_fit(tmp_path, capsys, folder):
     with held(folder):
         main(["fit", "--task", "emoji", "--adapters", str(folder), *QUICK, "--dry-run", "--json"])
     assert json.loads(capsys.readouterr().out)["trainable_parameters"]
 
 
-def test_the_lock_ends_with_the_process_that_held_it(tmp_path):
+def test_the_lock_is_released_when_its_process_ends(tmp_path):
     code = f"import os; from clipweld.trainer.adapters.folder import *\nwith held(Path({str(tmp_path)!r})): os._exit(0)"
     subprocess.run([sys.executable, "-c", code], check=True)
     with held(tmp_path):
         pass
 
 
-def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_accepted(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
@@ -178,7 +178,7 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
         assert (tmp_path / "adapters").is_dir()
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_anything_else(capsys, tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused_first(capsys, tmp_path):
     (tmp_path / "file").touch()
     line = fails(capsys, "fit", "--task", "emoji", "--adapters", tmp_path / "file" / "adapters", *QUICK)
     assert "(Not a directory)" in line
@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_else(capsys, tm
 
 
 @pytest.mark.parametrize("change", ["came", "went"])
-def test_an_adapter_that_comes_or_goes_meanwhile_stops_the_save_and_nothing_is_lost(
+def test_a_folder_changed_during_a_fit_stops_the_save_and_the_new_adapter_is_kept(
     mini, fitted, folder, monkeypatch, change
 ):
     lineage = [fitted.adapter]

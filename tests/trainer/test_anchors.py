@@ -28,7 +28,7 @@ def anchors(mini, batches):
 
 @pytest.fixture(scope="module")
 def moved(mini):
-    """The small CLIP after a little noise in all weights."""
+    """The small CLIP with a little noise added to all weights."""
     generator = torch.Generator().manual_seed(0)
     state = {
         name: weight + 0.02 * torch.randn(weight.shape, generator=generator)
@@ -47,7 +47,7 @@ def loss_of(anchors, model, number, batch):
 
 
 @torch.no_grad()
-def test_a_model_that_has_not_moved_loses_nothing(anchors, batches, mini):
+def test_the_loss_of_an_unchanged_model_is_zero(anchors, batches, mini):
     loss = loss_of(anchors, mini.model, 1, batches[1])
     assert abs(float(loss)) < 1e-4
 
@@ -55,7 +55,7 @@ def test_a_model_that_has_not_moved_loses_nothing(anchors, batches, mini):
 @pytest.mark.slow
 @torch.no_grad()
 def test_loss_equals_the_sum_written_out(anchors, batches, mini, moved):
-    """Over all words: what the towers said before and say now, from open_clip's own functions."""
+    """Computed with open_clip's functions over all words, before and after the change."""
     batch = batches[5]
     prompts = [f"a photo of a {word}" for word in open_clip.IMAGENET_CLASSNAMES]
     old = mini.model.encode_text(mini.tokenizer(prompts), normalize=True)
@@ -73,7 +73,7 @@ def test_loss_equals_the_sum_written_out(anchors, batches, mini, moved):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_images_that_are_too_many_to_keep_are_described_as_they_come(mini, digits, moved):
+def test_features_of_too_many_images_to_keep_are_computed_per_batch(mini, digits, moved):
     all_images = Batches(digits, mini, train_config("mini", shots=0, batch_size=4, seed=3))
     batch = all_images[1]
     many = WordAnchors(mini, all_images, seed=3)
@@ -82,8 +82,8 @@ def test_images_that_are_too_many_to_keep_are_described_as_they_come(mini, digit
 
 
 @pytest.mark.slow
-def test_anchors_hold_what_is_not_being_learned(mini):
-    """A few steps at a high rate: with anchors, less is lost of what the model knew."""
+def test_anchors_preserve_accuracy_on_other_tasks(mini):
+    """After a few steps at a high learning rate, less accuracy is lost with anchors than without."""
     watched = [load_task("emoji"), load_task("clipart")]
     before = evaluate(mini, watched)
     kept = {}

@@ -31,14 +31,14 @@ def test_encode_classes_is_the_normalised_mean_of_normalised_prompts(mini):
     torch.testing.assert_close(got[1], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_fingerprint_is_of_the_weights_alone(mini):
+def test_the_fingerprint_depends_on_the_weights_only(mini):
     state = mini.model.state_dict()
     assert fingerprint(dict(reversed(state.items()))) == mini.fingerprint
     state["logit_scale"] = state["logit_scale"] + 1e-6
     assert fingerprint(state) != mini.fingerprint
 
 
-def test_with_weights_leaves_the_original_alone(mini):
+def test_with_weights_leaves_the_original_unchanged(mini):
     changed = with_weights(mini, {name: weight * 0 for name, weight in mini.model.state_dict().items()})
     assert changed.model.logit_scale == 0
     assert mini.model.logit_scale != 0
@@ -59,7 +59,7 @@ def test_random_weights_are_the_same_every_time():
         (("mini", "LICENSE"), WeightsError, "could not be loaded"),
     ],
 )
-def test_what_can_not_be_loaded_is_named(arguments, error, says):
+def test_unknown_and_unsupported_models_and_weights_are_refused(arguments, error, says):
     with pytest.raises(error, match=says) as caught:
         load_backbone(*arguments)
     assert "\n" not in str(caught.value)
@@ -77,7 +77,7 @@ def test_what_can_not_be_loaded_is_named(arguments, error, says):
         ),
     ],
 )
-def test_without_a_network_it_says_what_to_fetch(monkeypatch, name, tag, fetch, give):
+def test_without_a_network_the_error_says_what_to_download(monkeypatch, name, tag, fetch, give):
     def offline(*_arguments, **_settings):
         raise OSError("Name or service not known")
 
@@ -92,7 +92,7 @@ def test_without_a_network_it_says_what_to_fetch(monkeypatch, name, tag, fetch, 
 @pytest.mark.parametrize(
     ("attribute", "value", "says"), [("text_pool_type", "last", "EOT"), ("attn_mask", None, "not causal")]
 )
-def test_towers_that_are_read_otherwise_are_refused(mini, attribute, value, says):
+def test_text_towers_with_other_pooling_or_masking_are_refused(mini, attribute, value, says):
     model = copy.deepcopy(mini.model)
     setattr(model, attribute, value)
     with pytest.raises(UnsupportedModel, match=says):
@@ -101,7 +101,7 @@ def test_towers_that_are_read_otherwise_are_refused(mini, attribute, value, says
 
 @pytest.fixture
 def quick(tmp_path):
-    """The small CLIP's configuration with QuickGELU, by a name of its own."""
+    """The name of a registered model with the small CLIP's configuration and QuickGELU."""
     config = {**open_clip.get_model_config("mini"), "quick_gelu": True}
     file = tmp_path / "quick" / "mini-quickgelu.json"
     file.parent.mkdir()
@@ -114,7 +114,7 @@ def quick(tmp_path):
 
 @pytest.fixture
 def torchscript(mini, tmp_path, monkeypatch):
-    """Weights as OpenAI published them: a known TorchScript archive with three numbers besides."""
+    """Weights in the form that OpenAI published: a known TorchScript archive with three additional numbers."""
     model = copy.deepcopy(mini.model)
     del model.attn_mask
     for name in ("input_resolution", "context_length", "vocab_size"):
@@ -122,7 +122,7 @@ def torchscript(mini, tmp_path, monkeypatch):
             delattr(model, name)
         model.register_buffer(name, torch.tensor(1))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing has much to say
+        warnings.simplefilter("ignore")  # tracing emits many warnings
         archive = torch.jit.trace_module(model, {"encode_image": torch.zeros(1, 3, 64, 64)}, check_trace=False)
     archive.save(str(tmp_path / "ViT.pt"))
     monkeypatch.setattr("clipweld.trainer.base.weights_file.OPENAI_SHA256", {sha256_of(tmp_path / "ViT.pt")})
@@ -144,12 +144,12 @@ def test_weights_of_another_activation_are_refused(quick, torchscript, tmp_path)
         load_backbone(quick, str(shipped))
 
 
-def test_openai_s_own_files_are_known_by_their_hash():
+def test_the_hashes_of_openai_s_own_files_are_known():
     assert "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f" in OPENAI_SHA256  # ViT-B-16
     assert len(OPENAI_SHA256) == 9
 
 
-def test_a_torchscript_archive_of_anyone_else_is_not_run(quick, torchscript, monkeypatch):
+def test_a_torchscript_archive_from_anyone_else_is_not_run(quick, torchscript, monkeypatch):
     monkeypatch.setattr("clipweld.trainer.base.weights_file.OPENAI_SHA256", OPENAI_SHA256)
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it was run"))
     with pytest.raises(WeightsError, match="is a program, and this is none of OpenAI's own; give a checkpoint"):
@@ -157,7 +157,7 @@ def test_a_torchscript_archive_of_anyone_else_is_not_run(quick, torchscript, mon
 
 
 class Bomb:
-    """Unpickled, it leaves a file behind."""
+    """An object that creates a file when unpickled."""
 
     def __init__(self, target):
         self.target = target
@@ -180,7 +180,7 @@ def test_a_pickle_is_never_run(tmp_path, layout, ending):
     assert not target.exists()
 
 
-def test_compressed_and_expanded_tensors_are_refused_before_they_take_memory(mini, tmp_path):
+def test_compressed_and_expanded_tensors_are_refused_before_allocating_memory(mini, tmp_path):
     file, bomb = tmp_path / "weights.pt", tmp_path / "bomb.pt"
     torch.save({"positional_embedding": torch.zeros(4 << 20)}, file)
     with zipfile.ZipFile(file) as whole, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as smaller:
@@ -194,7 +194,7 @@ def test_compressed_and_expanded_tensors_are_refused_before_they_take_memory(min
         load_backbone("mini", str(file))
 
 
-def test_whole_checkpoints_of_torch_are_read(mini, tmp_path):
+def test_torch_checkpoints_with_a_state_dict_entry_are_read(mini, tmp_path):
     for zipped in (True, False):
         torch.save(
             {"state_dict": mini.model.state_dict()}, tmp_path / "weights.pt", _use_new_zipfile_serialization=zipped
@@ -203,7 +203,7 @@ def test_whole_checkpoints_of_torch_are_read(mini, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "{}", '{"model_cfg": 3}', "\xff"])
-def test_a_configuration_beside_the_weights_that_is_none_is_named(tmp_path, text):
+def test_an_invalid_configuration_beside_the_weights_is_refused_by_name(tmp_path, text):
     shutil.copy("trainer/src/clipweld/trainer/mini/mini.safetensors", tmp_path / "open_clip_model.safetensors")
     (tmp_path / "open_clip_config.json").write_text(text, encoding="latin-1")
     with pytest.raises(WeightsError, match=r"open_clip_config\.json beside them can't be read"):

@@ -24,7 +24,7 @@ def test_both_steps_have_the_same_loss_and_gradients(steps):
     assert steps.pools.num_trainable == 359_424
 
 
-def test_a_step_that_differs_is_not_timed(steps, monkeypatch):
+def test_steps_that_differ_are_not_timed(steps, monkeypatch):
     monkeypatch.setattr(bench, "Steps", lambda *_: steps)
     monkeypatch.setattr(bench, "_peak", lambda *_: 0)
     right = DensePool.forward
@@ -33,7 +33,7 @@ def test_a_step_that_differs_is_not_timed(steps, monkeypatch):
         bench.bench("mini", "random", batch_size=4, pairs=1, accelerator="cpu", precision="32-true")
 
 
-def test_after_a_naive_step_the_pools_are_back(steps):
+def test_the_pools_are_restored_after_a_naive_step(steps):
     before = {path: pool.lora_B.clone() for path, pool in steps.pools.pools.items()}
     steps.naive()
     for path, pool in steps.pools.pools.items():
@@ -41,8 +41,8 @@ def test_after_a_naive_step_the_pools_are_back(steps):
         assert not torch.equal(pool.lora_B, before[path]), path
 
 
-def test_the_floor_counts_the_frozen_products_forward_and_back(mini):
-    """By hand for the image tower: every product of a block passes twice, and attention's two products three times."""
+def test_the_lower_bound_counts_frozen_products_forward_and_backward(mini):
+    """Written out for the image tower: a block's products count twice, attention's two products three times."""
     batch = random_batch(mini, 2)
     layers, width, tokens = 6, 192, 17
     linear = layers * 2 * (2 * tokens) * 12 * width**2
@@ -55,8 +55,8 @@ def test_the_floor_counts_the_frozen_products_forward_and_back(mini):
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_a_process_of_its_own():
-    ballast = torch.ones(2**29)  # two gigabytes that the other process never holds
+def test_memory_is_measured_in_a_separate_process():
+    ballast = torch.ones(2**29)  # two gigabytes in this process only
     assert _peak(partial(Steps, "mini", "random", 4, "cpu", "32-true"), "pool") < ballast.nbytes
 
 
@@ -80,7 +80,7 @@ RESULT = bench.BenchResult(
 )  # fmt: skip
 
 
-def test_ranges_that_are_too_wide_are_warned_of(capsys):
+def test_ranges_that_are_too_wide_cause_a_warning(capsys):
     assert RESULT.warning is None
     busy = dataclasses.replace(RESULT, speedup_range=(1.1, 4.0))
     assert busy.warning.startswith(

@@ -46,7 +46,7 @@ def finish(process):
 
 
 def kill_until_finished(arguments, out, seed):
-    """Start, kill at a random moment after something was saved, go on, and again; returns how many died."""
+    """Start, kill at a random time after a save, resume, and repeat; return the number of killed processes."""
     draw, deaths = random.Random(seed), 0
     while deaths < 3:
         process = start(*arguments, *(["--resume"] if deaths else []))
@@ -68,7 +68,7 @@ def newest_change(out):
 
 
 def left_behind(out):
-    """All files of a finished run, without what a clock says."""
+    """Return all files of a finished run, without measured times."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.safetensors")}
     record = json.loads((out / "sequence.json").read_text())
     for result in record["results"].values():
@@ -78,7 +78,7 @@ def left_behind(out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["pool", "finetune"])
-def test_a_sequence_killed_and_resumed_is_the_one_left_alone(tmp_path, method):
+def test_a_killed_and_resumed_sequence_equals_an_uninterrupted_one(tmp_path, method):
     arguments = ["sequence", "--tasks", "emoji", "clipart", "--method", method, "--dropout", "0.1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(*arguments, "--out", whole))
@@ -125,7 +125,7 @@ def saved_each_step(monkeypatch):
 
 @pytest.fixture
 def interrupted(mini, tmp_path, saved_each_step):
-    """A file with two of four steps of emoji, and the settings."""
+    """A checkpoint after two of four steps on emoji, and the settings."""
     config = train_config("mini", iterations=4, shots=2, batch_size=8)
     path = tmp_path / "unfinished"
     with pytest.raises(Stopped):
@@ -134,7 +134,7 @@ def interrupted(mini, tmp_path, saved_each_step):
 
 
 @pytest.mark.slow
-def test_resuming_takes_only_the_steps_that_are_left(mini, interrupted):
+def test_resuming_takes_only_the_remaining_steps(mini, interrupted):
     path, config = interrupted
     steps = []
     again = fit(load_task("emoji"), mini, [], config, test_on=[], unfinished=path, resume=True, on_step=steps.append)
@@ -161,7 +161,7 @@ def test_other_settings_and_other_tasks_are_refused_by_name(mini, interrupted):
 
 
 def other_task(task, change):
-    """The same task with other classes, prompts, source or images."""
+    """Return the same task with other classes, prompts, source or images."""
     if change == "class_names":
         return replace(task, class_names=("something else", *task.class_names[1:]))
     if change == "templates":
@@ -170,7 +170,7 @@ def other_task(task, change):
         return replace(task, source="elsewhere")
 
     def load(split):
-        """Each image with one pixel painted over."""
+        """Return the images with one pixel changed in each."""
         images = task.load(split)
 
         def opened(index):
@@ -201,7 +201,7 @@ def test_other_classes_prompts_and_images_are_refused_by_name(mini, interrupted,
     assert path.read_bytes() == before
 
 
-def test_images_are_distinguished_without_decoding_all_of_them(mini):
+def test_changed_images_are_detected_without_decoding_all_of_them(mini):
     config = train_config("mini", shots=0)
     fabric = Fabric(accelerator="cpu", devices=1)
     digits = load_task("digits")
@@ -220,12 +220,12 @@ def test_other_precision_is_refused(mini, interrupted):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("saved_each_step")
-def test_float16_resumes_with_the_scale_of_its_losses(mini, tmp_path):
+def test_float16_training_resumes_with_its_loss_scale(mini, tmp_path):
     config = train_config("mini", iterations=4, shots=2, batch_size=8)
     path = tmp_path / "unfinished"
 
     def learn(**how):
-        # Too large a scale: the first two steps halve it, and change nothing else.
+        # The scale is too large: the first two steps only halve it.
         precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**22))
         fabric = Fabric(accelerator="cpu", devices=1, plugins=precision)
         return fit(load_task("emoji"), mini, [], config, test_on=[], fabric=fabric, **how).adapter, precision.scaler
@@ -239,7 +239,7 @@ def test_float16_resumes_with_the_scale_of_its_losses(mini, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"\xff" * 64])
-def test_a_checkpoint_that_is_not_whole_is_refused(mini, interrupted, damage):
+def test_a_damaged_checkpoint_is_refused(mini, interrupted, damage):
     path, config = interrupted
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
@@ -261,7 +261,7 @@ def test_one_flipped_bit_of_a_checkpoint_is_refused(mini, interrupted):
 
 def test_saving_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
     clock = iter([0.0, 4.9, 5.1, 6.1, 26.0, 26.2, 26.3])
-    # The module's name, not time.monotonic itself: other threads read the clock too.
+    # Only this module's ``time`` is replaced, because other threads use time.monotonic too.
     monkeypatch.setattr(checkpoint_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     checkpoint = Checkpoint(tmp_path / "c", {}, Precision())
     weights = torch.nn.Linear(2, 2)
@@ -272,7 +272,7 @@ def test_saving_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
 
     optimizer = torch.optim.AdamW(weights.parameters())
     saved = []
-    for step in (1, 2, 3, 4):  # at 4.9 s; at 5.1 s, which takes a second; at 26.0 s; at 26.2 s
+    for step in (1, 2, 3, 4):  # at 4.9 s; at 5.1 s, where saving takes a second; at 26.0 s; at 26.2 s
         checkpoint.save_when_due(step, 0.0, Trainee(), optimizer)
         saved.append(checkpoint.path.read_bytes() if checkpoint.path.exists() else None)
     assert saved[0] is None
@@ -281,7 +281,7 @@ def test_saving_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("saved_each_step")
-def test_training_continues_where_it_cannot_be_saved(mini, tmp_path, caplog):
+def test_training_continues_if_checkpoints_cannot_be_saved(mini, tmp_path, caplog):
     (tmp_path / "a file").touch()
     config = train_config("mini", iterations=3, shots=2, batch_size=4)
     path = tmp_path / "a file" / "unfinished"
@@ -292,7 +292,7 @@ def test_training_continues_where_it_cannot_be_saved(mini, tmp_path, caplog):
     ]
 
 
-def test_a_run_that_is_finished_is_not_run_again(mini, tmp_path):
+def test_a_finished_run_is_not_run_again(mini, tmp_path):
     config = train_config("mini", iterations=2, shots=2, batch_size=4)
     first = run_sequence([load_task("emoji")], mini, config, tmp_path, method="joint")
     assert run_sequence([load_task("emoji")], mini, config, tmp_path, method="joint", resume=True) == first
@@ -305,7 +305,7 @@ def test_a_run_that_is_finished_is_not_run_again(mini, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("saved_each_step")
 @pytest.mark.parametrize("change", ["class_names", "templates"])
-def test_a_sequence_is_not_resumed_with_other_words(mini, tmp_path, change):
+def test_a_sequence_is_not_resumed_with_other_class_names_or_templates(mini, tmp_path, change):
     config = train_config("mini", iterations=3, shots=1, batch_size=4, anchor_weight=0.0)
     tasks = [load_task(name) for name in ("emoji", "clipart")]
 
@@ -320,11 +320,11 @@ def test_a_sequence_is_not_resumed_with_other_words(mini, tmp_path, change):
     run_sequence(tasks, mini, config, tmp_path, resume=True)
 
 
-def test_differences_of_long_lists_are_the_first_place():
+def test_only_the_first_difference_of_long_lists_is_named():
     long = [f"class number {number}" for number in range(50)]
     assert differences({"names": long}, {"names": [*long[:7], "x", *long[8:]]}) == ["names[7] class number 7, not x"]
     assert differences({"names": [long]}, {"names": [long[:49]]}) == ["names[0][49] class number 49, not unset"]
 
 
-def test_differences_name_settings_that_one_side_lacks():
+def test_settings_missing_on_one_side_are_named_as_differences():
     assert differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3, "d": 4}}) == ["c 2, not 3", "d unset, not 4"]

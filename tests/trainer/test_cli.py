@@ -13,7 +13,7 @@ QUICK = ["--model", "mini", "--iterations", "2", "--shots", "2", "--batch-size",
 
 
 def fails(capsys, *arguments):
-    """The one line that a failing command leaves on stderr."""
+    """Run a command that must fail; return its error message, which must be one line."""
     with pytest.raises(SystemExit) as caught:
         main(list(arguments))
     assert caught.value.code == 1
@@ -33,7 +33,7 @@ def test_help_shows_an_example(command, capsys):
     assert f"Example: trainer {' '.join(command)}" in capsys.readouterr().out
 
 
-def test_defaults_shown_are_those_of_the_model(capsys):
+def test_help_shows_the_defaults_of_the_given_model(capsys):
     shown = {}
     for model in ("ViT-B-16", "mini"):
         with pytest.raises(SystemExit):
@@ -51,7 +51,7 @@ def test_usage_errors_exit_with_2(arguments, capsys):
     assert caught.value.code == 2
 
 
-def test_tasks_lists_what_is_here_and_what_is_missing(capsys, tmp_path):
+def test_tasks_lists_available_and_missing_tasks(capsys, tmp_path):
     main(["tasks", "--data", str(tmp_path), "--json"])
     entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert entries["flags"]["classes"] == 40
@@ -84,7 +84,7 @@ def test_fit_then_fit_again_then_evaluate(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluate_uses_the_prompts_that_a_folder_was_learned_with(capsys, tmp_path):
+def test_evaluate_uses_the_prompts_with_which_a_folder_was_learned(capsys, tmp_path):
     adapters, folder = str(tmp_path / "adapters"), str(Path(__file__).parents[2] / "samples" / "bolts")
     template = "not a {}"
     main(["fit", "--task", folder, "--template", template, "--adapters", adapters, *QUICK, "--json"])
@@ -138,7 +138,7 @@ def test_sequence_shows_the_spread_over_seeds(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_validation_never_touches_a_test_image(capsys, tmp_path, monkeypatch):
+def test_validation_never_reads_a_test_image(capsys, tmp_path, monkeypatch):
     from clipweld.trainer.tasks import shipped
 
     asked = []
@@ -150,7 +150,7 @@ def test_validation_never_touches_a_test_image(capsys, tmp_path, monkeypatch):
     assert set(asked) == {"train"}
 
 
-def test_defaults_of_a_method_are_its_own(capsys):
+def test_each_method_has_its_own_default_learning_rate(capsys):
     rates = {}
     for method in ("pool", "lora", "finetune"):
         with pytest.raises(SystemExit):
@@ -183,13 +183,13 @@ def test_unknown_task_and_missing_data_are_one_line(capsys, tmp_path):
     assert "--download" in line
 
 
-def test_all_faults_of_a_configuration_are_one_line(capsys):
+def test_all_faults_of_a_configuration_are_reported_in_one_line(capsys):
     line = fails(capsys, "fit", "--task", "emoji", "--rank", "4", "--lr", "-1")
     assert "k_active 8" in line
     assert "lr -1" in line
 
 
-def test_wrong_base_broken_chain_and_tampered_adapter_are_one_line(capsys, adapters, tmp_path):
+def test_wrong_base_broken_lineage_and_altered_adapter_are_one_line(capsys, adapters, tmp_path):
     arguments = ["evaluate", "--model", "mini", "--tasks", "emoji", "--adapters", str(tmp_path)]
     whole = (adapters / "digits.safetensors").read_bytes()
     (tmp_path / "digits.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -213,7 +213,7 @@ def test_a_failing_fit_writes_nothing(capsys, tmp_path):
     assert not (tmp_path / "adapters").exists()
 
 
-def test_an_unreadable_image_stops_the_command_unless_it_may_be_skipped(capsys, tmp_path):
+def test_an_unreadable_image_stops_the_command_unless_skipping_is_allowed(capsys, tmp_path):
     folder = tmp_path / "bolts"
     for split in ("train", "test"):
         for value, name in enumerate(("hex bolt", "rivet")):
@@ -244,14 +244,14 @@ def test_an_unreadable_image_stops_the_command_unless_it_may_be_skipped(capsys, 
         ("32-true", "auto", True, True, "32-true"),
     ],
 )
-def test_towers_train_in_bfloat16_where_a_gpu_has_it(monkeypatch, asked, accelerator, gpu, bf16, precision):
+def test_training_uses_bfloat16_on_gpus_that_support_it(monkeypatch, asked, accelerator, gpu, bf16, precision):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
     assert _precision(commands.Bench(precision=asked, accelerator=accelerator)) == precision
 
 
 @pytest.mark.slow
-def test_a_dry_run_says_how_big_and_how_long_and_writes_nothing(capsys, tmp_path):
+def test_a_dry_run_reports_sizes_memory_and_time_and_writes_nothing(capsys, tmp_path):
     adapters = tmp_path / "adapters"
     arguments = ["fit", *QUICK, "--task", "digits", "--router", "learned", "--adapters", str(adapters)]
     main([*arguments, "--dry-run", "--json"])

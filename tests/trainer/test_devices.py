@@ -1,4 +1,4 @@
-"""Two processes that talk over gloo learn what one process with the doubled batch learns."""
+"""Two processes connected by gloo learn the same as one process with twice the batch size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(devices, batch_size, out):
 
 
 def moment(rows):
-    """Return the second moment that principal inputs approximate, at a scale of one."""
+    """Return the second moment that principal inputs approximate, scaled to a trace of one."""
     return rows.T @ rows / rows.square().sum()
 
 
@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_active_sets_agree_on_all_ranks_and_with_a_single_process(runs):
+def test_active_experts_are_the_same_on_all_ranks_and_in_a_single_process(runs):
     _, (one,), (first, second) = runs
     layers = 36 + 24  # image and text tower, each once per step
     assert len(first["votes"]) == 2 * 4 * layers, "two tasks, four steps before the last experts are fixed"
@@ -45,7 +45,7 @@ def test_active_sets_agree_on_all_ranks_and_with_a_single_process(runs):
 
 
 @pytest.mark.slow
-def test_loss_curve_is_that_of_a_single_process_with_the_doubled_batch(runs):
+def test_the_loss_curve_equals_that_of_a_single_process(runs):
     _, (one,), (first, second) = runs
     assert first["losses"] == second["losses"]
     torch.testing.assert_close(torch.tensor(first["losses"]), torch.tensor(one["losses"]), atol=1e-4, rtol=1e-4)
@@ -54,7 +54,7 @@ def test_loss_curve_is_that_of_a_single_process_with_the_doubled_batch(runs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["emoji", "flags"])
-def test_adapters_are_the_same_on_all_ranks_and_near_those_of_a_single_process(runs, task):
+def test_adapters_are_equal_on_all_ranks_and_close_to_those_of_a_single_process(runs, task):
     out, _, _ = runs
     one, first, second = (
         load_adapter(out / folder / f"{task}.safetensors") for folder in ("one/rank-0", "two/rank-0", "two/rank-1")
@@ -63,9 +63,9 @@ def test_adapters_are_the_same_on_all_ranks_and_near_those_of_a_single_process(r
     assert first.accuracy == second.accuracy
     for name, tensor in one.tensors.items():
         assert torch.equal(first.tensors[name], second.tensors[name])
-        if name.endswith(".inputs"):  # directions are free in sign; what they add up to is not
+        if name.endswith(".inputs"):  # the signs of principal directions are arbitrary, their moment is not
             torch.testing.assert_close(moment(first.tensors[name]), moment(tensor), atol=2e-3, rtol=2e-2)
-        else:  # as a whole: an element whose gradient is all rounding is moved by Adam as far as any other
+        else:  # not per element: Adam takes full steps even where a gradient is only rounding
             assert (first.tensors[name] - tensor).norm() < 0.05 * tensor.norm(), name
 
 
@@ -84,7 +84,7 @@ def test_the_command_line_runs_on_two_devices_and_writes_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_bfloat16_learns_and_leaves_a_float32_adapter(tmp_path):
+def test_training_in_bfloat16_writes_a_float32_adapter(tmp_path):
     from clipweld.trainer.cli import main
 
     main(["fit", "--model", "mini", "--task", "emoji", "--accelerator", "cpu", "--precision", "bf16-mixed",
@@ -95,7 +95,7 @@ def test_bfloat16_learns_and_leaves_a_float32_adapter(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_process_stops_where_training_diverges_and_nothing_is_left(tmp_path):
+def test_all_processes_stop_when_training_diverges_and_write_nothing(tmp_path):
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""Every kind of CLIP that is supported, at random weights and one block a tower, from building to serving files."""
+"""Every supported kind of CLIP, with random weights and one block per tower, from building to releasing."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ VARIANTS = {
 
 @pytest.fixture
 def build(tmp_path):
-    """A model that open_clip knows, with one block a tower and some settings changed, at random weights."""
+    """A function that builds an open_clip model with one block per tower, changed settings and random weights."""
 
     def build(name, changes):
         config = copy.deepcopy(open_clip.get_model_config(name))
@@ -48,7 +48,7 @@ def build(tmp_path):
         backbone = load_backbone(file.stem, "random")
         generator = torch.Generator().manual_seed(1)
         for path, weight in backbone.model.named_parameters():
-            if "ln_" in path or "head_scale" in path or path.endswith("bias"):  # fresh ones are 1 or 0 and hide faults
+            if "ln_" in path or "head_scale" in path or path.endswith("bias"):  # initial 0 and 1 hide faults
                 weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
         return backbone
 
@@ -61,7 +61,7 @@ def build(tmp_path):
 
 
 def learns(backbone, digits):
-    """Fresh pools change nothing, two steps train every layer, and what they leave behind is merged."""
+    """Check that fresh pools change nothing, and that two steps train every layer and change the merged model."""
     pixels = torch.randn(2, 3, *[backbone.image_size] * 2, generator=torch.Generator().manual_seed(0))
     tokens = backbone.tokenizer(["a cat", "the letter q, drawn by hand"])
     plain = open_clip.create_model(backbone.model_name)
@@ -85,18 +85,18 @@ def learns(backbone, digits):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_learns(name, build, digits):
+def test_every_model_family_can_be_trained(name, build, digits):
     learns(build(name, {}), digits)
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_every_variant_of_a_block_learns(changes, build, digits):
+def test_every_variant_of_a_block_can_be_trained(changes, build, digits):
     learns(build("mini", changes), digits)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, VARIANTS["own attention, every feature"]], ids=["torch", "open_clip"])
-def test_both_kinds_of_attention_are_released(changes, build, digits, tmp_path):
+def test_both_implementations_of_attention_can_be_released(changes, build, digits, tmp_path):
     backbone = build("mini", changes)
     fitted = learns(backbone, digits)
     released = release(backbone, [fitted.adapter], Repository(tmp_path / "models", "clip"), *sample(8))

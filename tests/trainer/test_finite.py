@@ -1,4 +1,4 @@
-"""NaN and infinity stop what they would spoil, and are named where they arise."""
+"""NaN and infinity are errors that name the first layer, weight or term that has them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYER = "visual.transformer.resblocks.3.mlp.c_fc"
 
 @pytest.fixture
 def broken(mini):
-    """A function that gives the small CLIP with one number of one weight replaced."""
+    """A function that returns the small CLIP with one element of a weight replaced."""
 
     def broken(name, value=math.nan):
         weights = {key: weight.clone() for key, weight in mini.model.state_dict().items()}
@@ -42,7 +42,7 @@ def learn(base, on_step=lambda step: None, lineage=(), **settings):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_file_of_weights_that_are_not_finite_is_refused(tmp_path, value):
+def test_a_file_with_non_finite_weights_is_refused(tmp_path, value):
     weights = load_file(DEFAULT_PRETRAINED["mini"])
     weights["transformer.resblocks.2.mlp.c_fc.weight"][3, 5] = value
     save_file(weights, tmp_path / "broken.safetensors")
@@ -52,7 +52,7 @@ def test_a_file_of_weights_that_are_not_finite_is_refused(tmp_path, value):
         load_backbone("mini", str(tmp_path / "broken.safetensors"))
 
 
-def test_a_base_weight_is_named_at_the_first_step(broken):
+def test_a_non_finite_base_weight_is_named_at_the_first_step(broken):
     seen = []
     with pytest.raises(NotFinite, match=rf"step 1: the loss is nan, .* weight {LAYER}.base_layer.weight; .* --lr"):
         learn(broken(f"{LAYER}.weight"), seen.append)
@@ -60,7 +60,7 @@ def test_a_base_weight_is_named_at_the_first_step(broken):
 
 
 @pytest.mark.parametrize("layer", ["visual.transformer.resblocks.2.ln_1", "transformer.resblocks.1", "ln_final"])
-def test_a_layer_s_output_is_named_at_its_step(broken, layer):
+def test_a_layer_whose_output_overflows_is_named_with_the_step(broken, layer):
     base, steps = broken("logit_scale", 4.6), []
     overflow = lambda _layer, _inputs, output: output * (math.inf if len(steps) == 2 else 1)  # noqa: E731
     base.model.get_submodule(layer).register_forward_hook(overflow)
@@ -68,7 +68,7 @@ def test_a_layer_s_output_is_named_at_its_step(broken, layer):
         learn(base, steps.append)
 
 
-def test_a_gradient_that_spoils_a_weight_is_named_at_its_step(mini):
+def test_a_weight_made_non_finite_by_its_gradient_is_named_with_the_step(mini):
     weights = []
 
     def plant(step):
@@ -89,7 +89,7 @@ def test_a_gradient_that_spoils_a_weight_is_named_at_its_step(mini):
             learn(mini, plant)
 
 
-def test_a_gradient_too_large_to_square_is_named_though_the_weight_stays(mini, monkeypatch):
+def test_an_overflowing_second_moment_is_named_even_if_the_weight_is_finite(mini, monkeypatch):
     from clipweld.trainer.learning.fit import Objective
 
     terms = Objective.terms
@@ -99,7 +99,7 @@ def test_a_gradient_too_large_to_square_is_named_though_the_weight_stays(mini, m
 
 
 @pytest.mark.parametrize("lr", [1e6, 1e20, 1e38])
-def test_training_that_diverges_stops_and_says_where(mini, lr):
+def test_diverging_training_stops_and_names_the_step(mini, lr):
     steps = []
     with pytest.raises(NotFinite, match=r"a lower --lr than 1e\+") as caught:
         learn(mini, steps.append, lr=lr, iterations=60)
@@ -108,13 +108,13 @@ def test_training_that_diverges_stops_and_says_where(mini, lr):
     assert len(steps) == number - 1
 
 
-def test_the_term_of_the_loss_is_named_where_all_layers_are_finite(mini, fitted):
+def test_a_non_finite_term_of_the_loss_is_named_if_all_layers_are_finite(mini, fitted):
     with pytest.raises(NotFinite, match=r"step 1: the loss is nan, .* is the orthogonality loss"):
         learn(mini, lineage=[fitted.adapter], ago="sum", ago_weight=1e39)
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, 1e30])
-def test_inputs_of_earlier_tasks_that_lead_nowhere_are_named(mini, fitted, value):
+def test_unusable_stored_inputs_of_earlier_tasks_are_named(mini, fitted, value):
     name = fitted.adapter.modules()[0]
     inputs = {f"{name}.inputs": torch.full_like(fitted.adapter.tensors[f"{name}.inputs"], value)}
     broken = dataclasses.replace(fitted.adapter, tensors=fitted.adapter.tensors | inputs)
@@ -122,7 +122,7 @@ def test_inputs_of_earlier_tasks_that_lead_nowhere_are_named(mini, fitted, value
         learn(mini, lineage=[broken], drift_weight=1.0)
 
 
-def test_what_was_saved_is_from_before(mini, tmp_path, monkeypatch):
+def test_checkpoints_never_contain_non_finite_values(mini, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE", 0)
     path = tmp_path / "unfinished.safetensors"
@@ -147,7 +147,7 @@ def test_merge_names_adapter_and_layer(mini, fitted):
 
 
 @pytest.mark.slow
-def test_accuracy_of_features_without_a_direction_is_refused(mini, broken, digits):
+def test_accuracy_is_not_computed_from_zero_or_non_finite_features(mini, broken, digits):
     with pytest.raises(NotFinite, match=r"prompt .*: expected features of a finite length above 0, got length nan"):
         evaluate(broken("ln_final.weight"), [digits])
     with pytest.raises(NotFinite, match=r"task 'digits': the features of (\d+) of \1 test images"):
@@ -162,12 +162,12 @@ def test_accuracy_of_features_without_a_direction_is_refused(mini, broken, digit
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["lr", "alpha", "weight_decay", "ago_weight", "drift_weight", "anchor_weight"])
-def test_settings_are_numbers(name, value):
+def test_settings_must_be_finite_numbers(name, value):
     with pytest.raises(ConfigError, match=f"{name} {value} must be a number"):
         train_config("mini", **{name: value})
 
 
-def test_unit_names_the_row():
+def test_unit_names_the_row_that_cannot_be_normalised():
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     torch.testing.assert_close(unit(rows[:1], ["x"]), torch.tensor([[0.6, 0.8]]))
     for fault in (0.0, math.nan, math.inf, 1e30):
@@ -175,7 +175,7 @@ def test_unit_names_the_row():
             unit(torch.tensor([[3.0, 4.0], [fault, fault]]), ["row 0", "row 1"])
 
 
-def test_finite_numbers_are_distinguished_from_others():
+def test_non_finite_tensors_are_found():
     good = {"a": torch.ones(2), "b": torch.full((3,), 3e38), "c": torch.arange(3)}
     assert first_not_finite(good) is None
     assert all_finite([good["a"], good["b"]])

@@ -1,4 +1,4 @@
-"""Slips that are answered at once and by name, before torch is imported: that alone takes seconds."""
+"""Common mistakes are reported at once, before torch is imported, which alone takes seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from clipweld.trainer.learning.fit import Step
 
 
 def fails_without_torch(*arguments, **variables):
-    """What a command says that fails before torch is imported."""
+    """Run a command that must fail before it imports torch; return its one-line error."""
     code = (
         "import sys\nfrom clipweld.trainer.cli import main\ntry:\n    main()\n"
         "except SystemExit as e:\n    print(e.code, sorted({'torch', 'open_clip'} & set(sys.modules)))"
@@ -46,14 +46,14 @@ def bolts(folder):
 
 
 @pytest.mark.slow
-def test_a_folder_needs_a_name_that_a_task_can_have(tmp_path):
+def test_a_folder_whose_name_cannot_be_a_task_name_needs_another_name(tmp_path):
     folder = bolts(tmp_path / "bolts (new)")
     said = fails_without_torch("fit", "--model", "mini", "--task", folder, "--adapters", tmp_path / "adapters")
     assert "bolts (new)" in said
     assert "--name" in said
 
 
-def test_a_folder_without_a_place_for_the_adapter_is_refused_before_torch_is_imported(adapters, tmp_path):
+def test_a_learned_task_or_a_taken_file_name_is_refused_before_torch_is_imported(adapters, tmp_path):
     fit = ("fit", "--model", "mini", "--adapters", tmp_path, "--task")
     shutil.copy(adapters / "digits.safetensors", tmp_path)
     assert "task 'digits' was learned already" in fails_without_torch(*fit, "digits")
@@ -71,7 +71,7 @@ def test_a_folder_without_a_place_for_the_adapter_is_refused_before_torch_is_imp
         (["evaluate", "--tasks", "digits", "--adapters", "{}/none"], "no such folder"),
     ],
 )
-def test_what_was_given_is_checked_before_torch_is_imported(tmp_path, arguments, says):
+def test_arguments_are_checked_before_torch_is_imported(tmp_path, arguments, says):
     (tmp_path / "file").touch()
     given = [argument.format(tmp_path) for argument in arguments]
     assert says in fails_without_torch(*given, "--model", "mini")
@@ -82,7 +82,7 @@ def test_what_was_given_is_checked_before_torch_is_imported(tmp_path, arguments,
 @pytest.mark.parametrize(
     "command", [["fit", "--task"], ["evaluate", "--tasks"], ["sequence", "--out", "out", "--tasks"]]
 )
-def test_without_a_network_a_forgotten_model_is_named(tmp_path, command):
+def test_without_a_network_a_missing_model_option_is_suggested(tmp_path, command):
     variables = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     said = fails_without_torch(*command, "digits", **variables)
     assert "give --model mini" in said
@@ -90,7 +90,7 @@ def test_without_a_network_a_forgotten_model_is_named(tmp_path, command):
     assert "HF_HUB_OFFLINE is set" in fails_without_torch(*command, "digits", **variables | {"HF_HUB_OFFLINE": "1"})
 
 
-def test_a_network_that_swallows_everything_is_not_waited_for(tmp_path, monkeypatch):
+def test_a_network_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "LOOK_S", 0.2)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: None)
@@ -102,14 +102,14 @@ def test_a_network_that_swallows_everything_is_not_waited_for(tmp_path, monkeypa
         hub.check_default_weights(DEFAULT_MODEL, "random")
 
 
-def test_the_default_weights_are_looked_for_where_open_clip_fetches_them():
+def test_the_default_weights_are_looked_for_where_open_clip_downloads_them():
     from open_clip import get_pretrained_cfg
 
     assert get_pretrained_cfg(DEFAULT_MODEL, "openai")["hf_hub"] == f"{hub.REPOSITORY}/"
 
 
 @pytest.mark.slow
-def test_the_printed_loss_is_the_contrastive_one_and_says_so(capsys, tmp_path, mini, monkeypatch):
+def test_the_printed_loss_is_the_contrastive_loss_and_labelled_so(capsys, tmp_path, mini, monkeypatch):
     from clipweld.trainer.learning import fit
 
     seen = []
@@ -121,7 +121,7 @@ def test_the_printed_loss_is_the_contrastive_one_and_says_so(capsys, tmp_path, m
 
 
 @pytest.mark.parametrize(("seconds", "says"), [(2.0, "about 10 minutes more"), (0.1, None)])
-def test_training_that_will_take_long_says_so_after_a_few_steps(capsys, monkeypatch, seconds, says):
+def test_long_training_is_announced_after_a_few_steps(capsys, monkeypatch, seconds, says):
     clock = iter(seconds * number for number in range(300))
     monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     progress = cli.Progress(console=cli.stderr, auto_refresh=False)

@@ -15,18 +15,18 @@ from clipweld.trainer.tasks import load_task
 QUICK = {"iterations": 3, "shots": 2, "batch_size": 8}
 
 
-def test_fit_learns(fitted):
+def test_fit_improves_accuracy(fitted):
     before, after = (fitted.adapter.accuracy[when]["digits"] for when in ("before", "after"))
     assert after > before + 3
 
 
-def test_accuracy_recorded_is_that_of_base_and_adapter_merged(mini, fitted, digits):
+def test_the_recorded_accuracy_is_that_of_the_merged_model(mini, fitted, digits):
     merged = with_weights(mini, merge(mini.model.state_dict(), [fitted.adapter]))
     assert evaluate(merged, [digits])["task"] == fitted.adapter.accuracy["after"]
 
 
 @pytest.mark.slow
-def test_same_seed_same_adapter_and_another_seed_another(mini):
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(mini):
     task = load_task("emoji")
 
     def sha(seed):
@@ -36,7 +36,7 @@ def test_same_seed_same_adapter_and_another_seed_another(mini):
 
 
 @pytest.mark.slow
-def test_fit_leaves_the_base_and_the_global_seed_alone(mini):
+def test_fit_leaves_the_base_and_the_global_random_state_unchanged(mini):
     before = {name: weight.clone() for name, weight in mini.model.state_dict().items()}
     state = torch.get_rng_state()
     fit(load_task("emoji"), mini, [], train_config("mini", **QUICK), test_on=[])
@@ -44,7 +44,7 @@ def test_fit_leaves_the_base_and_the_global_seed_alone(mini):
     assert all(torch.equal(mini.model.state_dict()[name], weight) for name, weight in before.items())
 
 
-def test_second_task_names_the_first_as_parent_and_stays_off_its_columns(mini, fitted):
+def test_the_second_task_has_the_first_as_parent_and_a_loss_for_overlap(mini, fitted):
     task = load_task("emoji")
     losses = {}
     for ago in ("sum", "off"):
@@ -57,7 +57,7 @@ def test_second_task_names_the_first_as_parent_and_stays_off_its_columns(mini, f
     assert losses["sum"][-1] > losses["off"][-1]
 
 
-def test_past_columns_are_concatenated(fitted):
+def test_columns_of_past_adapters_are_concatenated(fitted):
     other = dataclasses.replace(fitted.adapter, tensors={k: v + 1 for k, v in fitted.adapter.tensors.items()})
     past = past_columns([fitted.adapter, other], torch.device("cpu"))
     name = fitted.adapter.modules()[0]
@@ -66,13 +66,13 @@ def test_past_columns_are_concatenated(fitted):
     assert past_columns([], torch.device("cpu")) == {}
 
 
-def test_a_task_is_learned_once(mini, fitted, digits):
+def test_a_task_cannot_be_learned_twice(mini, fitted, digits):
     with pytest.raises(TaskAlreadyLearned, match="digits"):
         fit(digits, mini, [fitted.adapter], train_config("mini", **QUICK), test_on=[])
 
 
 @pytest.mark.slow
-def test_what_could_not_be_read_again_is_refused_before_training(mini, digits):
+def test_an_adapter_too_large_to_be_read_again_is_refused_before_training(mini, digits):
     config = train_config("mini", rank=10_000, **QUICK)
     with pytest.raises(AdapterError, match=r"'digits': .* read again \(JSON of .* lower rank$"):
         fit(digits, mini, [], config, test_on=[], on_step=lambda step: pytest.fail("trained"))
@@ -90,7 +90,7 @@ def test_batches_pair_every_image_with_its_own_prompt(mini, digits):
         assert digits.class_names[label] in encoded[tuple(row[row > 0].tolist())]
 
 
-def test_batches_show_every_image_before_any_twice(mini, digits):
+def test_batches_show_every_image_once_before_any_is_repeated(mini, digits):
     config = train_config("mini", shots=4, batch_size=10)
     batches = Batches(digits, mini, config)
     seen = [tuple(image.flatten()[::97].tolist()) for number in range(1, 5) for image in batches[number].pixels]

@@ -1,4 +1,4 @@
-"""SIGKILL at every change that training makes to the disk: resumed training ends as if uninterrupted."""
+"""SIGKILL at every change that training makes to the disk: training that is resumed ends as if uninterrupted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clipweld.trainer.tasks import load_tasks
 
 @pytest.fixture
 def quick(mini, monkeypatch):
-    """Two steps per task, each saved, with accuracies left unmeasured; a forked child has one thread."""
+    """Save after every step and do not measure accuracies; use one thread, as forked children have only one."""
     monkeypatch.setattr("clipweld.trainer.learning.checkpoint.SAVE_EVERY_S", 0)
     monkeypatch.setattr("clipweld.trainer.learning.checkpoint.SHARE", 0)
     for module in (fit, methods, sequence):
@@ -36,7 +36,7 @@ def measured(model, tasks, fabric):
 
 
 def left(folder):
-    """All files, without what a clock says."""
+    """Return all files, without measured times."""
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     if "sequence.json" in found:
         record = json.loads(found["sequence.json"])
@@ -49,7 +49,7 @@ def left(folder):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("method", ["pool", "finetune"])
-def test_a_sequence_killed_at_any_change(mini, tmp_path, killed_at, method):
+def test_a_sequence_killed_at_any_change_can_be_resumed(mini, tmp_path, killed_at, method):
     config = train_config("mini", method, iterations=2, shots=1, batch_size=4, anchor_weight=0.0, drift_weight=0.0)
     tasks = load_tasks(["emoji", "clipart"], tmp_path)
 
@@ -67,7 +67,7 @@ def test_a_sequence_killed_at_any_change(mini, tmp_path, killed_at, method):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-def test_a_fit_killed_at_any_change(tmp_path, killed_at):
+def test_a_fit_killed_at_any_change_can_be_resumed(tmp_path, killed_at):
     def run(adapters):
         options = [
             "--iterations",

@@ -1,4 +1,4 @@
-"""A command is what its arguments say, whatever a launcher left in the shell, and its errors are always said."""
+"""Only arguments configure a command, not variables that a launcher left in the shell; errors are always printed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trainer(*arguments, **variables):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
-def test_launchers_variables_change_nothing(tmp_path, devices):
+def test_variables_of_launchers_change_nothing(tmp_path, devices):
     arguments = ["fit", "--task", "emoji", *QUICK, "--devices", devices, "--adapters"]
     plain, left_over = trainer(*arguments, tmp_path / "a"), trainer(*arguments, tmp_path / "b", **LEFT_OVER)
     assert (plain.returncode, left_over.returncode) == (0, 0), left_over.stderr
@@ -40,14 +40,14 @@ def test_launchers_variables_change_nothing(tmp_path, devices):
 
 
 @pytest.mark.parametrize("variables", [{"LOCAL_RANK": "1"}, {"RANK": ""}, {"LOCAL_RANK": "x"}, LEFT_OVER])
-def test_errors_are_printed_whatever_rank_the_shell_has(variables):
+def test_errors_are_printed_whatever_rank_the_environment_sets(variables):
     done = trainer("fit", "--task", "digit", **variables)
     assert done.returncode == 1
     assert done.stderr.startswith("trainer: unknown task 'digit'")
     assert done.stderr.count("\n") == 1
 
 
-def test_only_processes_that_the_trainer_started_have_a_number(monkeypatch):
+def test_only_processes_started_by_the_trainer_have_a_process_number(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert launch.process_number() == 0
     monkeypatch.setenv(launch.STARTED_BY, str(os.getppid()))
@@ -56,7 +56,7 @@ def test_only_processes_that_the_trainer_started_have_a_number(monkeypatch):
     assert os.environ["LOCAL_RANK"] == "3", "it is needed there"
 
 
-def test_another_process_speaks_where_the_first_has_not_ended_from_the_same_error(monkeypatch):
+def test_another_process_reports_an_error_unless_the_first_has_ended(monkeypatch):
     monkeypatch.setattr(launch, "PATIENCE_S", 0.1)
     monkeypatch.setattr(launch, "process_number", lambda: 1)
     assert launch.speaks(), "the first is still there"
@@ -66,6 +66,6 @@ def test_another_process_speaks_where_the_first_has_not_ended_from_the_same_erro
 
 
 @pytest.mark.parametrize(("accelerator", "devices"), [("cpu", 0), ("cpu", -1), ("mps", 1)])
-def test_devices_that_are_not_here_are_refused_by_name(accelerator, devices):
+def test_missing_devices_are_refused_by_name(accelerator, devices):
     with pytest.raises(ConfigError, match=f"--accelerator {accelerator} --devices {devices}: not here"):
         launch.fabric(accelerator, devices, "32-true")

@@ -28,7 +28,7 @@ def test_delta_weight_is_the_scaled_sum_of_outer_products():
     torch.testing.assert_close(delta_weight(a, b, 0.25), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_k_proj_lands_in_the_middle_third_of_the_stacked_weight():
+def test_k_proj_is_merged_into_the_middle_third_of_the_stacked_weight():
     tensors = experts("block.attn.k_proj", 4, 4)
     weights = {"block.attn.in_proj_weight": torch.zeros(12, 4)}
     merged = merge(weights, [adapter_of(tensors)])["block.attn.in_proj_weight"]
@@ -36,7 +36,7 @@ def test_k_proj_lands_in_the_middle_third_of_the_stacked_weight():
     assert merged[:4].abs().sum() == merged[8:].abs().sum() == 0
 
 
-def test_merge_is_pure_and_leaves_other_weights_the_same_objects():
+def test_merge_changes_no_input_and_returns_other_weights_as_the_same_objects():
     weights = {"mlp.c_fc.weight": torch.ones(5, 3), "other": torch.ones(2)}
     merged = merge(weights, [adapter_of(experts("mlp.c_fc", 3, 5))])
     assert torch.equal(weights["mlp.c_fc.weight"], torch.ones(5, 3))
@@ -44,7 +44,7 @@ def test_merge_is_pure_and_leaves_other_weights_the_same_objects():
     assert not torch.equal(merged["mlp.c_fc.weight"], weights["mlp.c_fc.weight"])
 
 
-def test_merge_sums_half_precision_in_float32_and_casts_last():
+def test_merge_adds_in_float32_and_casts_to_half_precision_last():
     weights = {"mlp.c_fc.weight": torch.ones(5, 3, dtype=torch.float16)}
     tensors = experts("mlp.c_fc", 3, 5)
     merged = merge(weights, [adapter_of(tensors)])["mlp.c_fc.weight"]
@@ -52,13 +52,13 @@ def test_merge_sums_half_precision_in_float32_and_casts_last():
 
 
 @pytest.mark.parametrize("module", ["mlp.gone", "attn.q_proj", "mlp.c_fc"])
-def test_merge_refuses_layers_that_are_absent_or_of_another_shape(module):
+def test_merge_refuses_layers_that_are_missing_or_have_another_shape(module):
     weights = {"mlp.c_fc.weight": torch.zeros(5, 4), "attn.in_proj_weight": torch.zeros(9, 4)}
     with pytest.raises(WrongBase, match=module):
         merge(weights, [adapter_of(experts(module, 3, 3))])
 
 
-def test_a_product_of_any_size_is_refused_before_it_is_made():
-    tensors = {"mlp.c_fc.lora_A": torch.ones(1, 10**6), "mlp.c_fc.lora_B": torch.ones(10**6, 1)}  # four terabytes
+def test_a_product_of_the_wrong_shape_is_refused_before_it_is_computed():
+    tensors = {"mlp.c_fc.lora_A": torch.ones(1, 10**6), "mlp.c_fc.lora_B": torch.ones(10**6, 1)}  # product: 4 TB
     with pytest.raises(WrongBase, match=r"is \(1000000, 1000000\), mlp.c_fc.weight is \(5, 4\)"):
         merge({"mlp.c_fc.weight": torch.zeros(5, 4)}, [adapter_of(tensors)])

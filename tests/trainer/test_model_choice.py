@@ -1,4 +1,4 @@
-"""The model and the weights of a command: those named, or those of the adapters found."""
+"""The model and the weights of a command: those given, or those of the adapters in its folder."""
 
 import dataclasses
 import subprocess
@@ -16,7 +16,7 @@ from clipweld.trainer.errors import UnknownModel, WrongBase
 
 @pytest.fixture
 def write(fitted, tmp_path):
-    """A function that puts an adapter, changed in what it says, into the folder it returns."""
+    """A function that writes an adapter with changed metadata and returns its folder."""
 
     def write(task="digits", **changes):
         save_adapter(dataclasses.replace(fitted.adapter, task=task, **changes), tmp_path / f"{task}.safetensors")
@@ -47,7 +47,7 @@ def test_every_model_of_open_clip_is_known_without_importing_it():
         ("Mini", "mini"),
     ],
 )
-def test_a_name_is_understood_whatever_its_case_and_separators(written, meant):
+def test_model_names_are_understood_in_any_case_and_with_any_separators(written, meant):
     assert find_model(written) == meant
 
 
@@ -69,20 +69,20 @@ def test_a_name_is_understood_whatever_its_case_and_separators(written, meant):
         ("\x1b[2J", "some of its names: ViT-B-32"),
     ],
 )
-def test_a_name_that_is_no_model_gets_what_to_give_instead(name, instead):
+def test_an_unknown_model_name_is_refused_with_what_to_give_instead(name, instead):
     with pytest.raises(UnknownModel) as caught:
         find_model(name)
     assert instead in str(caught.value)
 
 
-def test_adapters_say_which_model_and_weights(write):
+def test_adapters_determine_model_and_weights(write):
     folder = write()
     assert choose_model(None, folder) == "mini"
-    assert choose_weights(None, "mini", folder) is None  # mini's own are its default
+    assert choose_weights(None, "mini", folder) is None  # the adapter's weights are mini's default
     assert choose_weights("random", "mini", folder) == "random"
 
 
-def test_without_adapters_the_default_model_is_taken(tmp_path):
+def test_without_adapters_the_default_model_is_used(tmp_path):
     for folder in (None, tmp_path, tmp_path / "absent"):
         assert choose_model(None, folder) == "ViT-B-16"
         assert choose_weights(None, "ViT-B-16", folder) is None
@@ -92,22 +92,22 @@ def test_without_adapters_the_default_model_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("model", "tag"), [("ViT-B-32", "laion2b_s34b_b79k"), ("ViT-B-16", "openai"), ("mini", "random")]
 )
-def test_weights_that_open_clip_has_a_tag_for_are_taken_by_it(model, tag, write):
+def test_weights_with_an_open_clip_tag_are_chosen_by_it(model, tag, write):
     folder = write(model_name=model, pretrained=tag)
     assert choose_model(None, folder) == model
     assert choose_weights(None, model, folder) == tag
 
 
 @pytest.mark.parametrize("model", ["ViT-B-16", "mini"])
-def test_weights_from_a_file_are_required_by_their_fingerprint(model, write, mini, tmp_path):
-    (tmp_path / "weights.pt").write_bytes(b"")  # what an adapter names is not opened
+def test_weights_from_a_file_must_be_given_again_and_the_error_has_their_fingerprint(model, write, mini, tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"")  # files named in an adapter are never opened
     folder = write(model_name=model, pretrained=str(tmp_path / "weights.pt"))
     with pytest.raises(WrongBase, match=rf"base {mini.fingerprint[:8]}\), weights from a file; .*--pretrained FILE"):
         choose_weights(None, model, folder)
     assert choose_weights("mine.pt", model, folder) == "mine.pt"
 
 
-def test_two_models_in_one_folder_are_named(write):
+def test_adapters_of_two_models_in_one_folder_are_refused(write):
     folder = write("flags", model_name="ViT-B-16", pretrained="openai", base_fingerprint="ab" * 32)
     write("digits")
     with pytest.raises(WrongBase, match=r"'digits' is of mini \(mini, base .*'flags' is of ViT-B-16 \(openai, base ab"):
@@ -120,21 +120,21 @@ def test_a_model_that_contradicts_the_adapters_is_refused(write):
         choose_model("vit-b/16", folder)
 
 
-def test_two_names_of_one_architecture_do_not_contradict(write):
+def test_two_names_of_one_architecture_do_not_contradict_each_other(write):
     folder = write(model_name="ViT-B-16", pretrained="openai")
     assert choose_model("ViT-B-16-quickgelu", folder) == "ViT-B-16-quickgelu"
 
 
-def test_files_that_are_no_adapters_are_left_to_the_lineage(write, tmp_path):
+def test_files_that_are_not_adapters_are_ignored_when_choosing_the_model(write, tmp_path):
     folder = write()
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 40)
     (tmp_path / "._digits.safetensors").write_bytes(b"")
     assert choose_model(None, folder) == "mini"
 
 
-def test_fit_and_evaluate_take_the_model_of_the_adapters(adapters, capsys):
+def test_fit_and_evaluate_use_the_model_of_the_adapters(adapters, capsys):
     main(["fit", "--task", "flags", "--adapters", str(adapters), "--dry-run", "--json"])
-    assert '"trainable_parameters": 359424' in capsys.readouterr().out  # mini's, with its preset
+    assert '"trainable_parameters": 359424' in capsys.readouterr().out  # the number of mini with its preset
     main(["evaluate", "--tasks", "emoji", "--adapters", str(adapters), "--json"])
     assert '"model": "mini"' in capsys.readouterr().out
 

@@ -18,13 +18,13 @@ QUICK = {"iterations": 3, "shots": 2, "batch_size": 8}
 
 @pytest.fixture(scope="module")
 def first(mini):
-    """Emoji, learned in three steps, with its inputs."""
+    """The result of training emoji for three steps, with its principal inputs."""
     return fit(load_task("emoji"), mini, [], train_config("mini", drift_weight=1.0, **QUICK), test_on=[])
 
 
 @pytest.fixture
 def pools(mini, first):
-    """Fresh pools on the model that has learned emoji."""
+    """Fresh pools on the model that was trained on emoji."""
     model = copy.deepcopy(first.backbone.model)
     attached = attach_pools(model, train_config("mini"))
     yield attached
@@ -32,8 +32,8 @@ def pools(mini, first):
 
 
 @pytest.mark.slow
-def test_inputs_are_the_principal_part_of_the_second_moment(mini):
-    """With as many directions as there are, rows' outer products are the whole moment; checked on one layer each."""
+def test_principal_inputs_approximate_the_second_moment(mini):
+    """With all directions, the sum of the rows' outer products is the whole moment; checked on one layer."""
     task, config = load_task("emoji"), train_config("mini", **QUICK)
     batches = Batches(task, mini, config)
     model = with_weights(mini, mini.model.state_dict())
@@ -64,8 +64,8 @@ def principal_inputs_of(mini, task, batches, config, directions):
 
 
 @pytest.mark.slow
-def test_texts_count_up_to_their_eot(mini):
-    """A moment of prompts doesn't change when a longer prompt is in their batch."""
+def test_only_tokens_up_to_eot_count_for_texts(mini):
+    """The moment of prompts does not depend on longer prompts in their batch."""
     task, config = load_task("emoji"), train_config("mini", **QUICK)
     rows = principal_inputs_of(mini, task, Batches(task, mini, config), config, directions=128)
     got = rows["transformer.resblocks.0.attn.k_proj.inputs"]
@@ -96,7 +96,7 @@ def test_drift_is_the_relative_change_of_outputs_written_out(first, pools):
     torch.testing.assert_close(drift_loss(pools.pools, past), torch.stack(changes).mean(), atol=1e-5, rtol=1e-4)
 
 
-def test_drift_of_consolidated_pools_is_that_of_the_experts_that_will_be_merged(first, pools):
+def test_drift_of_consolidating_pools_is_that_of_the_experts_that_will_be_merged(first, pools):
     past = past_inputs([first.adapter], pools)
     for pool in pools.pools.values():
         torch.nn.init.normal_(pool.lora_B)
@@ -112,7 +112,7 @@ def test_drift_of_consolidated_pools_is_that_of_the_experts_that_will_be_merged(
     torch.testing.assert_close(drift_loss(pools.pools, past), merged)
 
 
-def test_moments_of_several_tasks_add_up_and_stay_of_one_size(first, pools):
+def test_moments_of_several_tasks_are_added(first, pools):
     one, two = (past_inputs([first.adapter] * count, pools) for count in (1, 2))
     for module, moment in one.items():
         torch.testing.assert_close(two[module], 2 * moment)
@@ -120,7 +120,7 @@ def test_moments_of_several_tasks_add_up_and_stay_of_one_size(first, pools):
 
 
 @pytest.mark.slow
-def test_a_task_learned_with_drift_loss_moves_earlier_outputs_less(mini, first):
+def test_training_with_drift_loss_changes_earlier_outputs_less(mini, first):
     task, probe = load_task("flags"), load_task("emoji")
     pixels = Batches(probe, mini, train_config("mini", **QUICK)).pixels(range(16))
     moved = {}
@@ -134,7 +134,7 @@ def test_a_task_learned_with_drift_loss_moves_earlier_outputs_less(mini, first):
     assert moved[3000.0] < moved[0.0] / 2
 
 
-def test_inputs_travel_with_the_adapter(first, tmp_path):
+def test_principal_inputs_are_saved_with_the_adapter(first, tmp_path):
     assert isinstance(first.adapter, Adapter)
     save_adapter(first.adapter, tmp_path / "a.safetensors")
     again = load_adapter(tmp_path / "a.safetensors")

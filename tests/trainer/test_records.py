@@ -1,4 +1,4 @@
-"""Untrusted JSON stays within its memory limit."""
+"""Reading untrusted JSON stays within its memory limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def holding(kind):
     return make_dataclass("Holding", [("value", kind)])
 
 
-def test_as_many_words_as_any_data_set_has_are_read():
+def test_as_many_class_names_as_imagenet_21k_has_are_read():
     names = [f"number {n}, of ImageNet-21k, and so on" for n in range(21_841)]
     assert read_json(holding(Texts), json.dumps({"value": names})).value == tuple(names)
 
@@ -36,14 +36,14 @@ def test_as_many_words_as_any_data_set_has_are_read():
         ),
     ],
 )
-def test_more_is_refused_before_it_is_parsed(text, reason):
+def test_oversized_json_is_refused_before_it_is_parsed(text, reason):
     with pytest.raises(ValueError, match=reason):
         read_json(Json, text)
 
 
 @pytest.mark.parametrize("kind", [Json | list, Texts, Items[Accuracy], dict[str, Items[float]], dict[str, Setting]])
 @pytest.mark.parametrize("small", SMALL)
-def test_small_values_are_read_or_refused_in_little_memory(kind, small):
+def test_many_small_values_are_read_or_refused_in_little_memory(kind, small):
     inside = ",".join(small.replace("n", str(n)) for n in range(MAX_VALUES // 2 - 2))
     text = ('{"value":' + (f"{{{inside}}}" if small.startswith('"n"') else f"[{inside}]") + "}").encode()
     with _limits(len(text)) as grew:
@@ -54,5 +54,5 @@ def test_small_values_are_read_or_refused_in_little_memory(kind, small):
     assert grew[0] < 2 * len(text) + EXTRA_BYTES
 
 
-def test_a_foreign_text_is_one_line_and_short():
+def test_untrusted_text_is_shortened_to_one_line():
     assert one_line("a\n\x1b[2Jb" + "c" * 400) == "a ?[2Jb" + "c" * 293 + " ..."

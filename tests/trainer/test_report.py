@@ -38,7 +38,7 @@ HOSTILE = "<b>$x$ & co</b>"
 def write_run(
     folder, method="pool", order=("digits", "flags"), *, seed=0, matrix=None, union=True, sources=(), **config
 ):
-    """A record as trainer sequence writes it; by default 60% on learned tasks and zero-shot on the rest."""
+    """Write a record as ``trainer sequence`` does; accuracy is by default 60% on learned tasks, zero-shot on others."""
     order_seed = config.pop("order_seed", None)
     if matrix is None:
         matrix = [[60.0 if j <= i else ZERO_SHOT[task] for j, task in enumerate(order)] for i in range(len(order))]
@@ -90,7 +90,7 @@ def leave_adapters(folder, order=("digits", "flags"), **options):
 
 
 class Page(HTMLParser):
-    """Table rows as lists of texts, pictures as dicts of attributes; fails on tags that don't close in order."""
+    """The page's table rows, as lists of texts, and pictures, as attributes; fails on tags that are not nested."""
 
     def __init__(self, text):
         super().__init__()
@@ -117,13 +117,13 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
     def row(self, label):
-        """The first row of this label that has the measures in it."""
+        """Return the first row with this label in a table of metrics."""
         return next(row for row in self.rows if row[0] == label and len(row) == 9)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Three seeds of the pool, one run without AGO, with a hostile setting, one of lora, one of joint."""
+    """Three seeds of the pool, one pool run without AGO and with a hostile setting, one of lora, one of joint."""
     root = tmp_path_factory.mktemp("study")
     for seed, (transferred, ended) in enumerate([(10.0, 60.0), (14.0, 70.0), (18.0, 80.0)]):
         matrix = [[90.0, transferred], [80.0, 2 * ended - 80.0]]
@@ -142,7 +142,7 @@ def page(run):
     return Page((run / "report.html").read_text(encoding="utf-8"))
 
 
-def test_tables_hold_what_is_worked_out_by_hand(page):
+def test_tables_hold_values_computed_by_hand(page):
     assert page.row("zero-shot")[3:] == ["1", "10.0", "", "30.0", "30.0", ""]
     assert page.row("pool")[1:4] == ["3", "3", "1"]
     assert page.row("pool")[4:] == ["14.0 ± 4.0", "+4.0 ± 4.0", "61.0 ± 6.0", "70.0 ± 10.0", "10.0 ± 0.0"]
@@ -150,7 +150,7 @@ def test_tables_hold_what_is_worked_out_by_hand(page):
     assert page.row("joint")[1:] == ["1", "1", "1", "—", "—", "86.0", "86.0", "—"]
 
 
-def test_groups_are_held_against_the_reference_over_shared_seeds_alone(page):
+def test_groups_are_compared_with_the_reference_over_shared_seeds_only(page):
     row = next(row for row in page.rows if row[0].startswith("pool, ago=off") and len(row) == 6)
     assert row[1:] == [
         "1",
@@ -161,19 +161,19 @@ def test_groups_are_held_against_the_reference_over_shared_seeds_alone(page):
     ]  # against seed 0 of the pool: 10, 55, 60, 10
 
 
-def test_best_is_bold_and_joint_takes_no_part(run):
+def test_best_values_are_bold_and_joint_is_excluded(run):
     bold = re.findall(r"<b>([^<]*)</b></td>", (run / "report.html").read_text(encoding="utf-8"))
     assert bold == 2 * ["14.0 ± 4.0", "61.0 ± 6.0", "70.0 ± 10.0", "10.0 ± 0.0"]
 
 
-def test_page_is_self_contained(run):
+def test_the_page_is_self_contained(run):
     text = (run / "report.html").read_text(encoding="utf-8")
     for forbidden in ("http:", "https:", "<script", "<link", "<iframe", "@import", "url(", "srcset"):
         assert forbidden not in text
     assert all(value.startswith("data:image/png;base64,") for value in re.findall(r'(?:src|href)="([^"]*)', text))
 
 
-def test_every_figure_is_a_png_and_on_the_page(run, page):
+def test_every_figure_is_a_png_and_shown_on_the_page(run, page):
     figures = {path.name: path.read_bytes() for path in (run / "figures").iterdir()}
     assert sorted(figures) == [
         "accuracy-task.png", "accuracy-union.png", "comparison-task.png", "comparison-union.png", "overlap.png",
@@ -185,7 +185,7 @@ def test_every_figure_is_a_png_and_on_the_page(run, page):
     assert all(len(picture["alt"]) > 40 for picture in page.pictures)
 
 
-def test_hostile_settings_are_text(run, page):
+def test_hostile_settings_are_escaped(run, page):
     assert "<b>$x$" not in (run / "report.html").read_text(encoding="utf-8")
     assert f"pool, ago=off, note={HOSTILE}" in page.text
 
@@ -201,7 +201,7 @@ def test_overlap_is_shown_with_and_without_ago(run, page):
 
 
 @pytest.mark.slow
-def test_written_again_it_is_the_same_and_replaces_its_own_figures_alone(tmp_path):
+def test_writing_a_report_again_changes_nothing_and_removes_only_its_own_old_figures(tmp_path):
     root = write_run(tmp_path / "one", "finetune", ("digits",), union=False)
     write_report(root)
     first = (root / "report.html").read_bytes()
@@ -237,14 +237,14 @@ def test_labels_name_the_settings_that_differ_from_the_method_s_reference(tmp_pa
     assert section.representative(section.reference).name == "plain0"
 
 
-def test_of_as_many_runs_the_reference_is_what_ends_best(tmp_path):
+def test_among_equally_many_runs_the_reference_has_the_best_last_accuracy(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", router="fixed", matrix=[[60.0, 10.0], [60.0, 61.0]])
     (section,) = sections(read_runs(tmp_path))
     assert [group.label for group in section.groups] == ["pool", "pool, router=learned"]
 
 
-def test_what_ablations_are_made_of_is_the_reference_and_they_are_called_by_what_they_change(tmp_path):
+def test_the_setting_that_ablations_vary_is_the_reference(tmp_path):
     write_run(tmp_path / "base", iterations=50)
     write_run(tmp_path / "better", iterations=50, router="fixed", matrix=[[60.0, 10.0], [60.0, 61.0]])
     for seed in (0, 1):
@@ -253,7 +253,7 @@ def test_what_ablations_are_made_of_is_the_reference_and_they_are_called_by_what
     assert [group.label for group in section.groups] == ["pool", "pool, lr=0.0001", "pool, router=fixed"]
 
 
-def test_the_model_s_own_settings_are_the_reference_where_some_run_has_them(tmp_path):
+def test_the_model_s_default_settings_are_the_reference_if_any_run_has_them(tmp_path):
     write_run(tmp_path / "default", router="none", ago="off", matrix=[[60.0, 10.0], [10.0, 10.0]])
     for seed in (0, 1):
         write_run(tmp_path / f"better{seed}", router="fixed", seed=seed)
@@ -270,7 +270,7 @@ def test_zero_shot_of_transfer_follows_each_run_s_own_order(tmp_path):
     assert section.zero_shot("task").values == (30.0,)
 
 
-def test_other_tasks_and_other_images_are_sections_of_their_own(tmp_path):
+def test_runs_on_other_tasks_or_images_get_their_own_sections(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", order=("digits", "emoji"))
     write_run(tmp_path / "c", sources=[f"shipped{VALIDATION}"])
@@ -282,7 +282,7 @@ def test_other_tasks_and_other_images_are_sections_of_their_own(tmp_path):
     ]
 
 
-def test_held_out_training_images_are_known_by_their_source():
+def test_validation_images_are_recognised_by_their_source():
     assert validation(load_task("emoji")).source.endswith(VALIDATION)
 
 
@@ -317,14 +317,14 @@ def test_overlap_equals_a_loop_over_pairs_of_columns():
     assert overlap(adapters[:1]) is None
 
 
-def test_one_column_overlaps_with_no_other_of_its_task():
+def test_a_task_with_one_column_has_no_overlap_with_itself():
     found = overlap([make_adapter(task, experts=1) for task in ("digits", "flags")])
     assert np.isnan(found.cosine.diagonal()).all()
-    assert found.mean_cosine == pytest.approx(1.0)  # drawn by the same seed: the same columns
+    assert found.mean_cosine == pytest.approx(1.0)  # both tasks have the same seed, hence the same columns
 
 
 @pytest.mark.parametrize("width", [1, 2, 64, 3072])
-def test_chance_is_the_mean_cosine_of_random_directions(width):
+def test_the_chance_level_is_the_mean_cosine_of_random_directions(width):
     directions = np.random.default_rng(0).standard_normal((20_000, width if width < 100 else 8))
     if width < 100:
         measured = np.abs(directions[:, 0] / np.linalg.norm(directions, axis=1)).mean()
@@ -333,7 +333,7 @@ def test_chance_is_the_mean_cosine_of_random_directions(width):
         assert chance_cosine(width) == pytest.approx(math.sqrt(2 / (math.pi * width)), rel=1e-3)
 
 
-def test_votes_are_shares_of_a_layer_image_tower_first():
+def test_votes_are_shares_per_layer_with_the_image_tower_first():
     adapter = make_adapter("digits")
     adapter.activation_counts.update(
         {
@@ -351,13 +351,13 @@ def test_votes_are_shares_of_a_layer_image_tower_first():
     assert votes([make_adapter("digits", counted=False)]) is None
 
 
-def test_labels_move_apart_no_further_than_they_must():
+def test_labels_are_moved_apart_no_further_than_necessary():
     assert spread_out([0.0, 10.0], 2.0) == [0.0, 10.0]
     assert spread_out([5.0, 5.0, 5.0, 20.0], 2.0) == [3.0, 5.0, 7.0, 20.0]
     assert spread_out([], 2.0) == []
 
 
-def test_counts_are_written_short():
+def test_counts_are_abbreviated():
     assert [short(n) for n in (7, 999, 119_808, 1_105_920, 149_600_000, 999_900)] == [
         "7",
         "999",
@@ -368,7 +368,7 @@ def test_counts_are_written_short():
     ]
 
 
-def test_a_folder_without_runs_says_what_writes_them(tmp_path):
+def test_a_folder_without_runs_is_refused_with_the_next_step(tmp_path):
     with pytest.raises(ReportError, match="no such folder"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(ReportError, match=r"'trainer sequence --out .*' writes one"):
@@ -421,7 +421,7 @@ def test_a_broken_adapter_is_refused_and_nothing_is_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_an_interrupted_write_leaves_the_earlier_report_as_it_was(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_earlier_report_unchanged(tmp_path, monkeypatch):
     root = write_run(tmp_path / "run", "finetune")
     (root / "report.html").write_text("earlier")
     pictures = [Picture(name, "", b"png", 1, 1) for name in ("comparison-task.png", f"{'x' * 300}.png")]

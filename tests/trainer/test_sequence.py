@@ -14,18 +14,18 @@ from clipweld.trainer.sequence.metrics import average, forgetting, last, transfe
 from clipweld.trainer.sequence.run import run_sequence
 from clipweld.trainer.tasks import load_task
 
-# Three tasks, worked out by hand: rows after learning 1, 2, 3.
+# Accuracies on three tasks; one row after each learned task.
 MATRIX = [[80.0, 30.0, 10.0], [70.0, 90.0, 20.0], [75.0, 60.0, 50.0]]
 
 
-def test_metrics_on_a_matrix_worked_out_by_hand():
+def test_metrics_equal_those_computed_by_hand():
     assert transfer(MATRIX) == (30 + (10 + 20) / 2) / 2
     assert average(MATRIX) == round((75 + 60 + 80 / 3) / 3, 2)
     assert last(MATRIX) == round((75 + 60 + 50) / 3, 2)
     assert forgetting(MATRIX) == ((80 - 75) + (90 - 60)) / 2
 
 
-def test_one_task_defines_no_transfer_and_no_forgetting():
+def test_one_task_has_no_transfer_and_no_forgetting():
     assert transfer([[80.0]]) is None
     assert forgetting([[80.0]]) is None
     assert average([[80.0]]) == last([[80.0]]) == 80.0
@@ -39,7 +39,7 @@ def run(mini, tmp_path_factory):
     return out, run_sequence(tasks, mini, config, out, watch=[load_task("flags")])["task"]
 
 
-def test_sequence_tests_all_tasks_after_each(run):
+def test_a_sequence_tests_all_tasks_after_each_task(run):
     _, result = run
     assert result.tested == ["emoji", "clipart", "flags"]
     assert [len(row) for row in result.matrix] == [3, 3]
@@ -47,18 +47,18 @@ def test_sequence_tests_all_tasks_after_each(run):
     assert result.last == round(sum(result.matrix[1][:2]) / 2, 2)
 
 
-def test_sequence_leaves_a_lineage_and_a_record(run, mini):
+def test_a_sequence_writes_a_lineage_and_a_record(run, mini):
     out, result = run
     assert [a.task for a in load_lineage(out / "adapters", mini.fingerprint)] == ["emoji", "clipart"]
     assert json.loads((out / "sequence.json").read_text())["results"]["task"]["matrix"] == result.matrix
 
 
-def test_sequence_does_not_mix_with_adapters_of_another_run(run, mini):
+def test_a_sequence_refuses_a_folder_with_another_run(run, mini):
     with pytest.raises(ConfigError, match="holds a run already"):
         run_sequence([load_task("emoji")], mini, train_config("mini"), run[0])
 
 
-def test_sequence_names_a_task_that_is_listed_twice(mini, tmp_path):
+def test_a_task_that_is_listed_twice_is_refused(mini, tmp_path):
     with pytest.raises(ConfigError, match="emoji emoji"):
         run_sequence([load_task("emoji"), load_task("emoji")], mini, train_config("mini"), tmp_path)
 
@@ -72,7 +72,7 @@ def learn(mini, out, method, **settings):
 
 
 @pytest.mark.slow
-def test_lora_trains_and_keeps_one_plain_lora(mini, tmp_path):
+def test_method_lora_trains_and_keeps_a_plain_lora(mini, tmp_path):
     result = learn(mini, tmp_path, "lora")
     assert result.trainable_parameters == result.kept_parameters
     adapters = load_lineage(tmp_path / "adapters", mini.fingerprint)
@@ -84,7 +84,7 @@ def test_lora_trains_and_keeps_one_plain_lora(mini, tmp_path):
 
 
 @pytest.mark.slow
-def test_finetune_moves_all_weights_task_after_task(mini, tmp_path):
+def test_finetune_changes_all_weights_task_after_task(mini, tmp_path):
     result = learn(mini, tmp_path, "finetune")
     everything = sum(value.numel() for name, value in mini.model.named_parameters() if name != "logit_scale")
     assert result.trainable_parameters == result.kept_parameters == everything
@@ -106,7 +106,7 @@ def test_joint_learns_all_tasks_at_once(mini, tmp_path):
 
 
 @pytest.mark.slow
-def test_joint_takes_every_task_in_turn(mini, tmp_path):
+def test_joint_takes_as_many_steps_as_all_tasks_together(mini, tmp_path):
     numbers = []
     config = train_config("mini", "joint", **QUICK)
     tasks = [load_task("emoji"), load_task("clipart")]
@@ -139,11 +139,11 @@ def test_order_seed_shuffles_the_tasks_and_nothing_else(mini, tmp_path):
 
 
 def few(task):
-    """A loader of only sixteen images a split."""
+    """Return a loader of only sixteen images per split."""
     return lambda split: task.load(split).subset(range(16))
 
 
-def test_union_classifies_among_the_names_of_all_tasks_and_a_shared_name_is_one_class(mini):
+def test_union_classifies_among_all_class_names_and_a_shared_name_is_one_class(mini):
     tasks = [dataclasses.replace(load_task(name), load=few(load_task(name))) for name in ("emoji", "clipart")]
     assert {"animal", "food"} <= set(tasks[0].class_names) & set(tasks[1].class_names)
     found = evaluate(mini, tasks)

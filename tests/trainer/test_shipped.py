@@ -1,4 +1,4 @@
-"""What ships: weights, tasks and licences agree with each other."""
+"""The shipped weights, tasks and licences agree with each other."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ def test_weights_load_strictly_and_give_unit_features():
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_zip_holds_the_counted_pictures_of_each_class(name):
+def test_each_zip_has_the_recorded_number_of_pictures_per_class(name):
     entry = CATALOGUE[name]
     for split in ("train", "test"):
         labelled = measure.task_images(measure.TASKS / f"{name}.zip", f"{split}/")
@@ -35,7 +35,7 @@ def test_licences_name_every_zip(name):
 
 
 @pytest.mark.parametrize("name", ["emoji", "clipart"])
-def test_held_out_list_counts_as_the_task_does(name):
+def test_the_held_out_list_has_the_recorded_number_of_pictures_per_class(name):
     times = Counter((split, label) for split, label, _ in tasks.listed(name))
     entry = CATALOGUE[name]
     for split in ("train", "test"):

@@ -1,4 +1,4 @@
-"""Tasks that are tiny or odd: each is learned, or refused in one line before anything slow."""
+"""Tiny and uneven tasks are either learned, or refused in one line before any slow step."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from clipweld.trainer.tasks import load_task, validation
 
 
 def lay(folder: Path, train: list[int], test: list[int]) -> Path:
-    """Classes with so many training and test images each."""
+    """Write classes with the given numbers of training and test images, and return their folder."""
     shade = 0
     for split, counts in (("train", train), ("test", test)):
         for label, count in enumerate(counts):
@@ -51,19 +51,19 @@ def test_tiny_and_uneven_tasks_are_learned(mini, tmp_path, train, test, settings
     assert 0 <= fitted.adapter.accuracy["after"]["tiny"] <= 100
 
 
-def test_one_image_of_each_class_in_one_tree_leaves_none_to_test_on(tmp_path):
+def test_a_folder_without_splits_and_with_one_image_per_class_is_refused(tmp_path):
     folder = lay(tmp_path / "tiny", [1, 1, 1], [])
     with pytest.raises(TaskInvalid, match=r"3 classes have one image each.*give two or more per class"):
         load_task(str(folder / "train"))
     assert len(load_task(str(lay(tmp_path / "more", [1, 2], []) / "train")).load("test")) == 1
 
 
-def test_one_training_image_of_each_class_leaves_none_to_validate_on(tmp_path):
+def test_validation_with_one_training_image_per_class_is_refused(tmp_path):
     with pytest.raises(TaskInvalid, match=r"'tiny', training images .*have one image each"):
         validation(load_task(str(lay(tmp_path / "tiny", [1, 1], [1, 1]))))
 
 
-def test_a_batch_of_one_image_teaches_nothing_and_is_refused(mini, tmp_path):
+def test_a_batch_size_of_one_is_refused(mini, tmp_path):
     task = load_task(str(lay(tmp_path / "tiny", [2, 2], [1, 1])))
     config = train_config("mini", iterations=1, batch_size=1)
     with pytest.raises(ConfigError, match="--batch-size 2 or more"):

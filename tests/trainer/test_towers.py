@@ -14,7 +14,7 @@ def test_encode_text_equals_open_clip_on_cut_prompts(mini):
     assert cut_to_longest(tokens[:1]).shape == (1, 3)
 
 
-def test_the_last_block_at_cls_equals_open_clip_forward_and_back(mini):
+def test_the_last_block_at_cls_equals_open_clip_forward_and_backward(mini):
     plain = open_clip.create_model("mini", pretrained=str(MINI / "mini.safetensors"))
     assert isinstance(mini.model.visual.transformer.resblocks[-1], ClsBlock)
     assert list(mini.model.state_dict()) == list(plain.state_dict())

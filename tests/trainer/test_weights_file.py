@@ -1,4 +1,4 @@
-"""Files that are given as weights: what they are, what they hold, and the preprocessing beside them."""
+"""Files given as weights: their format, their contents, and the preprocessing configured beside them."""
 
 import argparse
 import copy
@@ -28,7 +28,7 @@ SHIPPED = Path("trainer/src/clipweld/trainer/mini/mini.safetensors")
 
 
 def refused(file, model="mini"):
-    """The one line that a file is refused with."""
+    """Return the one-line error with which a file is refused."""
     with pytest.raises(WeightsError) as caught:
         load_backbone(model, str(file))
     assert "\n" not in str(caught.value)
@@ -64,7 +64,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_file_that_is_something_else_is_named(name, tmp_path):
+def test_a_file_of_another_format_is_refused_and_the_format_named(name, tmp_path):
     content, says = FOREIGN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(WeightsError, match=f"could not be loaded: .*{says}") as caught:
@@ -72,7 +72,7 @@ def test_a_file_that_is_something_else_is_named(name, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_archives_and_arrays_are_named_whatever_their_ending(tmp_path):
+def test_archives_and_arrays_are_recognised_under_any_suffix(tmp_path):
     for kind, says in (
         (tarfile.open, "tar archive; unpack it"),
         (zipfile.ZipFile, "zip archive, and torch.save did not"),
@@ -84,7 +84,7 @@ def test_archives_and_arrays_are_named_whatever_their_ending(tmp_path):
     assert "arrays of NumPy" in refused(tmp_path / "weights.pt")
 
 
-def test_a_checkpoint_cut_off_is_named(tmp_path, mini):
+def test_a_truncated_checkpoint_is_refused(tmp_path, mini):
     torch.save(mini.model.state_dict(), tmp_path / "weights.pt")
     for file in (SHIPPED, tmp_path / "weights.pt"):
         cut = tmp_path / f"cut{file.suffix}"
@@ -92,7 +92,7 @@ def test_a_checkpoint_cut_off_is_named(tmp_path, mini):
         assert "cut off" in refused(cut)
 
 
-def test_what_is_no_file_is_named(tmp_path):
+def test_anything_but_a_regular_file_is_refused_with_the_reason(tmp_path):
     (tmp_path / "link.pt").symlink_to("gone.pt")
     assert "a link to gone.pt, which is not there" in refused(tmp_path / "link.pt")
     os.mkfifo(tmp_path / "pipe.pt")
@@ -110,20 +110,20 @@ def test_what_is_no_file_is_named(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_named(tmp_path):
+def test_a_file_without_read_permission_is_reported(tmp_path):
     shutil.copy(SHIPPED, tmp_path / "weights.safetensors")
     (tmp_path / "weights.safetensors").chmod(0)
     assert "can't be read (Permission denied)" in refused(tmp_path / "weights.safetensors")
 
 
-def test_a_tag_is_understood_whatever_its_case_and_one_of_another_model_is_suggested(monkeypatch):
+def test_tags_are_understood_in_any_case_and_the_right_model_is_suggested(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", lambda *_, **given: pytest.fail(given["pretrained"]))
     with pytest.raises(pytest.fail.Exception, match=r"^laion2b_s34b_b79k$"):
         load_backbone("ViT-B-32", "LAION2B-s34b-b79k")
     assert "--model ViT-L-14 --pretrained laion2b_s32b_b82k" in refused("laion/CLIP-ViT-L-14-laion2B-s32B-b82K")
 
 
-def test_a_model_of_other_towers_is_refused_before_its_weights_are_fetched(monkeypatch):
+def test_an_unsupported_model_is_refused_before_its_weights_are_downloaded(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("it was built"))
     for name in ("RN50", "roberta-ViT-B-32", "ViT-B-16-SigLIP", "coca_ViT-B-32", "convnext_base"):
         with pytest.raises(UnsupportedModel, match=f"model {name}: "):
@@ -132,7 +132,7 @@ def test_a_model_of_other_towers_is_refused_before_its_weights_are_fetched(monke
 
 @pytest.mark.parametrize("ending", ["pt", "bin", "safetensors", "npz", "weights", ""])
 @pytest.mark.parametrize("layout", ["safetensors", "zip", "legacy"])
-def test_a_checkpoint_is_read_by_its_bytes_whatever_its_ending(layout, ending, mini, tmp_path):
+def test_a_checkpoint_is_recognised_by_its_bytes_under_any_suffix(layout, ending, mini, tmp_path):
     file = tmp_path / f"file.{ending}"
     if layout == "safetensors":
         save_file(mini.model.state_dict(), file)
@@ -150,7 +150,7 @@ def test_a_checkpoint_is_read_by_its_bytes_whatever_its_ending(layout, ending, m
         ("model._orig_mod.module.", "without _orig_mod., model., module."),
     ],
 )
-def test_names_of_wrappers_are_removed_with_a_note(prefix, says, mini, tmp_path):
+def test_prefixes_of_wrappers_are_removed_with_a_note(prefix, says, mini, tmp_path):
     state = {f"{prefix}{name}": tensor for name, tensor in mini.model.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "last.ckpt")
     found = load_backbone("mini", str(tmp_path / "last.ckpt"))
@@ -158,13 +158,13 @@ def test_names_of_wrappers_are_removed_with_a_note(prefix, says, mini, tmp_path)
     assert says in found.notes[0]
 
 
-def test_a_compiled_tower_is_read(mini, tmp_path):
+def test_weights_of_a_compiled_tower_are_read(mini, tmp_path):
     state = {name.replace("visual.", "visual._orig_mod.", 1): t for name, t in mini.model.state_dict().items()}
     save_file(state, tmp_path / "compiled.safetensors")
     assert load_backbone("mini", str(tmp_path / "compiled.safetensors")).fingerprint == mini.fingerprint
 
 
-def test_a_checkpoint_with_objects_says_which_and_how_to_save_it_without(mini, tmp_path):
+def test_a_checkpoint_with_other_objects_is_refused_with_advice(mini, tmp_path):
     state = {"state_dict": mini.model.state_dict(), "args": argparse.Namespace(lr=1)}
     torch.save(state, tmp_path / "objects.pt")
     assert "more than tensors: argparse.Namespace; " in refused(tmp_path / "objects.pt")
@@ -173,7 +173,7 @@ def test_a_checkpoint_with_objects_says_which_and_how_to_save_it_without(mini, t
     assert "open_clip" in refused(tmp_path / "whole.pt")
 
 
-def test_entries_that_are_no_weights_are_named(mini, tmp_path):
+def test_entries_that_are_not_weights_are_refused_by_name(mini, tmp_path):
     file, state = tmp_path / "odd.pt", mini.model.state_dict()
     for content, says in (
         ({**state, "epoch": 3}, "entry 'epoch' is of type int, expected a tensor"),
@@ -189,7 +189,7 @@ def test_entries_that_are_no_weights_are_named(mini, tmp_path):
         assert says in refused(file)
 
 
-def test_other_libraries_checkpoints_are_named(mini, adapters, tmp_path):
+def test_checkpoints_of_other_libraries_are_recognised_and_refused(mini, adapters, tmp_path):
     from clipweld.exporter.release.checkpoints import save_peft, save_transformers
     from clipweld.trainer.adapters.adapter import load_adapter
 
@@ -203,7 +203,7 @@ def test_other_libraries_checkpoints_are_named(mini, adapters, tmp_path):
         load_backbone("ViT-B-32", str(SHIPPED))
 
 
-def test_nothing_is_stretched_to_fit(mini, tmp_path):
+def test_tensors_of_other_shapes_are_refused_and_not_resized(mini, tmp_path):
     state = load_file(SHIPPED)
     state["visual.positional_embedding"] = torch.randn(26, 192)
     state["positional_embedding"] = torch.randn(77, 128)
@@ -213,7 +213,7 @@ def test_nothing_is_stretched_to_fit(mini, tmp_path):
     assert "positional_embedding (77, 128), expected (24, 128)" in said
 
 
-def test_tensors_that_are_missing_or_have_no_place_are_counted_and_named(tmp_path):
+def test_missing_and_unexpected_tensors_are_counted_and_named(tmp_path):
     state = load_file(SHIPPED)
     del state["ln_final.weight"], state["visual.proj"]
     save_file(state | {"head.weight": torch.zeros(3)}, tmp_path / "odd.safetensors")
@@ -222,7 +222,7 @@ def test_tensors_that_are_missing_or_have_no_place_are_counted_and_named(tmp_pat
     assert "2 of the tensors of mini are missing in it (" in said
 
 
-def test_numbers_saved_as_lists_of_one_are_read(mini, tmp_path):
+def test_scalars_saved_as_tensors_of_one_element_are_read(mini, tmp_path):
     state = load_file(SHIPPED)
     save_file(state | {"logit_scale": state["logit_scale"].reshape(1)}, tmp_path / "listed.safetensors")
     assert load_backbone("mini", str(tmp_path / "listed.safetensors")).fingerprint == mini.fingerprint
@@ -230,7 +230,7 @@ def test_numbers_saved_as_lists_of_one_are_read(mini, tmp_path):
 
 @pytest.fixture
 def beside(tmp_path):
-    """A function that puts a configuration beside the shipped weights, and gives their file."""
+    """A function that writes a configuration beside a copy of the shipped weights and returns the copy."""
 
     def write(config):
         (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
@@ -242,7 +242,7 @@ def beside(tmp_path):
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear", "resize_mode": "squash"}
 
 
-def test_the_preprocessing_beside_weights_is_theirs(beside, mini, samples_image):
+def test_the_preprocessing_configured_beside_the_weights_is_used(beside, mini, samples_image):
     found = load_backbone("mini", beside({"preprocess_cfg": {**HALF, "size": 64}}))
     assert (found.mean, found.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert (found.interpolation, found.resize_mode, found.notes) == ("bilinear", "squash", ())
@@ -297,7 +297,7 @@ def test_a_configuration_that_contradicts_the_model_is_refused(config, says, bes
     assert says in refused(beside(config))
 
 
-def test_an_adapter_remembers_a_preprocessing_of_its_own(beside, digits, fitted, mini, tmp_path):
+def test_an_adapter_records_its_preprocessing_and_refuses_another(beside, digits, fitted, mini, tmp_path):
     assert "preprocessing" not in fitted.adapter.config
     half = load_backbone("mini", beside({"preprocess_cfg": HALF}))
     config = train_config("mini", iterations=1, shots=1, batch_size=4, anchor_weight=0.0, drift_weight=0.0)
@@ -316,12 +316,12 @@ def test_an_adapter_remembers_a_preprocessing_of_its_own(beside, digits, fitted,
               "--pretrained", str(tmp_path / "adapters" / "bare.weights")])  # fmt: skip
 
 
-def test_a_configuration_may_say_a_part(beside, mini):
+def test_a_configuration_may_be_partial(beside, mini):
     for config in ({"model_cfg": {"quick_gelu": False}}, {"model_cfg": {"vision_cfg": {"head_width": 64}}}):
         assert load_backbone("mini", beside(config)).fingerprint == mini.fingerprint
 
 
-def test_the_advice_for_a_tag_carries_its_preprocessing(monkeypatch, beside):
+def test_the_advice_for_a_tag_includes_its_preprocessing(monkeypatch, beside):
     def offline(*_arguments, **_settings):
         raise OSError("Name or service not known")
 
@@ -336,13 +336,13 @@ def test_the_advice_for_a_tag_carries_its_preprocessing(monkeypatch, beside):
     assert load_backbone("mini", beside(json.loads(advised))).mean == (0.5, 0.5, 0.5)
 
 
-def test_openai_s_layout_is_quick_gelu_s(mini, tmp_path):
+def test_weights_in_openai_s_layout_require_quick_gelu(mini, tmp_path):
     extras = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
     torch.save(mini.model.state_dict() | extras, tmp_path / "openai.pt")
     assert "were trained with QuickGELU, model mini has GELU" in refused(tmp_path / "openai.pt")
 
 
-def test_a_damaged_pickle_takes_no_other_error(tmp_path, mini):
+def test_a_damaged_pickle_raises_no_other_error(tmp_path, mini):
     buffer = io.BytesIO()
     torch.save({"a": torch.zeros(3), "b": copy.deepcopy(mini.mean)}, buffer, _use_new_zipfile_serialization=False)
     whole, random = buffer.getvalue(), np.random.default_rng(0)

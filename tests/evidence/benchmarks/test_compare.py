@@ -1,4 +1,4 @@
-"""The comparison with other ways to run CLIP, at its smallest: who is timed, who answers otherwise, what it leaves."""
+"""The smallest comparison with other ways to run CLIP: what is timed, refused or missing, and what is left behind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Absent(OnnxRuntime):
     def missing(cls):
         return "not installed"
 """
-# What infinity-emb's server answers to the benchmark's requests; it can't be installed beside transformers 5.
+# A stand-in for infinity-emb's server, which can't be installed together with transformers 5.
 INFINITY = """#!{python}
 import base64, io, json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -89,7 +89,7 @@ HTTPServer((given["--host"], int(given["--port"])), Handler).serve_forever()
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """The command on the small CLIP, with three more contenders: one mirrors images, one breaks, one is not there."""
+    """The command on the small CLIP with three more contenders: one mirrors images, one fails, one is missing."""
     folder = tmp_path_factory.mktemp("compared")
     (folder / "others.py").write_text(OTHERS)
     server, pid_file = folder / "infinity_emb", folder / "pid"
@@ -117,7 +117,7 @@ def compared(tmp_path_factory):
     return SimpleNamespace(done=done, figures=json.loads(done.stdout), folder=folder, pid_file=pid_file)
 
 
-def test_all_that_is_installed_is_timed_and_agrees(compared):
+def test_all_installed_contenders_agree_and_are_timed(compared):
     measured = compared.figures["models"]["mini"]
     agreeing = {title: row for title, row in measured.items() if title not in ("mirrored", "broken")}
     assert list(agreeing) == [
@@ -150,7 +150,7 @@ def test_a_contender_that_answers_differently_is_reported_and_not_timed(compared
     assert compared.done.returncode == 1
 
 
-def test_what_breaks_or_is_missing_is_named(compared):
+def test_contenders_that_fail_or_are_missing_are_named(compared):
     measured = compared.figures["models"]["mini"]
     assert measured["broken"] == {
         "kind": "onnxruntime",
@@ -162,7 +162,7 @@ def test_what_breaks_or_is_missing_is_named(compared):
     assert "absent" not in measured
 
 
-def test_goals_are_of_pytorch_and_of_servers(compared):
+def test_goals_are_set_against_pytorch_and_against_servers(compared):
     goals = compared.figures["goals"]
     assert {(goal["than"], goal["times"]) for goal in goals} == {
         ("open_clip, labels once", 1.0),
@@ -174,7 +174,7 @@ def test_goals_are_of_pytorch_and_of_servers(compared):
     assert all(goal["reached"] == (goal["measured"] >= goal["times"]) for goal in goals)
 
 
-def test_file_and_tables_say_the_same(compared):
+def test_the_tables_show_the_figures_of_the_file(compared):
     file = compared.folder / "runs" / "compare.json"
     assert json.loads(file.read_text()) == compared.figures
     command = [sys.executable, "-m", "evidence.benchmarks.table", str(file)]
@@ -185,5 +185,5 @@ def test_file_and_tables_say_the_same(compared):
     assert sum("FAILED: RuntimeError: no weights here" in line for line in lines) == 1
 
 
-def test_no_server_is_left(compared):
+def test_no_server_is_left_running(compared):
     assert not Path(f"/proc/{compared.pid_file.read_text()}").exists()

@@ -8,7 +8,7 @@ from evidence.benchmarks import stream
 
 
 @pytest.mark.slow
-def test_the_client_is_timed_beside_onnx_runtime(tmp_path, capsys):
+def test_the_client_is_timed_against_onnx_runtime(tmp_path, capsys):
     stream.main(model="mini", pretrained="random", images=20, batch_size=[8], rounds=1, out=tmp_path / "stream.json")
     rows = json.loads((tmp_path / "stream.json").read_text())["rows"]
     assert list(rows) == ["client", "ONNX Runtime, batches of 8"]

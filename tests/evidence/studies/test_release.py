@@ -1,4 +1,4 @@
-"""The exporter's measuring commands, at their smallest."""
+"""The study of release costs, at its smallest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evidence.studies import release
 
 
 @pytest.mark.slow
-def test_what_a_release_costs(tmp_path, capsys):
+def test_the_cost_of_releases_is_measured(tmp_path, capsys):
     release.main(model="mini", pretrained="random", tasks=2, experts=1, out=tmp_path / "release.json")
     figures = json.loads((tmp_path / "release.json").read_text())
     assert figures["same_bytes"]

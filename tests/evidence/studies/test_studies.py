@@ -13,13 +13,13 @@ from evidence.studies import mini, scale, towers
 
 
 def chains(part, length):
-    """The commands of a part, as the trainer reads them."""
+    """Return the commands of one part of the study, as parsed by the trainer."""
     return [commands.parse(shlex.split(line)[1:]) for line in mini.PARTS[part](Path("out", part), length)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", mini.LENGTHS)
-def test_every_run_of_the_study_is_a_command_that_can_be_read(length):
+def test_every_run_of_the_study_is_a_valid_command(length):
     found = [command for part in mini.PARTS for command in chains(part, length)]
     assert len({command.out for command in found}) == len(found)
     assert all(isinstance(command, commands.Sequence) and command.tasks == ("mini",) for command in found)
@@ -28,13 +28,13 @@ def test_every_run_of_the_study_is_a_command_that_can_be_read(length):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", mini.LENGTHS)
-def test_settings_are_searched_on_validation_images_only(length):
+def test_settings_are_chosen_on_validation_images_only(length):
     assert all(command.validate for command in chains("search", length))
     assert not any(command.validate for part in ("methods", "ablations", "orders") for command in chains(part, length))
 
 
 @pytest.mark.parametrize("length", mini.LENGTHS)
-def test_methods_and_orders_make_every_pair_of_seed_and_order(length):
+def test_methods_and_orders_cover_every_pair_of_seed_and_order(length):
     found = chains("methods", length) + chains("orders", length)
     for method in ("pool", "lora", "finetune"):
         pairs = [(command.train.seed, command.order_seed) for command in found if command.method == method]
@@ -42,7 +42,7 @@ def test_methods_and_orders_make_every_pair_of_seed_and_order(length):
 
 
 @pytest.mark.parametrize("length", mini.LENGTHS)
-def test_a_baseline_runs_at_one_of_the_rates_searched(length):
+def test_a_baseline_uses_one_of_the_learning_rates_searched(length):
     for command in chains("methods", length):
         if command.method != "pool":
             assert command.train.lr in mini.RATES[length][command.method]
@@ -66,7 +66,7 @@ def test_scale_compares_the_last_task_with_the_second(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_halves_of_an_update_are_tested_apart(mini, tmp_path, capsys):
+def test_the_updates_of_each_tower_are_evaluated_separately(mini, tmp_path, capsys):
     tasks = [load_task("emoji"), load_task("flags")]
     config = train_config("mini", iterations=3, shots=2, lr=5e-2, anchor_weight=1.0)
     result = run_sequence(tasks, mini, config, tmp_path / "run")["task"]

@@ -1,4 +1,4 @@
-"""Two small repositories, of which the same numbers are not the same versions."""
+"""Two small repositories whose versions of the same number differ."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from evidence.trust.served import write_versions
 
 @pytest.fixture(scope="session")
 def lineages(tmp_path_factory):
-    """A folder for repositories and the adapters in them."""
+    """A folder for the repositories and their adapters."""
     return tmp_path_factory.mktemp("lineages")
 
 
 @pytest.fixture(scope="session")
 def versions(lineages):
-    """The base, one adapter, and two."""
+    """A repository with the base, a version with one adapter, and one with two."""
     return write_versions(lineages, [1, 2], "models")
 
 
 @pytest.fixture(scope="session")
 def others(lineages):
-    """The base, two adapters, and one."""
+    """A repository with the base, a version with two adapters, and one with one."""
     return write_versions(lineages, [2, 1], "other")

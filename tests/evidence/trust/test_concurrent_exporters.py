@@ -1,4 +1,4 @@
-"""Two exporters at once leave a repository whole, and it is seen if they don't."""
+"""Two exporters at once leave a repository intact, and the study notices if they don't."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evidence.trust.record import Record
 
 @pytest.fixture
 def copy(versions, tmp_path):
-    """A repository of its own."""
+    """A copy of the repository that a test may change."""
     for folder in (versions.path, versions.store.parent):
         shutil.copytree(folder, tmp_path / folder.name)
     shutil.copytree(versions.path.parent / "adapters-2", tmp_path / "adapters-2")
@@ -23,7 +23,7 @@ def copy(versions, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_at_once(copy, tmp_path):
+def test_two_exporters_at_once_leave_the_repository_intact(copy, tmp_path):
     record = Record(tmp_path / "record.json")
     with serve(copy.path) as server:
         for number in range(2):
@@ -33,7 +33,7 @@ def test_two_at_once(copy, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_not_whole_is_seen(copy):
+def test_a_damaged_repository_is_reported(copy):
     with serve(copy.path) as server:
         assert concurrent_exporters.faults(copy, server.url) == []
         file = copy.file("card", 1)

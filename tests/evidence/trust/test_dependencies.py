@@ -1,4 +1,4 @@
-"""What is installed is pinned and listed, and known vulnerabilities would be named."""
+"""Installed packages are pinned and listed, and known vulnerabilities would be reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evidence.trust import dependencies
 
 @pytest.fixture
 def check(tmp_path, monkeypatch):
-    """A function that checks this environment against given pins; the record."""
+    """A function that checks this environment against given pins and returns the record."""
 
     def check(constraints):
         (tmp_path / "constraints.txt").write_text(constraints)
@@ -28,7 +28,7 @@ def check(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_is_pinned_is_listed(check, tmp_path):
+def test_pinned_packages_are_listed(check, tmp_path):
     pins = sorted(f"{found.name}=={found.version}" for found in distributions())
     record = check("\n".join(["# pins", *pins]))
     assert record["broken"] == []
@@ -38,15 +38,15 @@ def test_what_is_pinned_is_listed(check, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_not_pinned_is_named(check):
+def test_a_package_that_differs_from_its_pin_is_reported(check):
     pins = [f"{found.name}=={found.version}" for found in distributions() if found.name != "numpy"]
     (line,) = check("\n".join([*pins, "numpy==0.1"]))["broken"]
     assert line.startswith("numpy 1.26")
     assert line.endswith("constraints.txt has 0.1")
 
 
-def test_a_known_vulnerability_is_named(monkeypatch):
-    """Data on vulnerabilities can't be had without a network: pip-audit's answer is written by hand."""
+def test_a_known_vulnerability_is_reported(monkeypatch):
+    """Vulnerability data needs a network, so pip-audit's output is written by hand."""
     vulnerable = {"name": "p", "version": "1.0", "vulns": [{"id": "PYSEC-1", "fix_versions": ["1.1"]}]}
     found = {"dependencies": [vulnerable, {"name": "q", "skip_reason": "not found"}]}
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, json.dumps(found), ""))

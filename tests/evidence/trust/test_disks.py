@@ -1,4 +1,4 @@
-"""Full and read-only disks do no harm, and the command that tries them would see it."""
+"""Full and read-only disks do no harm, and the study would notice if they did."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main():
 
 @pytest.fixture
 def may_mount(tmp_path):
-    """Skips where no disk can be mounted."""
+    """Skip the test where no disk can be mounted."""
     try:
         with mounted(tmp_path / "tried"):
             pass
@@ -44,7 +44,7 @@ def may_mount(tmp_path):
 
 @pytest.fixture
 def sweep(may_mount, tmp_path, monkeypatch):
-    """Runs a program of the name ``planted`` on small disks; returns what was seen broken."""
+    """A function that runs a program on small disks, under the name ``planted``, and returns the reported faults."""
 
     def run(program):
         (tmp_path / "clipweld" / "planted").mkdir(parents=True)
@@ -61,7 +61,7 @@ def sweep(may_mount, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("may_mount")
-def test_no_disk_does_harm(tmp_path):
+def test_full_and_read_only_disks_do_no_harm(tmp_path):
     out = tmp_path / "disks.json"
     command = [sys.executable, "-m", "evidence.trust.disks", "--levels", "2", "--only", "peft", "--out", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -73,7 +73,7 @@ def test_no_disk_does_harm(tmp_path):
     assert figures["bytes enough"] > 100_000
 
 
-def test_where_nothing_can_be_mounted_it_says_so(tmp_path):
+def test_missing_rights_to_mount_are_reported_in_one_line(tmp_path):
     command = ["unshare", "--user", sys.executable, "-m", "evidence.trust.disks", "--out", tmp_path / "disks.json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if "unshare" in done.stderr:
@@ -93,13 +93,13 @@ def test_tracebacks_and_half_written_files_would_be_reported(sweep):
 
 
 @pytest.mark.slow
-def test_half_written_files_that_pass_for_whole_would_be_reported(sweep):
+def test_a_success_status_with_half_written_files_would_be_reported(sweep):
     broken = sweep(SILENT)
     assert "planted with size 0 free: ended well with other files than an undisturbed one: answer.onnx" in broken
     assert "planted on a read-only disk: ended well, so nothing was tried" in broken
 
 
-def test_sizes_go_from_nothing_to_all():
+def test_tried_disk_sizes_range_from_nothing_to_enough():
     assert spread(3 * PAGE, PAGE, 25) == [0, PAGE, 2 * PAGE, 3 * PAGE]
     assert spread(0, 1, 25) == [0]
     sizes = spread(10_000_001, PAGE, 25)
@@ -110,7 +110,7 @@ def test_sizes_go_from_nothing_to_all():
 
 
 @pytest.mark.parametrize("program", ["trainer", "exporter", "client"])
-def test_what_cannot_be_printed_is_one_line_and_a_closed_pipe_none(program):
+def test_a_full_stdout_is_one_line_on_stderr_and_a_closed_pipe_is_silent(program):
     script = [sys.executable, "-c", f"from clipweld.{program}.cli import main; main()", "--help"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(script, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)

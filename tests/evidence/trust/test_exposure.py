@@ -1,4 +1,4 @@
-"""The doors stay closed, and the command that knocks at them would hear one open."""
+"""Nothing is open to unauthorized access, and the study would notice if it were."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def record(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_is_open(tmp_path):
+def test_nothing_is_open_to_unauthorized_access(tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -50,14 +50,14 @@ def test_nothing_is_open(tmp_path):
     assert figures["page"]["strangers"] == figures["page"]["refused"] > 100
 
 
-def test_a_listener_for_everyone_would_be_reported(record):
+def test_a_listener_on_all_interfaces_would_be_reported(record):
     with socket.create_server(("0.0.0.0", 0)) as open_to_all:
         listeners(record, (psutil.Process(),))
         assert any(f"listens on 0.0.0.0:{open_to_all.getsockname()[1]}" in line for line in record.broken)
 
 
 @pytest.mark.slow
-def test_model_control_for_everyone_would_be_reported(record, repository, monkeypatch):
+def test_model_control_without_a_key_would_be_reported(record, repository, monkeypatch):
     monkeypatch.setattr(triton, "_restrictions", lambda key: [])
     with triton.serve(repository) as server:
         found = knocked(record, (server.url, server.http_url), "key", 1, random.Random(0))
@@ -66,7 +66,7 @@ def test_model_control_for_everyone_would_be_reported(record, repository, monkey
     assert any("clip_image" in line and "unloaded" in line for line in record.broken)
 
 
-def test_a_page_for_everyone_would_be_reported(record, tmp_path, monkeypatch):
+def test_a_page_that_answers_other_sites_would_be_reported(record, tmp_path, monkeypatch):
     class Handler(SimpleHTTPRequestHandler):
         log_message = lambda self, *args: None  # noqa: E731
 

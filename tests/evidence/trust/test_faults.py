@@ -1,4 +1,4 @@
-"""Clients hold what is promised while a server breaks, and the judge sees when they don't."""
+"""Clients keep their promises while a server breaks, and the study notices when they don't."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def answers(versions, images):
-    """What each version has to answer."""
+    """The expected answers of each version."""
     backbone = load_backbone("mini")
     return {version: known(versions, version, images, backbone) for version in versions.versions()}
 
@@ -51,7 +51,7 @@ def test_no_fault_gives_a_wrong_answer(fault, versions, others, record, tmp_path
 
 
 def ask(urls, images, truth, manner=PATIENT):
-    """Until there were some calls."""
+    """Run load until at least twelve calls have ended."""
     with Load(urls, images, truth, "test", workers=1, manner=manner) as asked:
         end = time.monotonic() + 60
         while asked.ends.total() < 12 and time.monotonic() < end:
@@ -59,14 +59,14 @@ def ask(urls, images, truth, manner=PATIENT):
     return asked
 
 
-def test_right_answers_are_right(urls, images, answers):
+def test_correct_answers_are_counted_as_right(urls, images, answers):
     asked = ask(urls, images, Truth(answers))
     assert asked.faults == []
     assert asked.ends.keys() == {"right"}
     assert asked.images >= asked.ends.total() >= 12
 
 
-def test_an_answer_of_another_version_is_seen(urls, images, answers):
+def test_an_answer_of_another_version_is_counted_as_wrong(urls, images, answers):
     asked = ask(urls, images, Truth({3: answers[2]}))
     assert asked.ends.keys() == {"wrong"}
     assert len(asked.faults) == asked.ends.total()
@@ -74,7 +74,7 @@ def test_an_answer_of_another_version_is_seen(urls, images, answers):
 
 
 @pytest.mark.slow
-def test_old_answers_are_wrong_once_the_server_has_changed(urls, images, answers):
+def test_answers_of_earlier_versions_are_wrong_after_the_server_changed(urls, images, answers):
     truth = Truth({3: answers[2]})
     truth.change(answers)
     assert ask(urls, images, truth).faults == []
@@ -82,7 +82,7 @@ def test_old_answers_are_wrong_once_the_server_has_changed(urls, images, answers
     assert "wrong" in ask(urls, images, truth).ends
 
 
-def test_a_foreign_error_is_seen(urls, images, answers, monkeypatch):
+def test_an_error_that_is_not_the_client_s_own_is_reported(urls, images, answers, monkeypatch):
     def classify(*args, **settings):
         raise ValueError("not ours")
 
@@ -93,14 +93,14 @@ def test_a_foreign_error_is_seen(urls, images, answers, monkeypatch):
     assert "ValueError is no ClientError: not ours" in asked.faults[0]
 
 
-def test_an_overdue_call_is_seen(urls, images, answers, monkeypatch):
+def test_an_overdue_call_is_reported(urls, images, answers, monkeypatch):
     monkeypatch.setattr(load, "MARGIN_S", 0)
     asked = ask(urls, images, Truth(answers), manner=Manner(deadline_s=1e-9))
     assert "overdue" in asked.ends
 
 
 @pytest.mark.slow
-def test_a_server_that_stays_away_is_seen(versions, others, record, tmp_path, monkeypatch):
+def test_a_server_that_does_not_recover_is_reported(versions, others, record, tmp_path, monkeypatch):
     def killed_for_good(bench):
         with faults._server(versions.path) as triton:
             monkeypatch.setattr(triton, "revive", lambda: "")
@@ -113,7 +113,7 @@ def test_a_server_that_stays_away_is_seen(versions, others, record, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_a_server_that_ends_by_itself_is_counted_and_started_again(versions, others, record, tmp_path, monkeypatch):
+def test_a_server_that_ends_by_itself_is_counted_and_restarted(versions, others, record, tmp_path, monkeypatch):
     def ended(bench):
         with faults._server(versions.path) as triton:
 

@@ -1,4 +1,4 @@
-"""Untrusted files are accepted or refused, and the command that makes them notices anything else."""
+"""Untrusted files are accepted or refused, and the study notices anything else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
-def test_a_short_run_breaks_nothing(tmp_path):
+def test_a_short_run_finds_no_faults(tmp_path):
     out = tmp_path / "files.json"
     flags = ["--adapters", "600", "--manifests", "200", "--others", "40", "--atheris", "500", "--processes", "1"]
     command = [sys.executable, "-m", "evidence.trust.files", *flags, "--out", str(out)]
@@ -52,7 +52,7 @@ def test_files_are_the_same_for_the_same_seed():
 
 @pytest.fixture
 def cases(tmp_path, monkeypatch):
-    """A function that has a reader read corrupted files in this process, and gives what broke first."""
+    """A function that runs a reader on corrupted files in this process and returns the first fault."""
     monkeypatch.setattr(files, "SECONDS", 3.0)
     before = signal.signal(signal.SIGALRM, files._too_long)
     guard = Guard(tmp_path / "files")
@@ -69,7 +69,7 @@ def cases(tmp_path, monkeypatch):
 
 
 def planted(read):
-    """A reader that does this."""
+    """Return a reader class with this ``read`` method."""
     return type("Planted", (Reader,), {"spoil": lambda self, draw: 10, "read": read})
 
 
@@ -92,14 +92,14 @@ def raise_(error):
         (lambda self: subprocess.run("true", check=False), "Escaped: subprocess.Popen"),
     ],
 )
-def test_a_reader_that_breaks_a_promise_is_seen(cases, tmp_path, read, says):
+def test_a_reader_that_breaks_a_promise_is_reported(cases, tmp_path, read, says):
     line = cases(planted(read))
     assert line.startswith("planted 0 of seed 0: ")
     assert says in line
     assert (tmp_path / "kept" / "planted-0").is_dir()
 
 
-def test_a_reader_that_keeps_its_promises_is_not(cases):
+def test_a_reader_that_keeps_its_promises_is_not_reported(cases):
     assert cases(planted(lambda self: (self.folder / "x").write_text("x"))) == ""
 
 
@@ -117,14 +117,14 @@ def test_a_reader_that_keeps_its_promises_is_not(cases):
         ),
     ],
 )
-def test_a_check_that_is_left_out_is_missed(cases, monkeypatch, kind, check, stand_in):
+def test_a_removed_check_is_noticed(cases, monkeypatch, kind, check, stand_in):
     assert cases(kind, 30) == ""
     monkeypatch.setattr(check, stand_in)
     assert cases(kind, 400) != ""
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_named_and_followed_by_another(tmp_path):
+def test_a_process_that_dies_is_reported_and_replaced(tmp_path):
     found, progress = files.Found(), Counter()
     arguments = ([Job("histories", 0, 1, 400)], 0, tmp_path / "work", tmp_path / "kept", progress, found)
     attended = threading.Thread(target=_attend, args=arguments)

@@ -1,4 +1,4 @@
-"""Hostile files break neither room, and the command that makes them would see it if they did."""
+"""Hostile image files break neither client nor trainer, and the study would notice if they did."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def picture(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_breaks(record, made, tmp_path):
+def test_hostile_files_break_neither_client_nor_trainer(record, made, tmp_path):
     figures = read_all(record, range(-len(made), 80), 1, 0, tmp_path)
     assert record.broken == []
     assert figures["read"] + figures["refused"] + figures["unsteady"] == len(made) + 80
@@ -50,18 +50,18 @@ def test_nothing_breaks(record, made, tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_breaks_the_commands(record):
+def test_hostile_files_do_not_break_the_commands(record):
     figures = through_commands(record, 16, 0)
     assert record.broken == []
     assert 0 < figures["unreadable"] < 16
 
 
-def test_a_file_is_its_seed_and_number(made):
+def test_a_file_depends_only_on_its_seed_and_number(made):
     assert file_of(7, 3, made) == file_of(7, 3, seeds(sample(60)[0])) != file_of(7, 4, made)
 
 
 @pytest.mark.slow
-def test_every_way_of_damage_changes_files(made):
+def test_every_kind_of_damage_changes_files(made):
     draw = random.Random(0)
     for kind, data in made:
         for mutate in (*GENERAL, *STRUCTURED[kind]):
@@ -73,7 +73,7 @@ def test_a_raw_exception_would_be_reported(picture, monkeypatch):
     assert judge(picture, random.Random(0))["problems"] == ["client: KeyError: 'size'", "refused by the client alone"]
 
 
-def test_other_pixels_would_be_reported(picture, monkeypatch):
+def test_different_pixels_would_be_reported(picture, monkeypatch):
     real = images.preprocess
     monkeypatch.setattr(images, "preprocess", lambda *args, **settings: np.flip(real(*args, **settings), 1).copy())
     assert judge(picture, random.Random(0))["problems"] == ["client and trainer read other pixels"]
@@ -91,8 +91,8 @@ print(images.judge(Path(sys.argv[1]), random.Random(0))["problems"])
 
 
 @pytest.mark.slow
-def test_memory_would_be_reported(picture):
-    """In a process of its own: one that has been large gives pages back at any time."""
+def test_excessive_memory_would_be_reported(picture):
+    """This needs a fresh process: one that was larger before may return memory at any time."""
     done = subprocess.run([sys.executable, "-c", GREEDY, picture], cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.fullmatch(r"\['took [0-9]{3} MB'\]\n", done.stdout)
 
@@ -116,7 +116,7 @@ Image.open = faulty
 
 
 @pytest.mark.slow
-def test_what_is_refused_wrongly_or_ends_or_hangs_a_worker_is_named_and_kept(record, made, tmp_path, monkeypatch):
+def test_files_that_are_wrongly_refused_or_crash_or_hang_a_worker_are_kept(record, made, tmp_path, monkeypatch):
     refused, ending, hanging = (file_of(number, 0, made)[2] for number in (-1, 1, 2))
     (tmp_path / "sitecustomize.py").write_text(FAULTS.format(refused=refused, ending=ending, hanging=hanging))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")

@@ -1,4 +1,4 @@
-"""What is killed ends as if left alone, and the command that kills sees it where it doesn't."""
+"""Killed commands end as if undisturbed when run again, and the study notices where they don't."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def test_a_careful_command_has_no_faults(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["half a file", "left for good", "another end"])
-def test_faults_are_seen(tmp_path, name):
+def test_faults_after_a_kill_are_reported(tmp_path, name):
     program, fault = FAULTS[name]
     record = killed(program, tmp_path)
     assert any(fault in line for line in record.broken), record.broken
     assert all("a command, --seed 0, case " in line for line in record.broken)
-    assert [path for path in (tmp_path / "kills").iterdir() if path.is_dir()]  # to be looked at
+    assert [path for path in (tmp_path / "kills").iterdir() if path.is_dir()]  # kept for inspection
 
 
 def test_a_run_that_ends_before_its_kill_is_not_run_again(tmp_path):
@@ -84,7 +84,7 @@ def test_a_run_that_ends_before_its_kill_is_not_run_again(tmp_path):
     assert kills.kill(once, 0, undisturbed, 0, tmp_path) == kills.Case()
 
 
-def test_versions_that_are_not_whole_and_files_that_are_gone_are_seen():
+def test_incomplete_versions_and_missing_files_are_reported():
     undisturbed = Undisturbed(
         {"kept": "1", "gone": "2"}, {"kept": "1", "gone": "2", "store/3": "", "store/3/x": "3"}, 1, 1
     )
@@ -106,10 +106,10 @@ def test_scores_are_compared_to_three_decimals(tmp_path):
     assert written("a.png,1,cat,0.6476868139298007,0.33163464069366455") != end
 
 
-def test_processes_and_shared_memory_that_live_on_are_seen(tmp_path, monkeypatch):
+def test_leftover_processes_and_shared_memory_are_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(kills, "ENDING_S", 0)
     process = subprocess.Popen(["sleep", "60"], env=environment(tmp_path), start_new_session=True)
-    while not psutil.Process(process.pid).environ():  # the kernel has not quite begun the program yet
+    while not psutil.Process(process.pid).environ():  # until the kernel has started the program
         time.sleep(0.01)
     region = SHARED_MEMORY / f"clipweld-{process.pid}-of-a-test"
     region.touch()
@@ -127,7 +127,7 @@ def test_processes_and_shared_memory_that_live_on_are_seen(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_real_commands(tmp_path):
+def test_killed_real_commands_have_no_faults(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "evidence.trust.kills", "--kills", "2", "--out", tmp_path / "kills.json"),

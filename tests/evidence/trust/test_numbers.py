@@ -1,4 +1,4 @@
-"""Planted faults are found; and one that is not would be reported."""
+"""Planted numeric faults are found, and a fault that is missed would be reported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from evidence.trust.record import Record
 
 @pytest.fixture
 def ground(mini, digits, fitted, repository, server, tmp_path):
-    """The small CLIP with digits learned, released and served."""
+    """The small CLIP with digits learned, merged and served."""
     from clipweld.exporter.store.repository import Repository
 
     return numbers.World(mini, digits, fitted.adapter, Repository(repository, "clip"), server.url, tmp_path)
@@ -23,7 +23,7 @@ def record(tmp_path):
     return Record(tmp_path / "record.json")
 
 
-# The others trace a tower in float16, or start a server each.
+# Each of the other kinds traces a tower in float16 or starts a server.
 QUICK = [kind for kind in numbers.KINDS if "float16" not in kind and "served" not in kind]
 
 
@@ -47,7 +47,7 @@ def test_a_fault_that_is_not_found_would_be_reported(ground, record, monkeypatch
         assert line.startswith(f"{kind}, seed 0, number {number}: expected ")
 
 
-def test_a_wrong_name_would_be_reported():
+def test_an_error_that_names_the_wrong_place_would_be_reported():
     def meet():
         raise ValueError("layer 2 at step 3")
 

@@ -1,4 +1,4 @@
-"""A short soak finds nothing, and finds what is planted."""
+"""A short soak test finds no faults, and finds those that are planted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def record(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_short_soak(versions, tmp_path, record):
+def test_a_short_soak_finds_no_faults(versions, tmp_path, record):
     soak.soak(versions, tmp_path, 8, 0, record)
     assert record.broken == []
     assert record.figures["calls"] == record.figures["right"] > 20
@@ -24,7 +24,7 @@ def test_a_short_soak(versions, tmp_path, record):
 
 
 @pytest.mark.slow
-def test_wrong_answers_and_leftovers_are_seen(versions, tmp_path, record, monkeypatch):
+def test_wrong_answers_and_leftover_files_are_reported(versions, tmp_path, record, monkeypatch):
     right, stay = soak.known, soak._watch
 
     def wrong(*args):
@@ -43,7 +43,7 @@ def test_wrong_answers_and_leftovers_are_seen(versions, tmp_path, record, monkey
 
 
 def samples(mb_an_hour, threads_an_hour=0.0):
-    """Twenty minutes that start at 200 MB, with noise."""
+    """Return noisy samples of twenty minutes, starting at 200 MB."""
     noise = np.random.default_rng(0).normal(size=(240, 4))
     steady = {"mb": 150, "threads": 9, "files": 30}
     return [
@@ -63,13 +63,13 @@ def samples(mb_an_hour, threads_an_hour=0.0):
 
 
 @pytest.mark.parametrize("growth", [{"mb_an_hour": 30}, {"mb_an_hour": 0, "threads_an_hour": 60}])
-def test_growth_is_seen(growth, record):
+def test_growth_is_reported(growth, record):
     soak._growth(samples(**growth), record)
     (line,) = record.broken
     assert line.startswith(f"server: {'threads' if 'threads_an_hour' in growth else 'mb'} grow by ")
 
 
-def test_noise_is_no_growth(record):
+def test_noise_is_not_reported_as_growth(record):
     found = soak._growth(samples(0), record)
     assert record.broken == []
     assert found["server mb"]["low"] < 0 < found["server mb"]["high"]

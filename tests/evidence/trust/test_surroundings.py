@@ -1,4 +1,4 @@
-"""The user's surroundings don't break clipweld (short form), and the study notices if they do."""
+"""The user's environment does not break clipweld (a short run), and the study notices if it does."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def urls(versions):
         yield server.url, server.http_url
 
 
-def test_namesakes_of_modules_in_the_working_folder_are_not_run(versions, image):
+def test_files_named_like_modules_in_the_working_folder_are_not_run(versions, image):
     broken = []
     figures = surroundings.in_a_working_folder(versions.path, image, broken)
     assert broken == []
     assert figures["modules"] > 250
 
 
-def test_loopback_is_reached_without_the_proxy_that_variables_name(versions, urls, image):
+def test_loopback_is_reached_without_the_proxy_in_the_environment(versions, urls, image):
     broken = []
     assert surroundings.behind_a_proxy(versions.path, urls, image, broken)["requests to the proxy"] == 0
     assert broken == []
 
 
-def test_programs_end_with_calls_half_way(urls, image):
+def test_programs_exit_with_unfinished_calls(urls, image):
     broken = []
     surroundings.endings(urls, image, 1, broken)
     assert broken == []
@@ -58,14 +58,14 @@ def test_a_killed_process_is_replaced(versions, image):
     assert broken == []
 
 
-def test_files_of_others_survive_all_commands(versions, tmp_path):
+def test_files_of_users_survive_all_commands(versions, tmp_path):
     broken = []
     figures = surroundings.foreign(versions, tmp_path, 1, 0, broken)
     assert broken == []
     assert figures["placed"] > 0
 
 
-def test_a_file_that_is_gone_is_seen(versions, tmp_path, monkeypatch):
+def test_a_deleted_file_is_reported(versions, tmp_path, monkeypatch):
     def delete(command, environment):
         models = tmp_path / command[-1]
         for folder in (models, models.with_name(f"{models.name}.store"), *models.parent.glob(".*")):

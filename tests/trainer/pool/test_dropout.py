@@ -14,7 +14,7 @@ def seeded():
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(3, 5, 4099), (60001,)])
 def test_the_given_share_is_zeroed_evenly(p, shape):
-    """Every eighth element comes from the same byte of a word: a bias of one byte would show."""
+    """Every eighth element comes from the same byte of a random word: a bias of one byte would show."""
     dropout = ByteDropout(p)
     out = dropout(torch.ones(shape))
     assert out.shape == shape
@@ -24,7 +24,7 @@ def test_the_given_share_is_zeroed_evenly(p, shape):
         assert out.flatten()[start::8].mean() == pytest.approx(dropout.kept, abs=0.025)
 
 
-def test_gradients_pass_where_values_do():
+def test_gradients_are_zeroed_where_values_are():
     x = torch.randn(1000, requires_grad=True)
     out = ByteDropout(0.2)(x)
     (gradient,) = torch.autograd.grad(out.sum(), x)

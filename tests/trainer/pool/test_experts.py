@@ -47,7 +47,7 @@ def active_by_hand(pool, phi):
 
 
 def added_by_hand(pool, x, experts):
-    """One rank-1 expert at a time: scaling * b_i (a_i . x)."""
+    """Return the layer's output plus scaling * b_i (a_i . x) of each expert, added one at a time."""
     out = x @ pool.base_layer.weight.T + pool.base_layer.bias
     for expert in experts:
         dot = (x * pool.lora_A[expert]).sum(-1, keepdim=True)
@@ -64,7 +64,7 @@ def test_forward_equals_the_sum_over_experts_with_most_votes(pool, x):
     assert (pool.router.activation_counts - before).tolist() == votes
 
 
-def test_fresh_pool_changes_nothing(x):
+def test_a_fresh_pool_changes_nothing(x):
     pool = fresh_pool()
     torch.testing.assert_close(pool.train()(x), pool.base_layer(x), atol=0, rtol=0)
 
@@ -76,12 +76,12 @@ def test_eval_is_the_merged_layer_and_counts_nothing(pool, x):
     assert torch.equal(pool.router.activation_counts, before)
 
 
-def test_eval_does_not_depend_on_batch_mates(pool, x):
+def test_eval_does_not_depend_on_other_samples_in_the_batch(pool, x):
     pool.eval()
     torch.testing.assert_close(pool(x)[2:3], pool(x[2:3]), atol=1e-6, rtol=1e-6)
 
 
-def test_router_gets_a_gradient_and_base_layer_none(pool, x):
+def test_the_router_gets_a_gradient_and_the_base_layer_none(pool, x):
     pool.base_layer.requires_grad_(False)
     pool.train()(x).square().sum().backward()
     assert pool.router.linear.weight.grad.abs().sum() > 0
@@ -125,7 +125,7 @@ def test_consolidating_trains_only_the_experts_that_will_be_merged(pool, x):
     assert torch.equal(pool.router.activation_counts, before)
 
 
-def test_a_fixed_router_keeps_its_start_and_picks_as_a_learned_one_would(x):
+def test_a_fixed_router_picks_like_a_learned_one_and_gets_no_gradient(x):
     torch.manual_seed(1)
     pool = fresh_pool(dataclasses.replace(CONFIG, router="fixed"))
     nn.init.normal_(pool.lora_B)
@@ -136,7 +136,7 @@ def test_a_fixed_router_keeps_its_start_and_picks_as_a_learned_one_would(x):
     assert pool.router.linear.weight.grad is None
 
 
-def test_without_a_router_the_first_experts_serve_and_are_merged(x):
+def test_without_a_router_the_first_experts_are_active_and_merged(x):
     torch.manual_seed(1)
     pool = fresh_pool(dataclasses.replace(CONFIG, router="none"))
     nn.init.normal_(pool.lora_B)
@@ -147,7 +147,7 @@ def test_without_a_router_the_first_experts_serve_and_are_merged(x):
     torch.testing.assert_close(pool.eval()(x), added_by_hand(pool, x, range(2)), atol=1e-5, rtol=1e-5)
 
 
-def test_pools_that_share_a_router_use_the_choice_of_the_one_that_leads(x):
+def test_pools_that_share_a_router_use_the_choice_of_the_leading_pool(x):
     torch.manual_seed(1)
     leader = fresh_pool()
     follower = ExpertPool(nn.Linear(D_IN, D_OUT), CONFIG, leader.router, leads=False)
@@ -163,7 +163,7 @@ def test_pools_that_share_a_router_use_the_choice_of_the_one_that_leads(x):
 
 
 @torch.no_grad()
-def test_dropout_leaves_the_mean_of_what_experts_add(x):
+def test_dropout_keeps_the_mean_of_the_experts_output(x):
     torch.manual_seed(1)
     pool = fresh_pool(dataclasses.replace(CONFIG, router="none", dropout=0.25)).train()
     nn.init.normal_(pool.lora_B)

@@ -25,7 +25,7 @@ def inputs(mini):
 
 
 def train_a_little(model, pools, inputs):
-    """Two steps on random targets: experts that do something, and counts that differ."""
+    """Take two steps, so that experts have an effect and activation counts differ."""
     optimizer = torch.optim.SGD(pools.parameters(), lr=1.0)
     for _ in range(2):
         (model.train().encode_image(inputs[0]).sum() + encode_text(model, inputs[1]).sum()).backward()
@@ -35,7 +35,7 @@ def train_a_little(model, pools, inputs):
 
 
 @pytest.mark.slow
-def test_trainable_parameters_of_vit_b_16_are_those_published():
+def test_trainable_parameters_of_vit_b_16_equal_the_published_numbers():
     pools = attach_pools(load_backbone("ViT-B-16", "random").model, PoolConfig())
     routers = sum(p.numel() for pool in pools.pools.values() for p in pool.router.parameters())
     kept = sum(tensor.shape.numel() for pool in pools.pools.values() for tensor in (pool.lora_A, pool.lora_B)) * 4 // 12
@@ -49,7 +49,7 @@ def test_attached_fresh_pools_change_nothing(mini, model, inputs):
     torch.testing.assert_close(model.encode_text(inputs[1]), mini.model.encode_text(inputs[1]), atol=1e-5, rtol=1e-5)
 
 
-def test_every_linear_layer_of_both_towers_carries_a_pool(model):
+def test_every_linear_layer_of_both_towers_has_a_pool(model):
     pools = attach_pools(model, CONFIG)
     assert len(pools.pools) == 6 * len(transformer_blocks(model))
     assert "visual.transformer.resblocks.0.attn.q_proj" in pools.pools
@@ -71,13 +71,13 @@ def test_text_tower_can_be_routed_on_its_first_token(model, inputs):
 
 
 @pytest.mark.parametrize(("router_per", "routers"), [("layer", 60), ("block", 10)])
-def test_one_router_a_layer_or_one_a_block(model, router_per, routers):
+def test_there_is_one_router_per_layer_or_per_block(model, router_per, routers):
     pools = attach_pools(model, PoolConfig(router_per=router_per))
     assert len({id(pool.router) for pool in pools.pools.values()}) == routers
     assert sum("router.linear.weight" in name for name in pools.state()) == routers
 
 
-def test_all_routers_learn(model, inputs):
+def test_all_routers_get_a_gradient(model, inputs):
     pools = attach_pools(model, CONFIG)
     for pool in pools.pools.values():
         torch.nn.init.normal_(pool.lora_B, std=0.1)
@@ -114,8 +114,8 @@ def test_merged_weights_equal_the_pool_restricted_to_the_merged_experts(mini, mo
     torch.testing.assert_close(merged.encode_text(inputs[1]), text, atol=1e-4, rtol=1e-4)
 
 
-def test_pools_that_see_one_input_share_its_dropout(model, inputs):
-    """q, k and v of one block; in the last one q sees [CLS] alone, and has a dropout of its own."""
+def test_pools_with_the_same_input_share_its_dropout(model, inputs):
+    """These are q, k and v of a block; in the last block q has [CLS] as its only input and its own dropout."""
     pools = attach_pools(model, PoolConfig(dropout=0.5)).pools
     drawn = []
     for pool in pools.values():

@@ -1,4 +1,4 @@
-"""How folders of images are read, in the layouts that people use."""
+"""Folders of images, read in the layouts that users have."""
 
 import os
 import unicodedata
@@ -14,14 +14,14 @@ NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
 
 def draw(file: Path, shade: int = 0) -> Path:
-    """A small image in the format of its suffix."""
+    """Write a small image in the format of the suffix, and return its path."""
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (9, 9), (shade, 99, 0)).save(file)
     return file
 
 
 def lay(folder: Path, *classes: str, images: int = 2) -> Path:
-    """Class folders with images."""
+    """Write class folders with images, and return the folder."""
     for place, name in enumerate(classes):
         for number in range(images):
             draw(folder / name / f"{number}.png", 40 * place + number)
@@ -38,7 +38,7 @@ def lay_splits(folder: Path, train: str = "train", test: str = "test", classes=(
     ("train", "test"),
     [("Train", "Test"), ("TRAIN", "test"), ("training", "Testing"), ("train", "val"), ("Training", "Validation")],
 )
-def test_splits_are_known_in_any_case_and_by_other_names(tmp_path, train, test):
+def test_splits_are_recognised_in_any_case_and_under_other_names(tmp_path, train, test):
     task = load_task(str(lay_splits(tmp_path / "bolts", train, test)))
     assert task.class_names == ("hex bolt", "rivet")
     assert {f"/{train}/" in task.load("train").name_of(i) for i in range(4)} == {True}
@@ -74,7 +74,7 @@ def test_validation_images_beside_test_images_are_skipped_with_a_note(tmp_path):
         ((os.fsdecode(b"caf\xe9"), "c"), r"the folder name b'caf\\xe9' is not valid UTF-8"),
     ],
 )
-def test_layouts_that_mean_something_else_are_refused_by_name(tmp_path, classes, says):
+def test_ambiguous_and_faulty_layouts_are_refused_by_name(tmp_path, classes, says):
     lay(tmp_path / "t", *classes)
     with pytest.raises(TaskInvalid, match=says) as caught:
         load_task(str(tmp_path / "t"))
@@ -120,7 +120,7 @@ def test_every_suffix_of_the_decoder_s_formats_is_an_image(tmp_path, suffix):
     assert str(image) in test.files
 
 
-def test_what_is_left_out_is_counted_by_kind(tmp_path):
+def test_entries_that_are_left_out_are_counted_by_kind(tmp_path):
     folder = lay_splits(tmp_path / "bolts")
     for name in ("train/rivet/a.heic", "train/rivet/b.HEIC", "test/rivet/notes.txt", "README", "classes.csv"):
         (folder / name).write_text("x")
@@ -133,7 +133,7 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path):
     }  # fmt: skip
 
 
-def test_an_empty_class_says_what_its_folder_holds(tmp_path):
+def test_an_empty_class_is_refused_and_its_contents_are_named(tmp_path):
     folder = lay_splits(tmp_path / "bolts")
     for image in (folder / "train" / "rivet").iterdir():
         image.rename(image.with_suffix(".heic"))
@@ -141,7 +141,7 @@ def test_an_empty_class_says_what_its_folder_holds(tmp_path):
         load_task(str(folder))
 
 
-def test_a_class_may_lack_test_images_but_not_all_may(tmp_path):
+def test_some_but_not_all_classes_may_lack_test_images(tmp_path):
     folder = lay(lay_splits(tmp_path / "bolts") / "train", "nut").parent
     task = load_task(str(folder))
     assert task.class_names == ("hex bolt", "nut", "rivet")
@@ -152,7 +152,7 @@ def test_a_class_may_lack_test_images_but_not_all_may(tmp_path):
         load_task(str(folder))
 
 
-def test_names_match_across_splits_whatever_their_unicode_form(tmp_path):
+def test_class_names_match_across_splits_in_any_unicode_form(tmp_path):
     folder = lay(lay(tmp_path / NFD / "train", NFC, "tea").parent / "test", NFD, "tea").parent
     task = load_task(str(folder))
     assert task.class_names == (NFC, "tea")
@@ -171,7 +171,7 @@ def test_links_that_make_one_folder_two_classes_are_refused(tmp_path):
         load_task(str(folder))
 
 
-def test_links_to_nowhere_and_to_themselves_are_no_classes(tmp_path):
+def test_dangling_and_circular_links_are_not_classes(tmp_path):
     folder = lay(tmp_path / "bolts", "hex bolt", "rivet")
     (folder / "self").symlink_to("self")
     (folder / "gone").symlink_to(tmp_path / "nowhere")
@@ -188,7 +188,7 @@ def test_class_folders_may_be_links(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\5\26\7", b"<html>"])
-def test_a_file_that_is_no_image_is_named_by_its_path_alone(tmp_path, content):
+def test_a_file_that_is_not_an_image_is_named_by_its_path_once(tmp_path, content):
     folder = lay_splits(tmp_path / "bolts")
     (folder / "test" / "rivet" / "0.png").write_bytes(content)
     with pytest.raises(UnreadableImage, match=r"rivet/0\.png can't be read") as caught:
@@ -210,7 +210,7 @@ def test_a_file_that_is_no_image_is_named_by_its_path_alone(tmp_path, content):
     ],
 )
 @pytest.mark.parametrize("case", [str.lower, str.title])
-def test_lists_are_read_as_any_system_writes_them(tmp_path, save, case):
+def test_lists_are_read_in_every_encoding_and_with_any_line_endings(tmp_path, save, case):
     folder = lay_splits(tmp_path / "bolts")
     (folder / case("classes.txt")).write_bytes(save("a bólt\nround thing"))
     (folder / case("templates.txt")).write_bytes(save("a photo of {}\n\nthe {}"))
@@ -230,7 +230,7 @@ def test_lists_are_read_as_any_system_writes_them(tmp_path, save, case):
         ("classes.txt", b"one", "1 class names for 2 class folders"),
     ],
 )
-def test_lists_that_cannot_be_meant_are_refused_with_their_line(tmp_path, name, content, says):
+def test_invalid_lists_are_refused_and_their_file_and_line_named(tmp_path, name, content, says):
     folder = lay_splits(tmp_path / "bolts")
     (folder / name).write_bytes(content)
     with pytest.raises(TaskInvalid, match=says) as caught:
@@ -238,7 +238,7 @@ def test_lists_that_cannot_be_meant_are_refused_with_their_line(tmp_path, name, 
     assert str(folder / name) in str(caught.value)
 
 
-def test_classes_that_list_the_folders_own_names_go_with_them_in_any_order(tmp_path):
+def test_class_names_equal_to_folder_names_may_be_listed_in_any_order(tmp_path):
     folder = lay_splits(tmp_path / "bolts", classes=("eye_bolt", "hex_bolt", "rivet"))
     (folder / "classes.txt").write_text("Rivet\nhex bolt\neye-bolt\n")
     task = load_task(str(folder))
@@ -255,25 +255,25 @@ def test_classes_that_list_the_folders_own_names_go_with_them_in_any_order(tmp_p
         (("a", "b"), ("apple", "banana"), None),
     ],
 )
-def test_pairs_of_folders_and_classes_are_shown_where_the_order_is_doubtful(tmp_path, folders, written, shown):
+def test_class_names_in_a_doubtful_order_cause_a_warning_that_shows_the_pairs(tmp_path, folders, written, shown):
     folder = lay_splits(tmp_path / "bolts", classes=folders)
     (folder / "classes.txt").write_text("\n".join(written))
     warnings = load_task(str(folder)).origin.warnings
     assert (shown in warnings[0]) if shown else not warnings
 
 
-def test_splits_by_unknown_names_are_warned_of(tmp_path):
+def test_folders_that_look_like_splits_cause_a_warning(tmp_path):
     warning = load_task(str(lay_splits(tmp_path / "bolts", "train_images", "test_images"))).origin.warnings[0]
     assert "'test_images', 'train_images' hold the same folders ('hex bolt', 'rivet')" in warning
     assert not load_task(str(lay(tmp_path / "b", "bolt/2019", "bolt/2020", "nut/2020"))).origin.warnings
 
 
-def test_folders_beside_the_splits_are_warned_of(tmp_path):
+def test_folders_beside_the_splits_cause_a_warning(tmp_path):
     folder = lay(lay_splits(tmp_path / "bolts"), "annotations")
     assert "'annotations'" in load_task(str(folder)).origin.warnings[0]
 
 
-def test_a_folder_is_loaded_by_another_name(tmp_path):
+def test_a_folder_can_be_loaded_under_another_name(tmp_path):
     folder = lay_splits(tmp_path / "digits")
     task = load_task(f"numbers={folder}")
     assert (task.name, task.source) == ("numbers", str(folder))
@@ -285,7 +285,7 @@ def test_a_folder_is_loaded_by_another_name(tmp_path):
         load_task("numbers=nowhere")
 
 
-def test_two_tasks_of_one_name_are_refused_with_the_way_to_rename_one(tmp_path):
+def test_two_tasks_with_the_same_name_are_refused_with_advice(tmp_path):
     folder = lay_splits(tmp_path / "digits")
     with pytest.raises(ConfigError, match=f"'digits' is shipped and {folder}: .*NAME=FOLDER"):
         load_tasks(["mini", str(folder)])
@@ -293,14 +293,14 @@ def test_two_tasks_of_one_name_are_refused_with_the_way_to_rename_one(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "=", "=x", "x=", "x" * 5000, "x" * 5000 + "/", "\0", "a\nb"])
-def test_what_is_no_task_is_refused_in_one_line(name):
+def test_invalid_task_names_are_refused_in_one_line(name):
     with pytest.raises(TaskError) as caught:
         load_task(name)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 1000
 
 
-def test_a_file_is_no_task(tmp_path, monkeypatch):
+def test_a_file_is_refused_as_a_task(tmp_path, monkeypatch):
     draw(tmp_path / "photos.png")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UnknownTask, match=r"'photos\.png' is a file"):
@@ -309,14 +309,14 @@ def test_a_file_is_no_task(tmp_path, monkeypatch):
         load_task("./photos.png")
 
 
-def test_a_folder_with_the_name_of_a_benchmark_is_mentioned_where_that_is_missing(tmp_path, monkeypatch):
+def test_a_folder_named_like_a_missing_benchmark_is_mentioned(tmp_path, monkeypatch):
     lay_splits(tmp_path / "food")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TaskDataMissing, match=r"for the folder of that name here give \./food"):
         load_task("food")
 
 
-def test_an_adapter_s_source_is_never_a_name_with_a_folder(tmp_path):
+def test_an_adapter_s_source_is_not_parsed_as_name_and_folder(tmp_path):
     from types import SimpleNamespace
 
     folder = lay_splits(tmp_path / "bolts")
@@ -327,7 +327,7 @@ def test_an_adapter_s_source_is_never_a_name_with_a_folder(tmp_path):
     assert find_learned(adapter) is None
 
 
-def test_a_name_or_templates_that_would_be_dropped_are_refused(tmp_path):
+def test_a_name_or_templates_that_would_be_ignored_are_refused(tmp_path):
     folder = lay_splits(tmp_path / "bolts")
     with pytest.raises(TaskInvalid, match=r"'digits': .*--name and --template are for folders"):
         load_task("digits", rename="numbers")
@@ -337,7 +337,7 @@ def test_a_name_or_templates_that_would_be_dropped_are_refused(tmp_path):
         load_task(f"nuts={folder}", rename="rivets")
 
 
-def test_a_list_whose_suffix_windows_has_doubled_is_named(tmp_path):
+def test_a_list_with_a_doubled_suffix_is_refused_by_name(tmp_path):
     folder = lay_splits(tmp_path / "bolts")
     (folder / "Classes.txt.txt").write_text("a\nb\n")
     with pytest.raises(TaskInvalid, match=r"Classes\.txt\.txt has its suffix twice; rename it to classes\.txt"):

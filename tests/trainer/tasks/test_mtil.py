@@ -1,4 +1,4 @@
-"""All eleven data sets, tiny, in the layout in which torchvision keeps them on disk."""
+"""Tiny versions of all eleven data sets, in torchvision's layout on disk."""
 
 import json
 import pickle
@@ -138,7 +138,7 @@ CLASSES = {
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """Write a data set; torchvision's checksums, which no tiny one can have, ask for the files alone."""
+    """A function that writes a tiny data set; torchvision's checksums are reduced to checking that files exist."""
     for module in (datasets.cifar, datasets.flowers102):
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: shutil.os.path.isfile(path))
 
@@ -150,21 +150,21 @@ def data(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", mtil.names())
-def test_each_is_read_with_names_labels_and_splits(name, data):
+def test_each_data_set_is_read_with_names_labels_and_splits(name, data):
     task = load_task(name, data(name))
     assert task.class_names == CLASSES[name]
     for split in ("train", "test"):
         images = task.load(split)
         assert set(images.labels) == set(range(10 if name == "eurosat" else 2))
         step = {"eurosat": 20, "caltech101": 50}.get(name, 100)
-        first = 50 if name == "caltech101" else 0  # its background is no class
+        first = 50 if name == "caltech101" else 0  # its background category is not a class
         for image, label in images:
             assert abs(int(np.asarray(image).mean()) - first - step * label) <= 3, images.name_of(0)
     assert all(template.count("{}") == 1 for template in task.templates)
 
 
 @pytest.mark.parametrize("name", mtil.names())
-def test_lists_of_labels_may_be_as_windows_writes_them(name, data):
+def test_label_files_may_have_windows_encoding_and_line_endings(name, data):
     root = data(name)
     for file in root.rglob("*"):
         if file.suffix in (".txt", ".json"):
@@ -178,7 +178,7 @@ def test_lists_of_labels_may_be_as_windows_writes_them(name, data):
 
 
 @pytest.mark.parametrize("name", mtil.names())
-def test_what_is_missing_is_named(name, data):
+def test_a_missing_file_is_reported_with_the_next_step(name, data):
     root = data(name)
     source = mtil.SOURCES[name]
     lost = root / source.folder / source.needs[0]
@@ -190,7 +190,7 @@ def test_what_is_missing_is_named(name, data):
 
 
 @pytest.mark.parametrize("name", [name for name, source in mtil.SOURCES.items() if not source.dead])
-def test_without_a_network_it_says_what_to_fetch_and_where_to_put_it(name, tmp_path, monkeypatch):
+def test_without_a_network_the_error_says_what_to_download_and_where_to_put_it(name, tmp_path, monkeypatch):
     def offline(*_arguments, **_settings):
         raise URLError("Name or service not known")
 
@@ -205,14 +205,14 @@ def test_without_a_network_it_says_what_to_fetch_and_where_to_put_it(name, tmp_p
 
 
 @pytest.mark.parametrize("name", ["stanford-cars", "sun397"])
-def test_dead_downloads_say_what_to_provide(name, tmp_path):
+def test_dead_downloads_are_refused_and_the_needed_files_named(name, tmp_path):
     with pytest.raises(TaskDataMissing) as caught:
         load_task(name, tmp_path, download=True)
     assert all(path in str(caught.value) for path in mtil.SOURCES[name].needs)
 
 
 @pytest.mark.parametrize("name", ["aircraft", "dtd", "flowers", "food", "oxford-pet", "stanford-cars"])
-def test_an_image_that_the_labels_name_must_be_there(name, data):
+def test_a_missing_image_is_reported(name, data):
     root = data(name)
     lost = next(iter((root / mtil.SOURCES[name].folder).rglob("*.jpg")))
     lost.unlink()
@@ -220,14 +220,14 @@ def test_an_image_that_the_labels_name_must_be_there(name, data):
         load_task(name, root)
 
 
-def test_a_data_set_that_cannot_be_read_is_named(data):
+def test_an_unreadable_data_set_is_reported(data):
     root = data("food")
     (root / "food-101/meta/train.json").write_text("{")
     with pytest.raises(TaskDataMissing, match="food-101 can't be read"):
         load_task("food", root)
 
 
-def test_sun397_is_split_the_same_way_whatever_the_file_system_says(data, monkeypatch):
+def test_the_split_of_sun397_does_not_depend_on_the_order_of_files(data, monkeypatch):
     root = data("sun397")
     straight = load_task("sun397", root).load("test")
     listed = sorted((root / "SUN397").rglob("sun_*.jpg"), reverse=True)

@@ -1,4 +1,4 @@
-"""Classes and prompts as the model reads them."""
+"""Classes and prompts as the model's tokenizer reads them."""
 
 import dataclasses
 
@@ -28,14 +28,14 @@ def made(*class_names, templates=("a photo of a {}",), published=False):
     ("first", "second"),
     [("Bolt", "bolt"), ("hex  bolt", "hex bolt"), ("a &amp; b", "a & b"), ("HEX", "Hex"), ("fi", "\ufb01")],
 )
-def test_classes_that_become_the_same_tokens_are_refused_by_both_names(mini, first, second):
+def test_classes_with_the_same_tokens_are_refused_and_both_named(mini, first, second):
     with pytest.raises(TaskInvalid) as caught:
         check_prompts(made("nut", first, second), mini.tokenizer)
     assert f"classes {first!r} and {second!r} are the same tokens" in str(caught.value)
     assert check_prompts(made("nut", first, "other"), mini.tokenizer) == []
 
 
-def test_classes_that_differ_after_the_cut_are_refused_as_that(mini):
+def test_classes_that_differ_only_after_truncation_are_refused(mini):
     with pytest.raises(TaskInvalid, match="differ only where prompts are cut"):
         check_prompts(made(LONG + "bolt", LONG + "nut"), mini.tokenizer)
 
@@ -47,7 +47,7 @@ def test_one_template_is_enough_to_distinguish_classes(mini):
 
 
 @pytest.mark.parametrize("words", [1, 10, 20, 21, 22, 23, 24, 25])
-def test_a_prompt_is_cut_where_tokens_are_lost(mini, words):
+def test_a_prompt_counts_as_cut_only_if_it_loses_tokens(mini, words):
     text = " ".join(["dog"] * words)
     fits = words + 2 <= mini.context_length
     assert (cut_prompts(mini.tokenizer, [text]) == []) == fits
@@ -69,7 +69,7 @@ def test_shipped_tasks_and_known_lists_have_distinct_classes(mini):
         assert len(set(as_read(mini.tokenizer, names))) == len(names)
 
 
-def test_training_is_refused_where_classes_are_the_same_tokens(mini, tmp_path):
+def test_training_is_refused_if_classes_have_the_same_tokens(mini, tmp_path):
     task, config = made("Bolt", "bolt"), train_config("mini", iterations=1)
     with pytest.raises(TaskInvalid, match="'Bolt' and 'bolt'"):
         fit(task, mini, [], config, test_on=[], on_step=lambda step: pytest.fail("trained"))
@@ -78,7 +78,7 @@ def test_training_is_refused_where_classes_are_the_same_tokens(mini, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_commands_refuse_them_in_one_line_and_write_nothing(tmp_path, capsys):
+def test_commands_refuse_such_classes_and_write_nothing(tmp_path, capsys):
     for name in ("Bolt", "bolt"):
         for number in range(4):
             file = tmp_path / "t" / name / f"{number}.png"
@@ -95,7 +95,7 @@ def test_commands_refuse_them_in_one_line_and_write_nothing(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t"]
 
 
-def test_names_that_are_read_alike_are_one_class_in_the_union(mini):
+def test_names_with_the_same_tokens_are_one_class_in_the_union(mini):
     left, right = made("Bolt", "nut"), dataclasses.replace(made("bolt", "NUT"), name="right")
     found = evaluate(mini, [left, right])
     assert found["union"] == found["task"]

@@ -1,4 +1,4 @@
-"""The line at load and its warnings."""
+"""The line that is printed when a task is loaded, and its warnings."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ QUICK = ["--model", "mini", "--iterations", "1", "--batch-size", "4"]
 
 
 def lay(folder: Path, **counts: tuple[int, int]) -> Path:
-    """Classes with so many training and test images, no two alike."""
+    """Write classes with the given numbers of training and test images, all different."""
     shade = 0
     for name, numbers in counts.items():
         for split, count in zip(("train", "test"), numbers, strict=True):
@@ -29,7 +29,7 @@ def lay(folder: Path, **counts: tuple[int, int]) -> Path:
     return folder
 
 
-def test_the_line_says_what_is_there_what_is_used_and_what_is_left_out(tmp_path):
+def test_the_line_tells_how_many_images_exist_are_used_and_are_left_out(tmp_path):
     folder = lay(tmp_path / "bolts", hex_bolt=(3, 2), rivet=(8, 4))
     (folder / "train" / "rivet" / "notes.md").write_text("x")
     (folder / "train" / ".DS_Store").write_text("x")
@@ -45,7 +45,7 @@ def test_the_line_says_what_is_there_what_is_used_and_what_is_left_out(tmp_path)
     assert said["renamed"] == {"hex_bolt": "hex bolt"}
 
 
-def test_the_page_on_folders_shows_the_line_as_it_is():
+def test_the_line_in_docs_folders_is_the_real_one():
     summary = Summary(
         task="bolts",
         source="photos/bolts",
@@ -65,19 +65,19 @@ def test_the_page_on_folders_shows_the_line_as_it_is():
 @pytest.mark.parametrize(
     ("shots", "says"), [(0, "train 4 images per class, all used"), (9, "all used"), (1, "class, 1 per class used")]
 )
-def test_the_line_says_how_many_images_of_how_many_training_draws(tmp_path, shots, says):
+def test_the_line_tells_how_many_images_per_class_training_uses(tmp_path, shots, says):
     folder = lay(tmp_path / "bolts", a=(4, 1), b=(4, 1))
     assert says in summarise(load_task(str(folder)), shots).line()
     assert "; test 1 image per class" in summarise(load_task(str(folder)), shots).line()
 
 
-def test_a_task_that_is_only_tested_says_nothing_of_training(tmp_path):
+def test_the_line_of_a_task_that_is_only_tested_omits_training(tmp_path):
     line = summarise(load_task(str(lay(tmp_path / "bolts", a=(4, 2), b=(4, 2))))).line()
     assert line == f"bolts ({tmp_path / 'bolts'}): 2 classes; test 2 images per class"
 
 
 @pytest.mark.parametrize("name", ["digits", "emoji"])
-def test_shipped_tasks_have_a_line_and_no_warning(name):
+def test_shipped_tasks_have_a_line_and_no_warnings(name):
     summary = summarise(load_task(name), shots=16)
     assert summary.line().startswith(f"{name} (shipped): ")
     assert not summary.warnings
@@ -92,17 +92,17 @@ def test_shipped_tasks_have_a_line_and_no_warning(name):
         ({"a": (20, 2), "b": (2, 2)}, None),
     ],
 )
-def test_uneven_and_untested_classes_are_warned_of(tmp_path, counts, says):
+def test_uneven_and_untested_classes_cause_a_warning(tmp_path, counts, says):
     warnings = summarise(load_task(str(lay(tmp_path / "bolts", **counts))), 5).warnings
     assert (says in warnings[0]) if says else not warnings
 
 
-def test_a_class_of_one_image_in_one_tree_is_untested(tmp_path):
+def test_a_class_with_one_image_in_a_folder_without_splits_is_untested(tmp_path):
     folder = lay(tmp_path / "bolts", a=(5, 0), b=(1, 0)) / "train"
     assert "no test image in class 'b'" in summarise(load_task(str(folder)), 5).warnings[0]
 
 
-def test_splits_that_share_equal_files_are_warned_of(tmp_path):
+def test_equal_files_in_both_splits_cause_a_warning(tmp_path):
     folder = lay(tmp_path / "bolts", a=(4, 2), b=(4, 2))
     shutil.copy(folder / "train/a/3.png", folder / "test/b/copy.png")
     (warning,) = summarise(load_task(str(folder))).warnings
@@ -110,14 +110,14 @@ def test_splits_that_share_equal_files_are_warned_of(tmp_path):
     assert f"{folder}/test/b/copy.png and {folder}/train/a/3.png" in warning
 
 
-def test_equal_files_of_one_tree_are_found_wherever_its_split_puts_them(tmp_path):
+def test_equal_files_are_found_in_a_folder_without_splits(tmp_path):
     folder = lay(tmp_path / "bolts", a=(5, 0), b=(5, 0)) / "train"
     for number in range(4):
         shutil.copy(folder / "a/0.png", folder / f"a/copy{number}.png")
     assert "training images too" in summarise(load_task(str(folder))).warnings[0]
 
 
-def test_a_large_folder_costs_no_more_than_a_set_number_of_reads(tmp_path, monkeypatch):
+def test_the_number_of_reads_is_limited_for_large_folders(tmp_path, monkeypatch):
     file = tmp_path / "image"
     file.write_bytes(b"x" * 100)
     read = []
@@ -127,7 +127,7 @@ def test_a_large_folder_costs_no_more_than_a_set_number_of_reads(tmp_path, monke
     assert len(read) <= LOOKED_AT + MAX_READ
 
 
-def test_files_that_are_not_equal_to_the_last_byte_are_not_equal(tmp_path):
+def test_files_that_differ_in_the_last_byte_are_not_equal(tmp_path):
     for name, last in (("one", b"1"), ("two", b"2"), ("again", b"1")):
         (tmp_path / name).write_bytes(bytes(100_000) + last)
     (tmp_path / "empty").touch()
@@ -137,7 +137,7 @@ def test_files_that_are_not_equal_to_the_last_byte_are_not_equal(tmp_path):
 
 
 @pytest.mark.slow
-def test_commands_say_it_on_stderr_before_they_train(tmp_path, capsys):
+def test_commands_print_the_line_on_stderr_before_training(tmp_path, capsys):
     folder = lay(tmp_path / "bolts", a=(40, 2), b=(2, 2))
     main(["fit", "--task", str(folder), "--shots", "3", "--adapters", str(tmp_path / "adapters"), *QUICK, "--json"])
     captured = capsys.readouterr()
@@ -160,7 +160,7 @@ def test_commands_say_it_on_stderr_before_they_train(tmp_path, capsys):
     assert [line.split()[0] for line in captured.err.splitlines()] == ["emoji", "nuts"]
 
 
-def test_validation_looks_at_training_images_alone(tmp_path):
+def test_the_summary_of_validation_concerns_training_images_only(tmp_path):
     folder = lay(tmp_path / "bolts", a=(10, 2), b=(10, 2))
     shutil.copy(folder / "train/a/3.png", folder / "test/b/copy.png")
     summary = summarise(validation(load_task(str(folder))), 5)

@@ -28,7 +28,7 @@ def paint(path, colour):
 
 @pytest.fixture
 def bolts(tmp_path):
-    """Three classes, each of one colour, as a user would lay them out."""
+    """Three classes, each of a single colour, in the layout of a user's folder."""
     folder = tmp_path / "bolts"
     for split, count in (("train", 4), ("test", 2)):
         for value, name in enumerate(("hex_bolt", "eye-bolt", "rivet")):
@@ -37,7 +37,7 @@ def bolts(tmp_path):
     return folder
 
 
-def test_shipped_task_has_both_splits():
+def test_a_shipped_task_has_both_splits():
     task = load_task("digits")
     assert task.class_names[7] == "seven"
     assert (len(task.load("train")), len(task.load("test"))) == (993, 797)
@@ -46,7 +46,7 @@ def test_shipped_task_has_both_splits():
     assert task.class_names[label] == task.load("test").name_of(5).split("/")[-2]
 
 
-def test_folder_becomes_a_task(bolts):
+def test_a_folder_becomes_a_task(bolts):
     task = load_task(str(bolts))
     assert task.name == "bolts"
     assert task.class_names == ("eye bolt", "hex bolt", "rivet")
@@ -56,7 +56,7 @@ def test_folder_becomes_a_task(bolts):
     assert np.asarray(test[2][0])[0, 0, 0] == 0, "hex_bolt was painted black"
 
 
-def test_folder_takes_names_and_templates_from_files_or_the_caller(bolts):
+def test_a_folder_s_names_and_templates_come_from_files_or_the_caller(bolts):
     (bolts / "classes.txt").write_text("eyelet\nhexagon\nrivet\n")
     (bolts / "templates.txt").write_text("a photo of a {}\n\na close-up of a {}\n")
     task = load_task(str(bolts))
@@ -66,7 +66,7 @@ def test_folder_takes_names_and_templates_from_files_or_the_caller(bolts):
     assert (renamed.name, renamed.templates) == ("fasteners", ("a {}, a type of bolt",))
 
 
-def test_one_tree_is_split_the_same_way_every_time(bolts):
+def test_a_folder_without_splits_is_split_the_same_way_every_time(bolts):
     tree = bolts / "train"
     first, second = load_task(str(tree)), load_task(str(tree))
     assert len(first.load("train")) == 9
@@ -85,13 +85,13 @@ def test_one_tree_is_split_the_same_way_every_time(bolts):
         (lambda f: paint(f / "test" / "nut" / "1.png", 3), "'nut' is in one of"),
     ],
 )
-def test_folders_that_make_no_task_are_refused(bolts, spoil, says):
+def test_faulty_folders_are_refused(bolts, spoil, says):
     spoil(bolts)
     with pytest.raises(TaskInvalid, match=says):
         load_task(str(bolts))
 
 
-def test_one_class_is_no_task(tmp_path):
+def test_a_folder_with_one_class_is_refused(tmp_path):
     paint(tmp_path / "t" / "only" / "1.png", 3)
     with pytest.raises(TaskInvalid, match="has 1 class"):
         load_task(str(tmp_path / "t"))
@@ -102,14 +102,14 @@ def test_a_name_that_would_leave_the_folder_is_refused(bolts):
         load_task(str(bolts), rename="../escape")
 
 
-def test_unreadable_image_is_named(bolts):
+def test_an_unreadable_image_is_named(bolts):
     bad = bolts / "test" / "rivet" / "0.png"
     bad.write_bytes(b"not a picture")
     with pytest.raises(UnreadableImage, match=r"rivet/0\.png"):
         list(load_task(str(bolts)).load("test"))
 
 
-def test_unreadable_images_are_named_and_skipped_on_request(bolts, mini):
+def test_unreadable_images_are_skipped_and_reported_on_request(bolts, mini):
     bad = bolts / "train" / "rivet" / "2.png"
     bad.write_bytes(bad.read_bytes()[:40])
     told = []
@@ -121,14 +121,14 @@ def test_unreadable_images_are_named_and_skipped_on_request(bolts, mini):
     assert "--skip-unreadable" not in told[0]
 
 
-def test_a_split_of_which_nothing_is_left_is_refused(bolts, mini):
+def test_a_split_without_any_readable_image_is_refused(bolts, mini):
     for path in (bolts / "test").rglob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(TaskInvalid, match="not one of its test images"):
         skip_unreadable(load_task(str(bolts)), mini.preprocess, lambda fault: None).load("test")
 
 
-def test_a_large_folder_is_listed_not_opened(bolts, monkeypatch):
+def test_images_of_a_folder_are_opened_only_when_used(bolts, monkeypatch):
     for number in range(1000):
         os.link(bolts / "train/rivet/0.png", bolts / f"train/rivet/link{number}.png")
     opened = []
@@ -140,14 +140,14 @@ def test_a_large_folder_is_listed_not_opened(bolts, monkeypatch):
     assert len(list(drawn)) == len(opened) == 9
 
 
-def test_unknown_task_gets_near_names():
+def test_an_unknown_task_is_refused_with_similar_names():
     with pytest.raises(UnknownTask, match="near names: digits"):
         load_task("digit")
     with pytest.raises(TaskDataMissing, match="no such folder"):
         load_task("./nowhere")
 
 
-def test_catalogue_says_where_data_was_looked_for(tmp_path):
+def test_the_catalogue_tells_where_data_was_looked_for(tmp_path):
     entries = {entry.name: entry for entry in catalogue(tmp_path)}
     assert len(entries) == 17
     assert entries["digits"].missing == ""
@@ -158,7 +158,7 @@ def test_catalogue_says_where_data_was_looked_for(tmp_path):
         load_task("aircraft", tmp_path)
 
 
-def test_few_shot_draws_the_same_few_of_every_class():
+def test_few_shot_draws_the_same_images_of_every_class_for_a_seed():
     images = Images([0] * 9 + [1] * 2 + [2] * 9, lambda i: None, str)
     drawn = images.few_shot(3, seed=1)
     assert list(drawn.labels) == [0] * 3 + [1] * 2 + [2] * 3
@@ -167,7 +167,7 @@ def test_few_shot_draws_the_same_few_of_every_class():
     assert images.few_shot(0, seed=1) is images
 
 
-def test_split_by_seed_covers_everything_once():
+def test_split_by_seed_puts_every_image_into_one_split():
     images = Images([0] * 10 + [1] * 2 + [2], lambda i: None, str)
     parts = split_by_seed(images)
     names = [part.name_of(i) for part in parts.values() for i in range(len(part))]
@@ -175,7 +175,7 @@ def test_split_by_seed_covers_everything_once():
     assert list(parts["test"].labels) == [0, 0, 1]
 
 
-def test_templates_need_one_place_for_the_name():
+def test_templates_need_exactly_one_placeholder():
     for templates in ((), ("no place",), ("{} and {}",)):
         with pytest.raises(TaskInvalid):
             Task("t", ("a", "b"), templates, lambda split: None, "here")
@@ -197,7 +197,7 @@ def test_lists_of_tasks_expand_to_their_tasks_in_order():
     assert set(lists["mtil-1"]) - set(lists["x-tail"]) == {"cifar100"}
 
 
-def test_validation_takes_from_the_training_images_alone(digits):
+def test_validation_splits_the_training_images_only(digits):
     held_out = validation(digits)
     learn, check, every = held_out.load("train"), held_out.load("test"), digits.load("train")
     assert len(learn) + len(check) == len(every)
@@ -207,13 +207,13 @@ def test_validation_takes_from_the_training_images_alone(digits):
     assert set(check.labels) == set(every.labels)
 
 
-def test_links_in_circles_are_not_followed(bolts):
+def test_circular_links_are_not_followed(bolts):
     (bolts / "train" / "rivet" / "loop").symlink_to(bolts)
     (bolts / "train" / "rivet" / "self").symlink_to(".")
     assert len(load_task(str(bolts)).load("train")) == 12
 
 
-def test_a_pipe_among_the_images_is_named_and_not_waited_for(bolts):
+def test_a_pipe_among_the_images_is_refused_without_waiting(bolts):
     os.mkfifo(bolts / "test" / "rivet" / "pipe.jpg")
     with pytest.raises(UnreadableImage, match=r"pipe\.jpg.*not a regular file"):
         list(load_task(str(bolts)).load("test"))
@@ -231,14 +231,14 @@ def test_a_pipe_among_the_images_is_named_and_not_waited_for(bolts):
         lambda file: file.write_text("a\x1b[2J {}\nb\nc"),
     ],
 )
-def test_lists_that_are_no_text_are_refused(bolts, name, make):
+def test_lists_that_are_not_text_files_are_refused(bolts, name, make):
     (bolts / name).unlink(missing_ok=True)
     make(bolts / name)
     with pytest.raises(TaskInvalid):
         load_task(str(bolts))
 
 
-def test_the_folder_an_adapter_names_is_looked_into_only_if_its_classes_are_there(bolts, monkeypatch):
+def test_an_adapter_s_source_folder_is_read_only_if_it_has_its_classes(bolts, monkeypatch):
     adapter = SimpleNamespace(
         task="bolts", class_names=("eye bolt", "hex bolt", "rivet"), templates=("a {}",), config={"source": str(bolts)}
     )
