@@ -1,4 +1,4 @@
-"""The command line of a study: its parameters are flags, and its docstring is the help."""
+"""The command line of a study: the parameters of its function are the flags, and its docstring is the help."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POSITIVE = Number(gte=1)
 
 
 def application(description: str | None = None, *, consume_multiple: bool = False) -> App:
-    """A command called as the module that was started: ``python -m evidence.studies.speed``."""
+    """Return a command named after the module that was started: ``python -m evidence.studies.speed``."""
     module = sys.modules["__main__"].__spec__
     name = f"python -m {module.name.removesuffix('.__main__')}" if module else sys.argv[0]
     defaults = Parameter(negative="", consume_multiple=consume_multiple, allow_repeating=True, show_default=shown)

@@ -1,4 +1,4 @@
-"""The one writer of Markdown tables: those in the documents are what the commands here print."""
+"""The writer of Markdown tables. The tables in the documents are the output of the commands in this package."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, text: int) -> Iterator[str]:
-    """The lines of a table.
+    """Yield the lines of a table.
 
     Args:
-        rows: cells, one per heading; None and "" are empty ones.
-        text: how many columns, from the left, are text; the others are numbers, and flush right.
+        rows: cells, one per heading; None and "" give an empty cell.
+        text: number of text columns, counted from the left; the others hold numbers and are right-aligned.
     """
     yield _line(headings)
     yield f"|{'---|' * text}{'---:|' * (len(headings) - text)}"

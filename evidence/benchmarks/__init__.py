@@ -1,1 +1,1 @@
-"""clipweld beside what people use today, on this machine."""
+"""Benchmarks of clipweld against other libraries that people use today, on this machine."""

@@ -1,4 +1,4 @@
-"""One CLIP, written in every form that a contender of `evidence.benchmarks.compare` takes."""
+"""Write one CLIP in every format that a contender of `evidence.benchmarks.compare` reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from evidence.benchmarks.contenders import Bundle
 
 LABELS_OF = "fashion"  # ten class names
 TEMPLATE = "a photo of a {}"
-LOGIT_SCALE = 100.0  # of every published CLIP: random weights would start at 14, and their answers hardly differ
+LOGIT_SCALE = 100.0  # as in every published CLIP; random weights start at 14, which gives all labels almost equal odds
 # What open_clip and transformers call the first and the last token of a text.
 START, END = ("<start_of_text>", "<|startoftext|>"), ("<end_of_text>", "<|endoftext|>")
 
@@ -28,9 +28,9 @@ def write_bundle(model_name: str, pretrained: str | None, num_images: int, folde
     """Export a model to open_clip, transformers and a Triton repository, and add real images.
 
     Args:
-        model_name, pretrained: as ``clipweld.trainer.base.backbone.load_backbone`` takes them.
-        num_images: how many images; they come from the test sets of the shipped tasks, in turn.
-        folder: where everything goes.
+        model_name, pretrained: as in ``clipweld.trainer.base.backbone.load_backbone``.
+        num_images: number of images, taken from the test sets of the shipped tasks in turn.
+        folder: where everything is written.
     """
     backbone = load_backbone(model_name, pretrained)
     if pretrained == "random":
@@ -58,7 +58,7 @@ def write_bundle(model_name: str, pretrained: str | None, num_images: int, folde
 
 
 def write_tokenizer(folder: Path, context_length: int) -> None:
-    """CLIP's tokenizer as every CLIP published for transformers has it, made of open_clip's own vocabulary."""
+    """Write CLIP's tokenizer in the files that transformers reads, with open_clip's own vocabulary."""
     known = open_clip.tokenizer.SimpleTokenizer()
     renamed = dict((START, END))
     vocab = {renamed.get(token, token): index for token, index in known.encoder.items()}

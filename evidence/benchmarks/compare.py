@@ -1,4 +1,4 @@
-"""clipweld beside what people use today: the same CLIP, images and labels, in turn, on this machine's CPU.
+"""Compare clipweld with other libraries: the same CLIP, images and labels, in turn, on this machine's CPU.
 
 Run: python -m evidence.benchmarks.compare --out runs/compare.json
 """
@@ -28,10 +28,11 @@ from evidence.benchmarks.process import Failed, Worker, find_contender
 from evidence.benchmarks.table import HEADINGS, rows
 from evidence.command_line import POSITIVE
 
-OURS, REFERENCE = Clipweld.title, OpenClip.title  # what ratios are to, and whose answers are right: CLIP's own code
-TOLERANCE = 0.005  # of a probability: noise of two grey levels moves it by 0.001, a mirrored image by 0.02
-IDLE_S = 0.3  # threads of torch spin for a fifth of a second after their work, and would take a core from who is next
-FASTER = {"pytorch": 1.0, "server": 1.5}  # the margin we ask for: the others' time divided by clipweld's
+# Ratios are relative to OURS. The answers of REFERENCE count as correct: open_clip is the reference code for CLIP.
+OURS, REFERENCE = Clipweld.title, OpenClip.title
+TOLERANCE = 0.005  # in probability: noise of two grey levels changes one by 0.001, a mirrored image by 0.02
+IDLE_S = 0.3  # torch's threads spin for 0.2 s after their work, and would take a core from the next contender
+FASTER = {"pytorch": 1.0, "server": 1.5}  # the required margin: the other's time divided by clipweld's
 console = Console(stderr=True)
 
 
@@ -50,10 +51,10 @@ def main(
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/compare.json"),
     as_json: Annotated[bool, Parameter(name="--json", help="Figures as JSON on stdout, no tables.")] = False,
 ) -> None:
-    """Time every contender that is installed; exit with 1 where one answers differently or fails."""
+    """Time every contender that is installed; exit with status 1 if one fails or gives different answers."""
     if infinity:
         os.environ[INFINITY_VARIABLE] = str(infinity.resolve())
-    sizes = sorted(set(batch_size or (1, 32)))  # ascending: peak memory only grows
+    sizes = sorted(set(batch_size or (1, 32)))  # ascending, because a process's peak memory never falls
     known = (*CONTENDERS, *map(find_contender, also or ()))
     missing = {contender.title: why for contender in known if (why := contender.missing())}
     here = [contender for contender in known if contender.title not in missing]
@@ -74,7 +75,7 @@ def main(
 
 
 def _export(name: str, pretrained: str, images: int, folder: Path) -> None:
-    """The model in all its forms, written in a process of its own: its memory is free again for the contenders."""
+    """Write the model in every format, in a separate process, so that its memory is free for the contenders."""
     command = [sys.executable, "-m", "evidence.benchmarks.bundle", name, pretrained, str(images), str(folder)]
     if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         raise SystemExit(1)
@@ -83,7 +84,7 @@ def _export(name: str, pretrained: str, images: int, folder: Path) -> None:
 def _compare(
     name: str, contenders: list[type[Contender]], folder: Path, sizes: list[int], rounds: int, starts: int
 ) -> dict[str, dict]:
-    """Start everything, then let all take turns; by title."""
+    """Start all contenders, let them take turns, and return the figures by title."""
     measured: dict[str, dict] = {}
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
@@ -111,11 +112,14 @@ def _compare(
 
 
 def _take_turns(workers: dict[str, Worker], batch_size: int, rounds: int, title: str) -> dict[str, dict]:
-    """Figures of all, by title. What answers differently is timed no further, what fails leaves ``workers``."""
+    """Return the figures of all contenders, by title.
+
+    A contender that gives different answers is not timed any further; one that fails is removed from ``workers``.
+    """
     turns: dict[str, list[dict]] = {name: [] for name in workers}
     answers: dict[str, np.ndarray] = {}
     found: dict[str, dict] = {}
-    # The round before the first is not timed: it compiles, and shows who answers what.
+    # Round 0 is not timed: it compiles models, and its answers are compared before any timing.
     for number in track(range(rounds + 1), title, console=console, transient=True):
         for name in [name for name in workers if name not in found]:
             time.sleep(IDLE_S)
@@ -149,9 +153,12 @@ def _take_turns(workers: dict[str, Worker], batch_size: int, rounds: int, title:
 
 
 def find_difference(found: np.ndarray, expected: np.ndarray) -> str | None:
-    """How answers (num_images, num_labels) differ by more than a rounding; None where they don't.
+    """Describe how two arrays of probabilities differ by more than ``TOLERANCE``; return None if they don't.
 
-    Within the tolerance the best label can differ only where two are as good as tied.
+    Within the tolerance, the best label can differ only where two labels are nearly tied.
+
+    Args:
+        found, expected: (num_images, num_labels).
     """
     if found.shape != expected.shape:
         return f"answers of shape {found.shape}, expected {expected.shape}"
@@ -163,7 +170,7 @@ def find_difference(found: np.ndarray, expected: np.ndarray) -> str | None:
 
 
 def _goals(models: dict[str, dict], contenders: list[type[Contender]]) -> list[dict]:
-    """What we ask of clipweld, and whether each contender on this machine lets it be so."""
+    """Return the required margin over each contender on this machine, and whether clipweld reached it."""
     rows = []
     for kind, factor in FASTER.items():
         for name, measured in models.items():

@@ -1,6 +1,7 @@
 """Ways to classify images with CLIP, one class each; `evidence.benchmarks.process` runs them.
 
-Only what every contender needs is imported up here: the rest counts for the start and the memory of whoever needs it.
+The top of this module imports only what every contender needs. Each contender imports the rest itself, so that it
+counts towards that contender's start time and memory.
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ READY_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Bundle:
-    """One CLIP in every form that a contender takes, the images, and the labels to choose from.
+    """One CLIP in every format that a contender reads, with the images and the labels to choose from.
 
     Attributes:
-        model: open_clip's name of it.
-        template: the prompt, with ``{}`` where the label goes.
-        logit_scale: what cosines are multiplied by before the softmax.
+        model: open_clip's name for it.
+        labels: class names.
+        template: the prompt, with ``{}`` in place of the label.
+        images: paths of the image files.
+        image_size: side of the model's input in pixels.
+        logit_scale: the factor by which cosines are multiplied before the softmax.
     """
 
     model: str
@@ -47,11 +51,11 @@ class Bundle:
 
     @property
     def prompts(self) -> list[str]:
-        """One a label."""
+        """One prompt per label."""
         return [self.template.format(label) for label in self.labels]
 
     def save(self, folder: Path) -> None:
-        """Write it beside the model's files."""
+        """Write this description beside the model's files."""
         (folder / "bundle.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
@@ -62,10 +66,10 @@ class Bundle:
 
 
 class Contender:
-    """Label probabilities for image files.
+    """A way to get label probabilities for image files.
 
     Attributes:
-        title: what tables call it.
+        title: its name in the tables.
         kind: "pytorch" or "onnxruntime" (in process), or "server".
     """
 
@@ -78,19 +82,19 @@ class Contender:
 
     @classmethod
     def missing(cls) -> str | None:
-        """Why it can't run here; None where it can."""
+        """Return why this contender can't run here, or None if it can."""
         return None
 
     def serve(self) -> list[int]:
-        """Start the server, where there is one, and wait until it is ready; its process ids."""
+        """Start the server, if there is one, wait until it is ready, and return its process ids."""
         return []
 
     def start(self) -> None:
-        """Import and load everything that an answer needs."""
+        """Import and load everything that is needed to classify."""
         raise NotImplementedError
 
     def classify(self, files: Sequence[str]) -> np.ndarray:
-        """(num_images, num_labels), in the order given; rows add up to 1."""
+        """Return probabilities (num_images, num_labels), in the order of the files; each row sums to 1."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -99,7 +103,7 @@ class Contender:
 
 
 class Clipweld(Contender):
-    """A real Triton, and the client beside it; the client encodes the labels once."""
+    """A real Triton and our client on the same machine; the client encodes the labels once."""
 
     title = "clipweld: Triton, client"
     kind = "server"
@@ -123,7 +127,7 @@ class Clipweld(Contender):
 
 
 class OnnxRuntime(Contender):
-    """The exported towers in process, with onnxruntime's own defaults."""
+    """The exported towers in this process, with onnxruntime's own defaults."""
 
     title = "ONNX Runtime"
     kind = "onnxruntime"
@@ -158,7 +162,7 @@ class OnnxRuntime(Contender):
 
 
 class OpenClip(Contender):
-    """open_clip as its README has it: the labels are encoded at each call."""
+    """open_clip as in its README: the labels are encoded at each call."""
 
     title = "open_clip"
     kind = "pytorch"
@@ -168,7 +172,7 @@ class OpenClip(Contender):
         import open_clip
 
         name, weights = self.bundle.model, str(self.folder / "open_clip.safetensors")
-        open_clip.add_model_config(self.folder / f"{name}.json")  # the small CLIP is none of open_clip's own
+        open_clip.add_model_config(self.folder / f"{name}.json")  # open_clip has no small CLIP of its own
         self.model, _, self.preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
         self.model.eval()
         self.tokenizer = open_clip.get_tokenizer(name)
@@ -192,14 +196,14 @@ class OpenClip(Contender):
 
 
 class OpenClipOnce(OpenClip):
-    """The same, by someone who keeps the features of the labels."""
+    """open_clip with the label features encoded once and kept."""
 
     title = "open_clip, labels once"
     once = True
 
 
 class Transformers(Contender):
-    """transformers' pipeline, which has no way to keep the labels: they are encoded once a call."""
+    """transformers' pipeline, which can't keep the label features: they are encoded at each call."""
 
     title = "transformers pipeline"
     kind = "pytorch"
@@ -226,7 +230,7 @@ class Transformers(Contender):
 
 
 class Infinity(Contender):
-    """infinity-emb's server with its own defaults, called as its documentation does; labels are encoded once."""
+    """infinity-emb's server with its own defaults, called as in its documentation; labels are encoded once."""
 
     title = "infinity-emb"
     kind = "server"
@@ -272,7 +276,7 @@ CONTENDERS: tuple[type[Contender], ...] = (Clipweld, OnnxRuntime, OpenClipOnce, 
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
+    """Return the softmax over the last axis."""
     odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return odds / odds.sum(axis=-1, keepdims=True)
 

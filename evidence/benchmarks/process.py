@@ -1,6 +1,7 @@
-"""The process that a contender runs in, seen from both of its ends, which speak JSON lines.
+"""The process that a contender runs in: the parent's side and the child's side, which exchange JSON lines.
 
-Light like `evidence.benchmarks.contenders`: what is imported here counts for everybody's start.
+Like `evidence.benchmarks.contenders`, this module imports little, because its imports count towards the start time of
+every contender.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ import numpy as np
 
 from evidence.benchmarks.contenders import Bundle, Contender
 
-CALLS = 8  # of one turn at most: a batch of one needs no more to have a median
-# On the CPU; no contender downloads files that are here, or reports its use.
+CALLS = 8  # at most, in one turn: enough for a median with batches of one
+# Run on the CPU, without downloads of files that are already here, and without usage reports.
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 
 
 class Failed(Exception):
-    """A contender's process ended, or never answered; the message is the last it wrote."""
+    """A contender's process ended or never answered; the message is the last line that it wrote."""
 
 
 class Worker:
     """A contender in a process of its own.
 
     Attributes:
-        start: seconds from a fresh process to a ready server, and from there to the first answer.
+        start: ``server_seconds`` from a fresh process to a ready server (None without a server), and
+            ``client_seconds`` from there (without a server: from the fresh process) to the first answer.
     """
 
     def __init__(self, contender: type[Contender], folder: Path) -> None:
@@ -63,16 +65,16 @@ class Worker:
         self.start = {"server_seconds": server, "client_seconds": told["answered"] - ready}
 
     def take_turn(self, batch_size: int) -> dict:
-        """Give it a turn: seconds of each call, probabilities of all its images, peak memory."""
+        """Classify all images once; return the seconds of each call, the probabilities, and the peak memory."""
         try:
             self._process.stdin.write(json.dumps({"batch_size": batch_size}) + "\n")
             self._process.stdin.flush()
         except OSError:
-            pass  # it has ended: reading says why
+            pass  # the process has ended; _read raises its last line
         return self._read()
 
     def close(self) -> None:
-        """End it and what it started, which it does by itself once nobody can ask any more."""
+        """Close its stdin, after which it stops its server and ends; kill it if it does not end within 60 s."""
         try:
             self._process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
@@ -90,13 +92,13 @@ class Worker:
 
 
 def find_contender(name: str) -> type[Contender]:
-    """The class that ``MODULE:CLASS`` names."""
+    """Return the class that ``MODULE:CLASS`` names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def peak_bytes(pid: int) -> int:
-    """Peak resident memory of a process, from the kernel's own count; 0 where it has ended."""
+    """Return the peak resident memory of a process, as counted by the kernel; 0 if the process has ended."""
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
         return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
@@ -104,7 +106,7 @@ def peak_bytes(pid: int) -> int:
 
 
 def _tree(pid: int) -> Iterator[int]:
-    """A process and all that it started and that still run."""
+    """Yield the ids of a process and of its descendants that are still running."""
     yield pid
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -113,8 +115,8 @@ def _tree(pid: int) -> Iterator[int]:
 
 
 def _answer(name: str, folder: Path) -> None:
-    """Start a contender, report when it has answered first, then classify batches of images on request."""
-    channel = os.fdopen(os.dup(1), "w")  # libraries may print: that goes where errors go
+    """Start a contender, report the time of its first answer, then classify batches of images on request."""
+    channel = os.fdopen(os.dup(1), "w")  # replies go to the real stdout; what libraries print goes to stderr
     os.dup2(2, 1)
     bundle = Bundle.load(folder)
     contender = find_contender(name)(bundle, folder)
@@ -126,7 +128,7 @@ def _answer(name: str, folder: Path) -> None:
         print(json.dumps({"ready": ready if servers else None, "answered": time.time()}), file=channel, flush=True)
         for line in sys.stdin:
             batch_size = json.loads(line)["batch_size"]
-            contender.classify(bundle.images[:1])  # wakes threads and caches; not timed
+            contender.classify(bundle.images[:1])  # warms up threads and caches; not timed
             seconds, answers = [], []
             for first in range(0, len(bundle.images), batch_size)[:CALLS]:
                 began = time.perf_counter()

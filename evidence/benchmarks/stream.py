@@ -1,9 +1,9 @@
-"""A folder through client and Triton, beside the same ONNX file in process: what the way there and back costs.
+"""Compare a folder classified through client and Triton with the same ONNX file run in process.
 
 Run: python -m evidence.benchmarks.stream --out runs/stream.json
 
-In process, ONNX Runtime gets pixels that are decoded and resized already. The client does all of it: it reads files,
-decodes, resizes, asks the server, and ranks labels; server and client share the machine.
+In process, ONNX Runtime gets pixels that are already decoded and resized. The client does everything: it reads, decodes
+and resizes the files, asks the server, and ranks the labels. Server and client share the machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from evidence.command_line import POSITIVE
 
 LABELS = ["a cat", "a dog", "a flag", "a shoe"]
 PHOTO = (640, 480)  # pixels of the files, which are JPEG
-IDLE_S = 0.3  # threads spin for a while after their work, and would take a core from who is next
+IDLE_S = 0.3  # threads spin for a while after their work, and would take a core from the next run
 
 
 def main(
@@ -49,7 +49,7 @@ def main(
     rounds: Annotated[int, Parameter(validator=POSITIVE, help="Each gives both a turn.")] = 5,
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/stream.json"),
 ) -> None:
-    """Images per second, measured in turn, and the client's share of what ONNX Runtime does in process."""
+    """Measure images per second in turn, and the client's throughput as a share of ONNX Runtime's in process."""
     sizes = batch_size or [8, 16, 32]
     with tempfile.TemporaryDirectory(prefix="clipweld-stream-") as folder:
         backbone = load_backbone(model, pretrained)
@@ -88,7 +88,7 @@ def main(
 
 
 def _pixels(backbone: Backbone, photos: Path) -> np.ndarray:
-    """uint8 (num_images, image_size, image_size, 3)."""
+    """Return the preprocessed photos: uint8 (num_images, image_size, image_size, 3)."""
     how = {
         "size": backbone.image_size,
         "resize_mode": backbone.resize_mode,
@@ -104,7 +104,7 @@ def _in_process(session: onnxruntime.InferenceSession, pixels: np.ndarray, size:
 
 
 def _time(runs: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round, after one that does not count."""
+    """Return the seconds of each run in each round; one warm-up round comes first and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in track(range(rounds + 1), "rounds", console=Console(stderr=True)):
         for name, run in runs.items():

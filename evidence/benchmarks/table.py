@@ -23,7 +23,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def rows(measured: dict) -> Iterator[tuple[str, ...]]:
-    """One row a batch size and contender of one model, in the order of ``HEADINGS``; last those that failed."""
+    """Yield the rows of one model, with cells in the order of ``HEADINGS``.
+
+    There is one row per batch size and contender, then one per contender that failed.
+    """
     for batch_size in dict.fromkeys(size for contender in measured.values() for size in contender["batches"]):
         for title, contender in measured.items():
             if found := contender["batches"].get(batch_size):
@@ -46,7 +49,7 @@ def _figures(found: dict, start: dict) -> tuple[str, ...]:
 
 
 def _sum(client: float, server: float | None, form: str) -> str:
-    """What a client takes, and what its server takes, where there is one."""
+    """Format the client's figure, followed by "+" and the server's if there is a server."""
     return f"{client:{form}} + {server:{form}}" if server else f"{client:{form}}"
 
 
