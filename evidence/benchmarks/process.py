@@ -65,7 +65,7 @@ class Worker:
         self.start = {"server_seconds": server, "client_seconds": told["answered"] - ready}
 
     def take_turn(self, batch_size: int) -> dict:
-        """Classify all images once; return the seconds of each call, the probabilities, and the peak memory."""
+        """Let it classify up to ``CALLS`` batches; return seconds per call, all probabilities, and peak memory."""
         try:
             self._process.stdin.write(json.dumps({"batch_size": batch_size}) + "\n")
             self._process.stdin.flush()

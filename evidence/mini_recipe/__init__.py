@@ -1,1 +1,1 @@
-"""How the small CLIP and its tasks are made, from packages of public registries (`make mini`)."""
+"""The recipe that makes the small CLIP and its tasks from packages of public registries (`make mini`)."""

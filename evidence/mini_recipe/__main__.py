@@ -1,4 +1,4 @@
-"""`python -m evidence.mini_recipe build --work DIR --minutes 60 --out DIR`: the small CLIP from packages to weights."""
+"""Make the small CLIP from packages: `python -m evidence.mini_recipe build --work DIR --minutes 60 --out DIR`."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ Work = Annotated[Path, Parameter(help="Working folder: packages, pairs, checkpoi
 def _start_logging() -> None:
     warnings.filterwarnings(
         "ignore", "Image size", RuntimeWarning
-    )  # some clip art is large; Pillow refuses the largest
+    )  # some clip art is large; Pillow still refuses the largest
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
 
 
@@ -54,7 +54,7 @@ def train(
     seed: Annotated[int, Parameter(help="Seed of weights, captions and augmentation.")] = 0,
     start_from: Annotated[Path | None, Parameter(help="Weights to go on from, at half the rates.")] = None,
 ) -> None:
-    """Pre-train on the pairs; a second start resumes from the last checkpoint."""
+    """Pre-train on the pairs. Run it again to resume from the last checkpoint."""
     from safetensors.torch import load_file
 
     from evidence.mini_recipe import measure, pairs, train
@@ -73,7 +73,7 @@ def measure(
     weights: Annotated[Path, Parameter(help="A safetensors file.")],
     tasks: Annotated[Path | None, Parameter(help="A folder of tasks; the shipped one if absent.")] = None,
 ) -> None:
-    """Zero-shot accuracy on the six tasks, as a Markdown table."""
+    """Print zero-shot accuracy on the six tasks as a Markdown table."""
     from evidence.mini_recipe import measure
 
     scores = measure.zero_shot(measure.load_model(weights), tasks or measure.TASKS)
@@ -87,7 +87,7 @@ def build(
     minutes: Annotated[float, Parameter(help="Wall-clock minutes of training.")] = 60.0,
     threads: Annotated[int, Parameter(help="CPU threads.")] = 2,
 ) -> None:
-    """Everything: tasks, pairs, training, and the scores on the shipped tasks."""
+    """Build the tasks and pairs, pre-train, and print the scores on the shipped tasks."""
     from evidence.mini_recipe import measure as measuring
 
     tasks(work, out / "tasks")

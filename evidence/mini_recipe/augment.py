@@ -1,4 +1,4 @@
-"""Augmentation of whole batches with tensor operations: cheap enough to run beside the training step."""
+"""Augmentation of whole batches with tensor operations, which is fast enough to run at every training step."""
 
 import math
 
@@ -9,17 +9,17 @@ LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
 def uniform(count: int, low: float, high: float) -> torch.Tensor:
-    """float32, (count,), uniform between low and high."""
+    """Return random numbers, uniform between low and high: float32, (count,)."""
     return torch.rand(count) * (high - low) + low
 
 
 def shaped(images: torch.Tensor, may_flip: torch.Tensor, wobble: torch.Tensor, size: int) -> torch.Tensor:
-    """Random scale, shift, rotation, aspect and flip, and a smooth bending of the plane.
+    """Apply a random scale, shift, rotation, aspect ratio and flip, and a smooth distortion of the image plane.
 
     Args:
         images: premultiplied RGBA in 0..1, float32, (batch, 4, height, width).
-        may_flip: bool, (batch,).
-        wobble: how far the plane is bent, as a fraction of half the image; float32, (batch,).
+        may_flip: whether an image may be mirrored: bool, (batch,).
+        wobble: strength of the distortion, as a fraction of half the image; float32, (batch,).
         size: side of the result in pixels.
 
     Returns:
@@ -40,7 +40,10 @@ def shaped(images: torch.Tensor, may_flip: torch.Tensor, wobble: torch.Tensor, s
 
 
 def backgrounds(count: int, size: int) -> torch.Tensor:
-    """White half of the time, else black (10%), one colour (32%) or smooth noise; float32, (count, 3, size, size)."""
+    """Return random backgrounds: float32, (count, 3, size, size).
+
+    Half of them are white, 10% black, 22% one colour, and 18% smooth noise.
+    """
     choice = torch.rand(count)
     flat = torch.rand(count, 3)
     flat[choice < 0.60] = 0.0
@@ -54,11 +57,11 @@ def backgrounds(count: int, size: int) -> torch.Tensor:
 
 
 def inked(alpha: torch.Tensor, ground: torch.Tensor) -> torch.Tensor:
-    """One-ink drawings in a random ink that contrasts with the ground.
+    """Colour one-ink drawings with a random ink that contrasts with the background.
 
     Args:
-        alpha: float32, (batch, 1, size, size).
-        ground: float32, (batch, 3, size, size).
+        alpha: opacity of the drawings: float32, (batch, 1, size, size).
+        ground: backgrounds: float32, (batch, 3, size, size).
 
     Returns:
         Premultiplied colours, float32, (batch, 3, size, size).
@@ -71,7 +74,7 @@ def inked(alpha: torch.Tensor, ground: torch.Tensor) -> torch.Tensor:
 
 
 def coloured(images: torch.Tensor) -> torch.Tensor:
-    """Random saturation, hue, contrast and brightness; some grey (12%), some inverted (3%).
+    """Change saturation, hue, contrast and brightness at random; make 12% of images grey and invert 3%.
 
     Args:
         images: float32 in 0..1, (batch, 3, size, size).
@@ -79,7 +82,7 @@ def coloured(images: torch.Tensor) -> torch.Tensor:
     count = len(images)
     saturation, hue = uniform(count, 0.5, 1.5), uniform(count, -0.35, 0.35)
     saturation = torch.where(torch.rand(count) < 0.12, torch.zeros(()), saturation)
-    # Around the grey axis: rotation by hue, stretching by saturation; grey itself keeps its luma.
+    # Hue rotates colours around the grey axis; saturation scales their distance from the grey of their luma.
     axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     grey = LUMA.expand(3, 3)
     turn = torch.eye(3) + hue.sin().view(-1, 1, 1) * axis + (1 - hue.cos()).view(-1, 1, 1) * (axis @ axis)
@@ -92,7 +95,7 @@ def coloured(images: torch.Tensor) -> torch.Tensor:
 
 
 def roughened(images: torch.Tensor, blur_rate: torch.Tensor) -> torch.Tensor:
-    """Some images blurred by going down to 8 to 24 pixels and up again, 20% with noise.
+    """Blur some images by scaling them down to 8 to 24 pixels and up again; add noise to 20% of images.
 
     Args:
         images: float32 in 0..1, (batch, 3, size, size).
@@ -114,13 +117,13 @@ def roughened(images: torch.Tensor, blur_rate: torch.Tensor) -> torch.Tensor:
 def augment(
     images: torch.Tensor, may_flip: torch.Tensor, one_ink: torch.Tensor, glyph: torch.Tensor, size: int
 ) -> torch.Tensor:
-    """A training batch from stored squares.
+    """Make a training batch from the stored squares.
 
     Args:
         images: RGBA, uint8, (batch, height, width, 4).
-        may_flip: bool, (batch,): mirroring keeps the meaning.
-        one_ink: bool, (batch,): drawn in one ink that may be replaced.
-        glyph: bool, (batch,): a character, bent and blurred more than pictures are.
+        may_flip: whether mirroring keeps the meaning: bool, (batch,).
+        one_ink: whether it is drawn in one ink, whose colour may be replaced: bool, (batch,).
+        glyph: whether it is a character, which is distorted and blurred more than a picture: bool, (batch,).
         size: side of the result in pixels.
 
     Returns:

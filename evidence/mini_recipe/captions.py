@@ -1,14 +1,14 @@
-"""From file names, icon names and emoji records to short lower-case names and categories."""
+"""Turn file names, icon names and emoji records into short lower-case names and categories."""
 
 import re
 
 
 def _words(text: str) -> set[str]:
-    """The words of a text."""
+    """Return the set of words in a text."""
     return set(text.split())
 
 
-# Emoji sub-categories (by their beginning) and what one would call them.
+# Prefixes of emoji sub-categories, and plain words for them. The first prefix that matches is used.
 EMOJI_CATEGORIES = (
     ("face-", ("face",)),
     ("cat-face", ("animal", "face", "cat")),
@@ -56,7 +56,7 @@ OBJECTS = _words(
     "sound music light book-paper money mail writing office lock science medical household other-object dishware"
 )
 
-# Folder names (Debian openclipart, icon sets) and the words used for them; others are cleaned and kept.
+# Folder names (Debian openclipart, icon sets) and plain words for them. Other names are cleaned and kept.
 FOLDERS = {
     "people": "person",
     "recreation": "recreation",
@@ -96,7 +96,7 @@ SKIPPED_FOLDERS = _words(
 ) | {"flat theme", "lemon theme", "etiquette theme", "bordered", "white", "simple", "ornamental", "life"}
 PLAIN_PLURALS = {"clothes", "glass", "chess", "christmas", "bus", "cactus", "dress", "bass", "glasses", "scissors"}
 
-# Words that only say how an icon is drawn, and words that glue a second icon to the first.
+# Words that only say how an icon is drawn, and words for a second icon that is combined with the first.
 STYLE_WORDS = _words(
     """
     outline outlined filled fill duo flat negative alt variant thin bold sharp rounded px color icon
@@ -113,12 +113,12 @@ SKIN_TONES = re.compile(r"(?:-medium)?-(?:light|dark|medium)$|skin-tone")
 
 
 def squash(name: str) -> str:
-    """Letters and digits alone, lower case: how names of different sets are compared."""
+    """Reduce a name to lower-case letters and digits, so that names from different sets can be compared."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def singular(word: str) -> str:
-    """A plain English singular: "dogs" to "dog", "berries" to "berry"."""
+    """Return the singular of a regular English plural: "dog" for "dogs", "berry" for "berries"."""
     if word in PLAIN_PLURALS or len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
         return word
     if word.endswith("ies") and len(word) > 4:
@@ -129,21 +129,21 @@ def singular(word: str) -> str:
 
 
 def clean_title(name: str, dictionary: set[str]) -> str:
-    """A file or icon name as words: no digits, no single letters, only words of the dictionary.
+    """Turn a file or icon name into words: no digits, no single letters, only words of the dictionary.
 
     Args:
-        name: as in "virus_andreas_nilsson_01".
-        dictionary: lower-case words; a name of an author is not among them.
+        name: for example "virus_andreas_nilsson_01".
+        dictionary: lower-case words, without the names of authors.
 
     Returns:
-        As in "virus"; empty where nothing is left.
+        For example "virus"; empty if nothing is left.
     """
     words = re.split(r"[^a-z]+", name.lower())
     return " ".join(word for word in words if len(word) > 1 and word in dictionary)
 
 
 def clean_icon_name(name: str, dictionary: set[str]) -> str:
-    """An icon's name as words, empty where it is no plain thing (a brand, two icons glued into one, a flag)."""
+    """Turn an icon's name into words; return "" for icons to leave out (a brand, two icons in one, a flag)."""
     words = [word for word in re.split(r"[^a-z]+", name.lower()) if len(word) > 1 and word not in STYLE_WORDS]
     glued = len(words) > 1 and GLUED_WORDS & set(words[1:])
     if not words or len(words) > 4 or glued or not dictionary.issuperset(words):
@@ -152,14 +152,14 @@ def clean_icon_name(name: str, dictionary: set[str]) -> str:
 
 
 def emoji_categories(subcategory: str) -> tuple[str, ...]:
-    """Plain words for an emoji sub-category: "food-fruit" to ("food", "fruit")."""
+    """Return plain words for an emoji sub-category: ("food", "fruit") for "food-fruit"."""
     if subcategory in OBJECTS or subcategory.startswith("light"):
         return ("object",)
     return next((words for start, words in EMOJI_CATEGORIES if subcategory.startswith(start)), ())
 
 
 def folder_categories(folders: list[str]) -> tuple[str, ...]:
-    """Plain words for folder names: ["animals", "mammals"] to ("animal", "mammal")."""
+    """Return plain words for folder names: ("animal", "mammal") for ["animals", "mammals"]."""
     words = []
     for folder in folders:
         spaced = re.sub(r"[_-]|(?<=[a-z])(?=[A-Z])", " ", folder).lower()
@@ -171,15 +171,15 @@ def folder_categories(folders: list[str]) -> tuple[str, ...]:
 
 
 def is_flag(name: str) -> bool:
-    """Whether a name or path speaks of flags, which stay out of pre-training."""
+    """Return whether a name or path mentions flags, which are kept out of pre-training."""
     return "flag" in squash(name)
 
 
 class HeldOut:
-    """The concepts kept out of pre-training: those of the pictures in the `emoji` and `clipart` tasks.
+    """The concepts kept out of pre-training: those shown in the `emoji` and `clipart` tasks.
 
     Args:
-        concepts: names, in any spelling; compared squashed and in the singular.
+        concepts: names in any spelling; they are compared in the singular and after ``squash``.
     """
 
     def __init__(self, concepts: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures as small squares: trimming, centring, rendering SVG icons and font glyphs, thumbnails to find repeats."""
+"""Make small square pictures: trim and centre them, render SVG icons and font glyphs, and find repeats."""
 
 import io
 from pathlib import Path
@@ -12,13 +12,13 @@ THUMBNAIL = 16  # pixels
 
 
 def centre_in_square(picture: Image.Image) -> np.ndarray | None:
-    """Trim the transparent border, scale to fit and centre.
+    """Trim the transparent border of a picture, scale it to fit the square, and centre it.
 
     Args:
         picture: any size and mode.
 
     Returns:
-        RGBA, uint8, (64, 64, 4); None where nothing is visible.
+        RGBA, uint8, (64, 64, 4); None if nothing is visible.
     """
     picture = picture.convert("RGBA")
     box = picture.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
@@ -27,7 +27,7 @@ def centre_in_square(picture: Image.Image) -> np.ndarray | None:
     picture = picture.crop(box)
     scale = (SIZE - 2 * MARGIN) / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
-    # Resizing premultiplied colours keeps hidden ones from bleeding into the edge.
+    # Premultiplied colours: otherwise the colours of transparent pixels would bleed into the edges.
     picture = picture.convert("RGBa").resize((width, height), Image.Resampling.BICUBIC).convert("RGBA")
     square = Image.new("RGBA", (SIZE, SIZE))
     square.paste(picture, ((SIZE - width) // 2, (SIZE - height) // 2))
@@ -35,7 +35,7 @@ def centre_in_square(picture: Image.Image) -> np.ndarray | None:
 
 
 def read_square(path: Path) -> np.ndarray | None:
-    """A picture file as RGBA, uint8, (64, 64, 4); None where nothing is visible or the file is not a picture."""
+    """Read a picture file as RGBA, uint8, (64, 64, 4); None if nothing is visible or it can't be read."""
     try:
         with Image.open(path) as picture:
             picture.draft("RGB", (4 * SIZE, 4 * SIZE))
@@ -45,14 +45,14 @@ def read_square(path: Path) -> np.ndarray | None:
 
 
 def render_svg(body: str, box: tuple[float, float, float, float]) -> np.ndarray | None:
-    """An icon's SVG body drawn in its own colours (black where it asks for the current colour).
+    """Draw the SVG body of an icon in its own colours (black for `currentColor`).
 
     Args:
         body: the text between `<svg>` and `</svg>`.
         box: left, top, width and height of the view box.
 
     Returns:
-        RGBA, uint8, (64, 64, 4); None where nothing is visible.
+        RGBA, uint8, (64, 64, 4); None if nothing is visible.
     """
     from resvg_py import svg_to_bytes
 
@@ -66,7 +66,7 @@ def render_svg(body: str, box: tuple[float, float, float, float]) -> np.ndarray 
 
 
 def draw_glyph(character: str, font_file: Path) -> np.ndarray | None:
-    """One character in black on nothing: RGBA, uint8, (64, 64, 4); None where the font does not have it."""
+    """Draw one character in black on transparent: RGBA, uint8, (64, 64, 4); None if the font lacks it."""
     font = ImageFont.truetype(str(font_file), 96)
     missing = font.getmask("\U0010fffd")
     mask = font.getmask(character)
@@ -80,27 +80,28 @@ def draw_glyph(character: str, font_file: Path) -> np.ndarray | None:
 
 
 def on_white(images: np.ndarray) -> np.ndarray:
-    """RGBA, uint8, (count, 64, 64, 4) laid on white: RGB, float32 in 0..255, (count, 64, 64, 3)."""
+    """Composite RGBA images, uint8, (count, 64, 64, 4), on white: RGB, float32 in 0..255, (count, 64, 64, 3)."""
     alpha = images[..., 3:].astype(np.float32) / 255
     return images[..., :3] * alpha + 255 * (1 - alpha)
 
 
 def thumbnails(rgb: np.ndarray) -> np.ndarray:
-    """Mean colours of a 16x16 grid: (count, 64, 64, 3) to float32 (count, 768), in 0..255."""
+    """Return the mean colours of a 16x16 grid in 0..255: (count, 64, 64, 3) becomes float32 (count, 768)."""
     step = SIZE // THUMBNAIL
     grid = rgb.reshape(len(rgb), THUMBNAIL, step, THUMBNAIL, step, 3).astype(np.float32)
     return grid.mean(axis=(2, 4)).reshape(len(rgb), -1)
 
 
 def nearest(queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each query thumbnail the nearest key.
+    """Find the nearest key for each query thumbnail.
 
     Args:
         queries: float32, (queries, 768).
         keys: float32, (keys, 768).
 
     Returns:
-        Index of the key, int64, and root mean square distance in grey levels (0..255), float32; both (queries,).
+        The index of the nearest key, int64, and its root mean square distance in grey levels (0..255), float32; both
+        (queries,).
     """
     index = np.empty(len(queries), dtype=np.int64)
     distance = np.empty(len(queries), dtype=np.float32)

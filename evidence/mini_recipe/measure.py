@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of any weights on the six shipped tasks."""
+"""Measure the zero-shot accuracy of given weights on the six shipped tasks."""
 
 import dataclasses
 import io
@@ -22,7 +22,14 @@ TASKS = MINI / "tasks"
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Zero-shot on one task's test images, in percent."""
+    """Zero-shot accuracy on the test images of one task, in percent.
+
+    Attributes:
+        task: name of the task.
+        classes, images: how many there are.
+        accuracy: over all images.
+        class_mean: mean over classes of the accuracy on each class.
+    """
 
     task: str
     classes: int
@@ -32,7 +39,7 @@ class Score:
 
 
 def load_model(weights: Path, model_cfg: Path = MINI / "mini.json") -> CLIP:
-    """open_clip's CLIP with the weights, float32, in eval mode; every key must be there.
+    """Load open_clip's CLIP with the weights, float32, in eval mode; missing or unexpected keys are an error.
 
     Args:
         weights: a safetensors file.
@@ -45,7 +52,7 @@ def load_model(weights: Path, model_cfg: Path = MINI / "mini.json") -> CLIP:
 
 
 def task_images(archive: Path, split: str = "") -> list[tuple[str, Image.Image]]:
-    """Class names and RGB images of a task's zip, sorted by member name; of one split, or of both."""
+    """Return class names and RGB images from a task's zip, of one split or of both, sorted by member name."""
     with zipfile.ZipFile(archive) as opened:
         members = sorted(name for name in opened.namelist() if name.startswith(split) and not name.endswith("/"))
         return [(name.split("/")[1], Image.open(io.BytesIO(opened.read(name))).convert("RGB")) for name in members]
@@ -53,7 +60,10 @@ def task_images(archive: Path, split: str = "") -> list[tuple[str, Image.Image]]
 
 @torch.inference_mode()
 def class_embeddings(model: CLIP, class_names: list[str], templates: list[str]) -> torch.Tensor:
-    """Mean of the normalised features of all templates, normalised again: float32, (classes, embed_dim)."""
+    """Return one embedding per class: float32, (classes, embed_dim).
+
+    It is the mean of the normalised text features over all templates, normalised again.
+    """
     tokenizer = SimpleTokenizer(context_length=model.context_length)
     rows = []
     for name in class_names:
@@ -64,7 +74,7 @@ def class_embeddings(model: CLIP, class_names: list[str], templates: list[str]) 
 
 @torch.inference_mode()
 def zero_shot(model: CLIP, tasks: Path = TASKS) -> list[Score]:
-    """Scores on the test images of every task of a folder with `tasks.json` and the zips."""
+    """Return the score on the test images of every task in a folder, which holds `tasks.json` and the zips."""
     size = model.visual.image_size[0]
     preprocess = image_transform(size, is_train=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
     scores = []
@@ -82,7 +92,7 @@ def zero_shot(model: CLIP, tasks: Path = TASKS) -> list[Score]:
 
 
 def table(scores: list[Score]) -> str:
-    """The scores as a Markdown table, with the mean over tasks."""
+    """Format the scores as a Markdown table, with the mean over tasks."""
     rows = [
         (one.task, one.classes, one.images, f"{one.accuracy:.1f}", f"{one.class_mean:.1f}", f"{100 / one.classes:.1f}")
         for one in scores

@@ -1,21 +1,21 @@
-"""Muon in float32: `torch.optim.Muon` works in bfloat16, which CPUs without it emulate at a tenth of the speed."""
+"""Muon in float32. `torch.optim.Muon` uses bfloat16, which CPUs without bfloat16 emulate at a tenth of the speed."""
 
 from collections import defaultdict
 
 import torch
 from torch import nn
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Keller Jordan's quintic polynomial
 
 
 def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearly orthogonal matrices of the same row and column spaces, by Newton-Schulz iteration.
+    """Return nearly orthogonal matrices with the same row and column spaces, by Newton-Schulz iteration.
 
     Args:
         matrices: float32, (count, rows, columns).
 
     Returns:
-        float32, (count, rows, columns), singular values about 1.
+        float32, (count, rows, columns), with singular values of about 1.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -28,13 +28,13 @@ def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for matrices; steps scaled to the root mean square of AdamW's (0.2).
+    """Optimizer for matrices whose steps are orthogonalised momentum, with the root mean square of AdamW's steps (0.2).
 
     Args:
-        params: parameters of two dimensions.
+        params: parameters with two dimensions.
         lr: learning rate.
         momentum: Nesterov momentum.
-        weight_decay: decoupled.
+        weight_decay: decoupled weight decay.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all parameters; those of one shape are orthogonalised together."""
+        """Update all parameters; parameters of the same shape are orthogonalised in one batch."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:

@@ -1,4 +1,4 @@
-"""The pre-training pairs: pictures as 64x64 squares, each with its names and categories."""
+"""The pre-training pairs: 64x64 pictures, each with its names and categories."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import numpy as np
 from evidence.mini_recipe import captions, drawing, measure, sources, tasks
 from evidence.mini_recipe.measure import TASKS
 
-NEAR_TASK_IMAGE = 8.0  # grey levels between thumbnails: nearer than this, a picture repeats a task's picture
+NEAR_TASK_IMAGE = 8.0  # grey levels between thumbnails; a nearer picture counts as a repeat of a task's picture
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SIGNS = {
     "+": "plus sign", "-": "minus sign", "=": "equals sign", "?": "question mark", "!": "exclamation mark",
@@ -24,13 +24,13 @@ SIGNS = {
 
 @dataclasses.dataclass
 class Pair:
-    """A picture's words.
+    """A picture and its words.
 
     Attributes:
-        source: which package it came from.
+        source: the package that it comes from.
         kind: "emoji", "clipart", "icon" (coloured), "outline" (one ink) or "glyph".
-        names: what it shows, most exact first.
-        categories: what kind of thing that is.
+        names: what it shows, most exact name first.
+        categories: what kind of thing it shows.
         image: RGBA, uint8, (64, 64, 4).
     """
 
@@ -42,14 +42,17 @@ class Pair:
 
 
 def emoji_names(record: dict) -> tuple[str, ...]:
-    """Names of an entry of emoji-datasource, most exact first: ("grinning face", "grinning")."""
+    """Return the names of an entry of emoji-datasource, most exact first: ("grinning face", "grinning")."""
     names = [record["name"] or ""] + record["short_names"]
     cleaned = [re.sub(r"[_-]+", " ", name).lower().strip() for name in names]
     return tuple(dict.fromkeys(name for name in cleaned if re.search("[a-z]", name)))
 
 
 def emoji_pairs(work: sources.Folder, held_out: captions.HeldOut) -> list[Pair]:
-    """Two vendors' drawings of every emoji but flags and held-out concepts; skin tones are not in the list."""
+    """Return two vendors' drawings of every emoji, without flags and held-out concepts.
+
+    The list of emoji has no variants with skin tones.
+    """
     pairs = []
     for vendor in ("twitter", "google"):
         folder = work.npm(f"emoji-datasource-{vendor}")
@@ -65,7 +68,10 @@ def emoji_pairs(work: sources.Folder, held_out: captions.HeldOut) -> list[Pair]:
 
 
 def known_emoji(work: sources.Folder) -> dict[str, tuple]:
-    """Names and categories of every emoji but flags, by each of its names squashed (also the CLDR name)."""
+    """Return the names and categories of every emoji but flags, keyed by each of its names after ``squash``.
+
+    The names include the one in CLDR.
+    """
     records = json.loads((work.npm("emoji-datasource-twitter") / "emoji.json").read_text(encoding="utf-8"))
     cldr = json.loads((work.npm("@iconify-json/fluent-emoji-flat") / "chars.json").read_text(encoding="utf-8"))
     cldr = {code.replace("-fe0f", ""): name for code, name in cldr.items()}
@@ -83,7 +89,10 @@ def known_emoji(work: sources.Folder) -> dict[str, tuple]:
 
 
 def clipart_pairs(work: sources.Folder, held_out: captions.HeldOut, dictionary: set[str]) -> list[Pair]:
-    """Clip art of openclipart: file names as names, folder names as categories; no flags, no held-out titles."""
+    """Return the clip art of openclipart, with names from file names and categories from folder names.
+
+    Flags and held-out titles and paths are left out.
+    """
     root = work.deb("openclipart-png") / "usr/share/openclipart/png"
     pairs = []
     for path in sorted(root.rglob("*.png")):
@@ -102,11 +111,11 @@ def clipart_pairs(work: sources.Folder, held_out: captions.HeldOut, dictionary: 
 def icon_pairs(
     work: sources.Folder, held_out: captions.HeldOut, dictionary: set[str], known: dict[str, tuple]
 ) -> list[Pair]:
-    """Icons of the icon sets, drawn from SVG.
+    """Return the icons of the icon sets, rendered from SVG.
 
     Args:
-        known: names and categories of emoji by squashed name; emoji sets keep only icons found here, others take
-            the categories of the emoji of the same name, or of the name's last word.
+        known: names and categories of emoji by squashed name. Emoji sets keep only the icons found here. Icons of other
+            sets take the categories of the emoji with the same name, or with the last word of the name.
     """
     pairs = []
     for icon_set in sources.ICON_SETS:
@@ -126,7 +135,7 @@ def icon_pairs(
 
 
 def _folders_by_icon(metadata: Path) -> dict[str, tuple[str, ...]]:
-    """The categories an icon set gives its icons."""
+    """Return the categories of each icon, from the metadata of its set."""
     found: dict[str, tuple[str, ...]] = {}
     categories = json.loads(metadata.read_text(encoding="utf-8")).get("categories", {}) if metadata.exists() else {}
     for category, names in categories.items():
@@ -138,7 +147,7 @@ def _folders_by_icon(metadata: Path) -> dict[str, tuple[str, ...]]:
 def _icon_words(
     name: str, kind: str, dictionary: set[str], known: dict[str, tuple], folders: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """Names and categories of an icon; None where it is to be left out."""
+    """Return the names and categories of an icon, or None if it is to be left out."""
     if captions.is_flag(name) or "Flags" in folders or captions.SKIN_TONES.search(name):
         return None
     bare = re.sub(r"-\d+$", "", name)
@@ -154,7 +163,10 @@ def _icon_words(
 
 
 def glyph_pairs(work: sources.Folder) -> list[Pair]:
-    """Digits, capital letters and signs in free fonts; letters only in fonts that the `letters` task does not use."""
+    """Return digits, capital letters and signs in free fonts.
+
+    Letters come only from fonts that the `letters` task does not use.
+    """
     pairs = []
     for font in sources.FONTS:
         files = [path for path in sorted(work.deb(font.package).rglob("*")) if path.suffix.lower() in (".ttf", ".otf")]
@@ -177,7 +189,7 @@ def _glyph_words(character: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def without_repeats(pairs: list[Pair], task_images: np.ndarray) -> list[Pair]:
-    """Drop pictures that repeat an earlier one or nearly repeat a picture of a task.
+    """Drop pictures that repeat an earlier one, and those that nearly repeat a picture of a task.
 
     Args:
         task_images: RGB, uint8, (count, 64, 64, 3).
@@ -195,13 +207,13 @@ def without_repeats(pairs: list[Pair], task_images: np.ndarray) -> list[Pair]:
 
 
 def dictionary(work: sources.Folder) -> set[str]:
-    """English words in lower case; names are not among them."""
+    """Return the English words in lower case, which leaves out names."""
     words = (work.deb("wamerican") / "usr/share/dict/american-english").read_text(encoding="utf-8").split()
     return {word for word in words if word.islower()}
 
 
 def held_out_concepts(work: sources.Folder) -> captions.HeldOut:
-    """All names of the emoji and all titles and paths of the clip art that `held_out.json` lists."""
+    """Return all names of the emoji, and all titles and paths of the clip art, that `held_out.json` lists."""
     codes = {entry.split("/")[1] for _, _, entry in tasks.listed("emoji")}
     paths = [entry for _, _, entry in tasks.listed("clipart")]
     records = json.loads((work.npm("emoji-datasource-twitter") / "emoji.json").read_text(encoding="utf-8"))
@@ -212,7 +224,7 @@ def held_out_concepts(work: sources.Folder) -> captions.HeldOut:
 
 
 def build(work: sources.Folder) -> list[Pair]:
-    """All pairs, in a fixed order, with nothing of the shipped tasks among them."""
+    """Return all pairs in a fixed order, without pictures of the shipped tasks and without held-out concepts."""
     held_out, words = held_out_concepts(work), dictionary(work)
     pairs = emoji_pairs(work, held_out)
     pairs += icon_pairs(work, held_out, words, known_emoji(work))
@@ -223,7 +235,7 @@ def build(work: sources.Folder) -> list[Pair]:
 
 
 def save(pairs: list[Pair], path: Path) -> None:
-    """Write pictures and words into one `.npz` file."""
+    """Write pictures and words to one `.npz` file."""
     words = json.dumps([(pair.source, pair.kind, pair.names, pair.categories) for pair in pairs])
     np.savez(path, images=np.stack([pair.image for pair in pairs]), words=words)
 

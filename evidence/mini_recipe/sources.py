@@ -1,4 +1,4 @@
-"""Which packages the small CLIP is made of, at which versions, under which licences; and how they are fetched."""
+"""The packages that the small CLIP is made from, with versions and licences, and the code that fetches them."""
 
 import dataclasses
 import subprocess
@@ -18,9 +18,9 @@ class Package:
     Attributes:
         package: its name.
         version: the exact version.
-        licence: of the pictures in it.
-        kind: what `pairs.Pair.kind` its pictures get.
-        members: which members to unpack (tar patterns); all where empty.
+        licence: the licence of its pictures.
+        kind: the `pairs.Pair.kind` of its pictures.
+        members: which members to unpack (tar patterns); empty for all.
     """
 
     package: str
@@ -32,7 +32,13 @@ class Package:
 
 @dataclasses.dataclass(frozen=True)
 class Font:
-    """A Debian font package: whether its capital letters are used (digits and signs always are), and how many files."""
+    """A Debian font package.
+
+    Attributes:
+        package: its name.
+        letters: whether its capital letters are used; digits and signs always are.
+        most: how many of its font files are used at most.
+    """
 
     package: str
     letters: bool = False
@@ -79,10 +85,10 @@ FONTS = tuple(Font(f"fonts-{name}", True, 24) for name in LETTER_FONTS.split()) 
 
 
 class Folder:
-    """The working folder: where packages are fetched and unpacked, each once.
+    """The working folder, in which each package is downloaded and unpacked once.
 
     Args:
-        path: made where it does not exist.
+        path: the folder; created if it does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,7 +96,7 @@ class Folder:
         path.mkdir(parents=True, exist_ok=True)
 
     def npm(self, package: str) -> Path:
-        """The unpacked folder of an npm package of the lists above."""
+        """Return the unpacked folder of one of the npm packages listed above; download it if needed."""
         wanted = next(one for one in (*EMOJI, *ICON_SETS, FLAGS) if one.package == package)
         folder = self.path / "npm" / package.replace("/", "-").lstrip("@")
         if not (folder / ".done").exists():
@@ -103,7 +109,7 @@ class Folder:
         return folder
 
     def deb(self, package: str) -> Path:
-        """The unpacked folder of a Debian package, at the version of the machine's own Debian release."""
+        """Return the unpacked folder of a Debian package, in the version of this machine's Debian release."""
         folder = self.path / "deb" / package
         if not (folder / ".done").exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +125,7 @@ def _run(command: list[str], folder: Path) -> str:
     """Run a command in a folder and return its output.
 
     Raises:
-        PackageMissing: where it fails; with the command and the end of what it said.
+        PackageMissing: the command is missing or fails; the message has the command and the end of its stderr.
     """
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -1,8 +1,8 @@
-"""The six tasks, built from packages into zips of `train/<class>/*` and `test/<class>/*`.
+"""Build the six tasks from packages, as zips of `train/<class>/*` and `test/<class>/*`.
 
-Digits, fashion, emoji and clip art come from the same pictures as the shipped zips (emoji and clip art: exactly the
-pictures that `held_out.json` lists); letters and flags are drawn anew with other random numbers, so a rebuilt zip is
-of the same kind as the shipped one, not the same bytes.
+Digits, fashion, emoji and clip art use the same pictures as the shipped zips (emoji and clip art: exactly the pictures
+that `held_out.json` lists). Letters and flags are drawn again with other random numbers, so their zips are of the same
+kind as the shipped ones but not equal in bytes.
 """
 
 import gzip
@@ -33,12 +33,15 @@ Item = tuple[str, str, np.ndarray]  # split, class name, grey or RGB picture, ui
 
 
 def _enlarged(grey: np.ndarray) -> np.ndarray:
-    """A small grey picture, uint8, at 64x64."""
+    """Resize a small grey picture, uint8, to 64x64."""
     return np.asarray(Image.fromarray(grey).resize((drawing.SIZE, drawing.SIZE), Image.Resampling.BICUBIC))
 
 
 def digits(work: sources.Folder, class_names: list[str]) -> Iterator[Item]:
-    """Handwritten digits of scikit-learn: the first 1,000 (at most 100 per class) to learn, the others to test."""
+    """Yield scikit-learn's handwritten digits.
+
+    The first 1,000 (at most 100 per class) are for training, those after the first 1,000 for testing.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -51,7 +54,10 @@ def digits(work: sources.Folder, class_names: list[str]) -> Iterator[Item]:
 
 
 def fashion(work: sources.Folder, class_names: list[str]) -> Iterator[Item]:
-    """The first 100 pictures of each class of Fashion-MNIST to learn, the first 200 of its test set to test."""
+    """Yield pictures of Fashion-MNIST.
+
+    Per class, the first 100 of its training set are for training, the first 200 of its test set for testing.
+    """
     root = work.deb("dataset-fashion-mnist") / "usr/share/datasets/fashion-mnist"
     for split, prefix, most in (("train", "train", 100), ("test", "t10k", 200)):
         pixels = gzip.decompress((root / f"{prefix}-images-idx3-ubyte.gz").read_bytes())
@@ -65,7 +71,10 @@ def fashion(work: sources.Folder, class_names: list[str]) -> Iterator[Item]:
 
 
 def letters(work: sources.Folder, class_names: list[str]) -> Iterator[Item]:
-    """Capital letters, tilted, in contrasting colours with noise: 40 a class and split, no font in both splits."""
+    """Yield capital letters, tilted, in contrasting colours with noise.
+
+    There are 40 per class and split, and no font is in both splits.
+    """
     for split, packages in (("train", TRAIN_FONTS), ("test", TEST_FONTS)):
         rng = np.random.default_rng([7, split == "test"])
         files = [
@@ -83,7 +92,7 @@ def letters(work: sources.Folder, class_names: list[str]) -> Iterator[Item]:
 
 
 def _on_noisy_ground(glyph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A glyph, uint8, (64, 64, 4), scaled, tilted, moved, in a dark ink on light or the reverse, with grain."""
+    """Scale, tilt and move a glyph, uint8, (64, 64, 4), and draw it dark on light or light on dark, with noise."""
     side = int(rng.uniform(36, 60))
     mask = Image.fromarray(glyph[..., 3]).resize((side, side), Image.Resampling.BICUBIC)
     mask = mask.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=False)
@@ -97,7 +106,10 @@ def _on_noisy_ground(glyph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def flags(work: sources.Folder, class_names: list[str]) -> Iterator[Item]:
-    """Waving flags of 40 countries: 12 a class from two emoji sets to learn, 8 of a third drawing to test."""
+    """Yield waving flags of 40 countries.
+
+    Per class, 12 made from two emoji sets are for training, 8 made from a third drawing for testing.
+    """
     for name, code in zip(class_names, COUNTRIES.split(), strict=True):
         unified = "-".join(f"{0x1F1E6 + ord(letter) - ord('a'):x}" for letter in code)
         vendors = [(vendor, work.npm(f"emoji-datasource-{vendor}")) for vendor in ("twitter", "google")]
@@ -114,7 +126,7 @@ def flags(work: sources.Folder, class_names: list[str]) -> Iterator[Item]:
 
 
 def _waving(square: np.ndarray, rng: random.Random) -> np.ndarray:
-    """A flag, uint8, (64, 64, 4), bent in waves, tilted, on one colour, with grain: uint8, (64, 64, 3)."""
+    """Make a flag, uint8, (64, 64, 4), wave on a background of one colour, with noise: uint8, (64, 64, 3)."""
     size = drawing.SIZE
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     y = y + rng.uniform(0.03, 0.12) * torch.sin(rng.uniform(2, 5) * x + rng.uniform(0, 6.3))
@@ -130,7 +142,7 @@ def _waving(square: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def emoji(work: sources.Folder, class_names: list[str]) -> Iterator[Item]:
-    """The emoji listed in `held_out.json`, on white."""
+    """Yield the emoji listed in `held_out.json`, on white."""
     for split, name, entry in listed("emoji"):
         vendor, unified = entry.split("/")
         folder = work.npm(f"emoji-datasource-{vendor}") / "img" / vendor / "64"
@@ -138,14 +150,14 @@ def emoji(work: sources.Folder, class_names: list[str]) -> Iterator[Item]:
 
 
 def clipart(work: sources.Folder, class_names: list[str]) -> Iterator[Item]:
-    """The clip art listed in `held_out.json`, on white."""
+    """Yield the clip art listed in `held_out.json`, on white."""
     root = work.deb("openclipart-png") / "usr/share/openclipart/png"
     for split, name, entry in listed("clipart"):
         yield split, name, _on_white(root / entry)
 
 
 def listed(task: str) -> Iterator[tuple[str, str, str]]:
-    """Split, class name and picture of every entry of a task in `held_out.json`."""
+    """Yield split, class name and picture (a code or path) of every entry of a task in `held_out.json`."""
     for split, classes in json.loads(HELD_OUT.read_text(encoding="utf-8"))[task].items():
         for name, entries in classes.items():
             for entry in entries:
@@ -170,7 +182,10 @@ BUILDERS: dict[str, Callable[[sources.Folder, list[str]], Iterator[Item]]] = {
 
 
 def write(task: str, items: Iterator[Item], class_names: list[str], path: Path) -> dict[str, list[int]]:
-    """Write a task's zip, every byte a function of the pictures alone, and return the counts of each split by class."""
+    """Write a task's zip and return the number of pictures per split and class, in the order of ``class_names``.
+
+    The bytes depend on the pictures alone: no dates are stored.
+    """
     counts = {split: [0] * len(class_names) for split in ("train", "test")}
     with zipfile.ZipFile(path, "w") as archive:
         for split, name, pixels in items:
@@ -185,7 +200,7 @@ def write(task: str, items: Iterator[Item], class_names: list[str], path: Path) 
 
 
 def build(work: sources.Folder, out: Path) -> None:
-    """Write all six zips and `tasks.json` (class names and templates as shipped) into a folder."""
+    """Write all six zips and `tasks.json` to a folder, with the class names and templates of the shipped tasks."""
     catalogue = json.loads((MINI / "tasks" / "tasks.json").read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
     for name, builder in BUILDERS.items():

@@ -1,4 +1,4 @@
-"""Pre-training: CLIP's loss with several positives, Muon and AdamW, a moving average of the weights."""
+"""Pre-training: CLIP's loss with several positives, the optimizers Muon and AdamW, and averaged weights."""
 
 import dataclasses
 import json
@@ -31,11 +31,12 @@ SIDED = ("left", "right", "clock", "number", "letter", "music", "note", "text", 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How to pre-train.
+    """Settings of pre-training.
 
     Attributes:
-        minutes: wall-clock time; the learning rate falls to 1% at its end.
-        small_until: part of the time spent at `small_size` pixels and `small_batch` (fewer tokens, more steps).
+        minutes: wall-clock time; the learning rate has fallen to 1% at its end.
+        small_until: the fraction of the time with `small_size` pixels and `small_batch` (fewer tokens, more steps).
+        ema: decay of the moving average of the weights.
         threads: CPU threads.
     """
 
@@ -55,18 +56,18 @@ class TrainConfig:
     checkpoint_every_s: float = 120.0
 
     def going_on(self) -> "TrainConfig":
-        """The same for weights that are trained already: half the rates, full size all the time."""
+        """Return the settings for weights that are already trained: half the learning rates, always full size."""
         return dataclasses.replace(
             self, lr_muon=self.lr_muon / 2, lr=self.lr / 2, small_size=self.size, small_until=0.6
         )
 
 
 class PairTable:
-    """All pairs as tensors, drawn from with weights.
+    """All pairs as tensors, with a weight each for random draws.
 
     Attributes:
         images: RGBA, uint8, (pairs, 64, 64, 4).
-        labels: numbers of each pair's names and categories, padded with -1; int64, (pairs, most).
+        labels: the numbers of each pair's names and categories, padded with -1; int64, (pairs, most).
     """
 
     def __init__(self, pairs: list[Pair], rng: random.Random) -> None:
@@ -85,7 +86,10 @@ class PairTable:
         self._weights = self._sampling_weights()
 
     def _sampling_weights(self) -> torch.Tensor:
-        """Shares of the kinds as in `SHARES`; within a kind, a name with n pictures gets about sqrt(n) shares."""
+        """Weigh the pairs so that each kind has its share in `SHARES`.
+
+        Within a kind, the weight of a name with n pictures is proportional to sqrt(n).
+        """
         keys = [(pair.kind, (pair.names or pair.categories)[0]) for pair in self._pairs]
         times = Counter(keys)
         weights = torch.tensor([times[key] ** -0.5 for key in keys])
@@ -96,11 +100,11 @@ class PairTable:
         return weights
 
     def draw(self, count: int, size: int, bare_rate: float) -> tuple[torch.Tensor, list[str], torch.Tensor]:
-        """A batch.
+        """Draw a batch.
 
         Returns:
-            Normalised images, float32, (count, 3, size, size); the distinct captions; and which of them fit which
-            image (they are about one of its names or categories), bool, (count, captions).
+            Normalised images, float32, (count, 3, size, size); the distinct captions; and whether a caption fits an
+            image, which means that it describes one of the image's names or categories, bool, (count, captions).
         """
         chosen = torch.multinomial(self._weights, count, replacement=False)
         about: dict[str, int] = {}
@@ -117,11 +121,11 @@ class PairTable:
 
 
 def multi_positive_loss(logits: torch.Tensor, fits: torch.Tensor) -> torch.Tensor:
-    """CLIP's symmetric cross-entropy where several columns may be right: the target is uniform over them.
+    """Return CLIP's symmetric cross-entropy for several positives: the target is uniform over them.
 
     Args:
         logits: scaled similarities, float32, (images, captions).
-        fits: bool, (images, captions), something in every row and column.
+        fits: bool, (images, captions), with at least one True in every row and column.
     """
     targets = fits.float()
     by_image = -(targets / targets.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
@@ -130,7 +134,10 @@ def multi_positive_loss(logits: torch.Tensor, fits: torch.Tensor) -> torch.Tenso
 
 
 def encode_images(visual: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Image features at any size that the patches divide; positions are interpolated for smaller images."""
+    """Return normalised image features for any image size that is a multiple of the patch size.
+
+    The positional embedding is interpolated for sizes other than the model's own.
+    """
     positions = visual.positional_embedding
     old, new = visual.grid_size[0], images.shape[-1] // visual.patch_size[0]
     if new != old:
@@ -142,7 +149,10 @@ def encode_images(visual: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def encode_captions(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
-    """Text features of token rows shorter than the context; as `encode_text` of the padded rows, at less cost."""
+    """Return normalised text features of tokens (captions, length), where length may be less than the context.
+
+    They equal those of `encode_text` on padded rows, at less cost.
+    """
     length = tokens.shape[1]
     x = model.token_embedding(tokens) + model.positional_embedding[:length]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
@@ -150,7 +160,7 @@ def encode_captions(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def optimizers(model: CLIP, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW (decay on matrices alone) for the rest."""
+    """Return Muon for the matrices inside the blocks, and AdamW, with weight decay on matrices only, for the rest."""
     blocks, matrices, rest = [], [], []
     for name, parameter in model.named_parameters():
         if "resblocks" in name and parameter.ndim == 2:
@@ -163,12 +173,12 @@ def optimizers(model: CLIP, config: TrainConfig) -> list[torch.optim.Optimizer]:
 
 
 class Training:
-    """One run of pre-training, resumable from its checkpoint.
+    """One run of pre-training, which resumes from its checkpoint if there is one.
 
     Args:
         model_cfg: open_clip's model configuration.
         folder: the folder of `checkpoint.pt`.
-        start: weights to go on from, as open_clip names them; random ones where None.
+        start: weights to start from, with open_clip's names; None for random weights.
     """
 
     def __init__(
@@ -200,7 +210,7 @@ class Training:
             self._resume()
 
     def step(self, progress: float) -> float:
-        """One update; `progress` from 0 to 1 sets batch, image size and learning rate. Returns the loss."""
+        """Make one update and return the loss; `progress` (0 to 1) sets batch size, image size and learning rate."""
         config = self.config
         early = progress < config.small_until
         count, size = (config.small_batch, config.small_size) if early else (config.batch_size, config.size)
@@ -226,7 +236,7 @@ class Training:
         return loss.item()
 
     def run(self) -> None:
-        """Train for the configured time, checkpoints included."""
+        """Train for the configured time, and save checkpoints on the way and at the end."""
         torch.set_num_threads(self.config.threads)
         saved = start = time.monotonic()
         before, total = self.elapsed_s, self.config.minutes * 60
@@ -244,7 +254,7 @@ class Training:
         self.save()
 
     def save(self) -> None:
-        """Write the checkpoint (replacing the old one at once) and the averaged weights beside it."""
+        """Write the checkpoint, which replaces the old one atomically, and the averaged weights beside it."""
         state = {
             "model": self.model.state_dict(),
             "ema": self.ema,
@@ -271,10 +281,10 @@ class Training:
         self.rng.setstate((version, tuple(numbers), rest))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The averaged weights as open_clip names them, float16, the token table at its full size.
+        """Return the averaged weights with open_clip's names, in float16, with the full token embedding.
 
-        Rows of tokens that no caption used stay as they were in the weights this run started from, or are drawn
-        around the mean of the others, so that they differ.
+        Tokens that no caption uses keep their row from the weights that this run started from. Without such weights,
+        their rows are random around the mean of the used rows, so that they differ from each other.
         """
         weights = {name: value.half().contiguous() for name, value in self.ema.items()}
         used = self.ema["token_embedding.weight"]
