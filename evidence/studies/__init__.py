@@ -1,1 +1,1 @@
-"""Measurements of the trainer itself, each a command: what RESULTS.md reports."""
+"""Measurements of the trainer, one command each. RESULTS.md reports them."""

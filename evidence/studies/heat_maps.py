@@ -1,4 +1,4 @@
-"""The figure of README.md: accuracy on every task after each learned one, three methods side by side.
+"""Draw the figure of README.md: accuracy on every task after each learned task, for three methods side by side.
 
 Run: python -m evidence.studies.heat_maps evidence/records/studies/long/methods --out docs/forgetting.png
 """
@@ -19,17 +19,17 @@ SIZE = (10.6, 3.0)  # inches
 
 
 def main(runs: Path, /, *, out: Path) -> None:
-    """Draw it as a PNG.
+    """Draw the heat maps as a PNG.
 
     Args:
-        runs: the folder of all methods.
-        out: where to.
+        runs: folder with the runs of all methods.
+        out: the PNG file to write.
     """
     out.write_bytes(picture(runs).png)
 
 
 def picture(runs: Path) -> Picture:
-    """One run of each method: the same seed, the same order of the tasks."""
+    """Return the figure, with one run of each method, all with the same seed and order of tasks."""
     first = {run.method: run for run in reversed(read_runs(runs)) if run.order_seed == 0}
     results = {title: first[method].results["task"] for method, title in PANELS.items()}
     assert len({tuple(result.tasks) for result in results.values()}) == 1

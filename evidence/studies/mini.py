@@ -1,9 +1,9 @@
-"""Every method and ablation on the small CLIP's six tasks: the runs behind RESULTS.md.
+"""Run every method and ablation on the small CLIP's six tasks: the runs behind RESULTS.md.
 
 Run: python -m evidence.studies.mini --out runs/results
 
-Each run is a ``trainer sequence`` command that is printed as it starts; what is finished is not run again, what was
-interrupted goes on. Settings are chosen on validation images (``search``), never on test images.
+Each run is a ``trainer sequence`` command, which is printed when it starts. Finished runs are not repeated, and
+interrupted runs are resumed. Settings are chosen on validation images (``search``), never on test images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from evidence import command_line
 SEEDS = (0, 1, 2)
 ORDERS = (0, 1, 2)
 Length = Literal["long", "short"]
-# What a run adds to its preset: nothing, or a third of the steps, where runs are cheap, with what suits these.
+# Flags added to the preset, by length of the runs. Short runs have a third of the steps, and settings that suit them.
 LENGTHS: dict[Length, dict[Method, str]] = {
     "long": dict.fromkeys(METHODS, ""),
     "short": {
@@ -47,7 +47,7 @@ RATES: dict[Length, dict[Method, tuple[float, ...]]] = {
         "joint": (1e-4, 3e-4, 1e-3),
     },
 }
-# The pool's variants: flags, and the seeds that each is run with.
+# Variants of the pool: the flags, and the seeds of the runs.
 POOL_SEARCH: dict[Length, dict[str, tuple[str, tuple[int, ...]]]] = {
     "long": {
         "preset": ("", SEEDS[:1]),
@@ -63,7 +63,7 @@ POOL_SEARCH: dict[Length, dict[str, tuple[str, tuple[int, ...]]]] = {
         "lr-0.02": ("--lr 0.02", SEEDS[:1]),
     },
 }
-# One thing changed at a time: flags by name.
+# Flags of each ablation, which change one thing at a time.
 ABLATIONS: dict[Length, dict[str, str]] = {
     "long": {
         "no-drift": "--drift-weight 0",
@@ -97,16 +97,16 @@ Part = Literal["search", "methods", "ablations", "orders"]
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Learn the six small tasks by every method, in several orders with several seeds."""
+    """Learn the six small tasks with every method, in several orders and with several seeds."""
 
     out: Path = Path("runs/results")
-    """Folder for all runs; 'trainer report' on its sub-folders draws them."""
+    """Folder for all runs; run 'trainer report' on its sub-folders to draw them."""
     lengths: tuple[Length, ...] = ("long", "short")
-    """The presets' 300 steps per task, or a third of them."""
+    """The presets' 300 steps per task (long), or a third of them (short)."""
     parts: tuple[Part, ...] = ("search", "methods", "ablations", "orders")
-    """What to run."""
+    """Which parts of the study to run."""
     jobs: int = 2
-    """Runs at a time, each on one CPU core: twice the speed of one run on two cores."""
+    """Number of runs at a time, each on one CPU core: twice as fast as one run on two cores."""
 
 
 def main(study: Annotated[Study, Parameter(name="*")] = Study()) -> None:
@@ -133,7 +133,7 @@ def main(study: Annotated[Study, Parameter(name="*")] = Study()) -> None:
 
 
 def search(out: Path, length: Length) -> Iterator[str]:
-    """Each baseline's learning rate and the pool's settings, on validation images, in one order."""
+    """Yield the runs, on validation images and in one order, that choose learning rates and the pool's settings."""
     for name, (flags, seeds) in POOL_SEARCH[length].items():
         for seed in seeds:
             yield _sequence(out / "pool" / f"{name}-seed-{seed}", length, "pool", seed, None, f"--validate {flags}")
@@ -143,14 +143,14 @@ def search(out: Path, length: Length) -> Iterator[str]:
 
 
 def methods(out: Path, length: Length) -> Iterator[str]:
-    """All methods, each seed in an order of its own."""
+    """Yield a run of every method for each seed, in a different order of tasks for each."""
     for seed, order in zip(SEEDS, ORDERS, strict=True):
         for method in METHODS:
             yield _sequence(out / method / f"order-{order}-seed-{seed}", length, method, seed, order)
 
 
 def orders(out: Path, length: Length) -> Iterator[str]:
-    """The rest of every seed in every order; tasks learned at once have no order."""
+    """Yield the remaining combinations of seed and order, except for ``joint``, which learns all tasks at once."""
     for seed, order in itertools.product(SEEDS, ORDERS):
         for method in ("pool", "lora", "finetune"):
             if SEEDS.index(seed) != ORDERS.index(order):
@@ -158,14 +158,17 @@ def orders(out: Path, length: Length) -> Iterator[str]:
 
 
 def ablations(out: Path, length: Length) -> Iterator[str]:
-    """One thing changed at a time: each seed in an order of its own."""
+    """Yield a run of every ablation for each seed, in a different order of tasks for each."""
     for seed, order in zip(SEEDS, ORDERS, strict=True):
         for name, flags in ABLATIONS[length].items():
             yield _sequence(out / name / f"order-{order}-seed-{seed}", length, "pool", seed, order, flags)
 
 
 def _sequence(out: Path, length: Length, method: Method, seed: int, order: int | None, flags: str = "") -> str:
-    """Of a flag that is given twice the last one counts: what a run changes goes behind what its length changes."""
+    """Return one command line.
+
+    A run's own ``flags`` come after those of its length, because the last one counts if a flag is given twice.
+    """
     ordered = "" if order is None else f"--order-seed {order}"
     words = [f"trainer sequence --model mini --tasks mini --method {method} --seed {seed}", ordered]
     return " ".join([*filter(None, (*words, LENGTHS[length][method], flags)), f"--out {out}"])

@@ -1,4 +1,4 @@
-"""What a release costs: time and peak memory of ``exporter merge``, with and without a parent version to build on.
+"""Measure the time and peak memory of ``exporter merge``, with and without a parent version to build on.
 
 Run: python -m evidence.studies.release --out runs/release.json
 """
@@ -27,7 +27,7 @@ from clipweld.trainer.base.backbone import Backbone, load_backbone
 from evidence import command_line
 from evidence.command_line import POSITIVE
 
-EXPERTS = 4  # what a task of the published settings leaves behind
+EXPERTS = 4  # experts per layer that a task keeps with the published settings
 
 
 def main(
@@ -40,7 +40,7 @@ def main(
     experts: Annotated[int, Parameter(validator=POSITIVE, help="Experts that each keeps in a layer.")] = EXPERTS,
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/release.json"),
 ) -> None:
-    """Merge all but the last adapter into a new repository, then all onto that, then all where no parent is left."""
+    """Time three merges: all adapters but the last into a new repository, all onto that, and all without a parent."""
     figures = {"model": model, "tasks": tasks, "experts": experts, "merges": {}}
     with tempfile.TemporaryDirectory(prefix="clipweld-release-") as folder:
         adapters, repository = Path(folder) / "adapters", Path(folder) / "model_repository"
@@ -72,10 +72,12 @@ def main(
 
 
 def write_adapters(backbone: Backbone, tasks: int, experts: int, folder: Path, spread: float = 0.01) -> None:
-    """Adapter files of one lineage, of random experts on every layer of both towers.
+    """Write the adapter files of one lineage, with random experts on every layer of both towers.
 
     Args:
-        spread: standard deviation of their entries.
+        tasks: number of adapters.
+        experts: experts per layer in each adapter.
+        spread: standard deviation of the entries of ``lora_A`` and ``lora_B``.
     """
     shapes = {}
     for name, weight in backbone.model.state_dict().items():
@@ -110,7 +112,7 @@ def write_adapters(backbone: Backbone, tasks: int, experts: int, folder: Path, s
 
 
 def _merge(arguments: list[str | Path]) -> dict[str, float]:
-    """The real command, in a process of its own."""
+    """Run ``exporter merge`` in a process of its own, and return its seconds and peak memory."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "clipweld.exporter", "merge", "--to", "onnx", "--json", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

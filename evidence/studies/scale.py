@@ -1,4 +1,4 @@
-"""Many small synthetic tasks in a row: does the 50th cost as much to learn as the 2nd?
+"""Learn many small synthetic tasks in a row: does the 50th cost as much to learn as the 2nd?
 
 Run: python -m evidence.studies.scale --tasks 50 --out runs/scale
 """
@@ -32,20 +32,20 @@ CLASSES, IMAGES_A_CLASS = 4, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Learn synthetic tasks one after another with the small CLIP; print time and memory against tasks learned."""
+    """Learn synthetic tasks one after another with the small CLIP; print time and memory against learned tasks."""
 
     tasks: int = 50
-    """How many."""
+    """Number of tasks."""
     iterations: int = 20
     """Steps per task."""
     pairs: int = 9
-    """Times that the second and the last task are learned again, in turn, for the ratio."""
+    """How often the second and the last task are learned again, in turn, to measure the ratio."""
     out: Path = Path("runs/scale")
     """Folder for scale.json."""
 
 
 def main(settings: Annotated[Scale, Parameter(name="*")] = Scale()) -> None:
-    """Learn all, then compare the second and the last in turn: the machine's own drift falls out of the ratio."""
+    """Learn all tasks, then time the second and the last in turn, so that changes of the machine's speed cancel out."""
     console = Console(stderr=True)
     base = load_backbone("mini")
     config = train_config("mini", iterations=settings.iterations, shots=IMAGES_A_CLASS)
@@ -92,7 +92,10 @@ def main(settings: Annotated[Scale, Parameter(name="*")] = Scale()) -> None:
 def learn(
     number: int, base: Backbone, lineage: list[Adapter], start: Backbone, config: TrainConfig
 ) -> tuple[float, Fitted]:
-    """Seconds a task takes on top of a lineage, and what came of it. Testing, which grows by itself, is left out."""
+    """Learn a task on top of a lineage; return the seconds it took and the result of ``fit``.
+
+    Tests are left out, because their number grows with the number of tasks.
+    """
     task = synthetic(number)
     started = time.perf_counter()
     fitted = fit(task, base, lineage, config, test_on=[], start=start)
@@ -100,7 +103,7 @@ def learn(
 
 
 def synthetic(number: int) -> Task:
-    """A task of coarse colour patterns with noise: a pattern a class."""
+    """Return a task of coarse colour patterns with noise, one pattern per class."""
     random = np.random.default_rng(number)
     patterns = random.uniform(0, 255, (CLASSES, 4, 4, 3))
 

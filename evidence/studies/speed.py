@@ -1,4 +1,4 @@
-"""The exported towers beside other ways to run the same CLIP, in turn, on this machine.
+"""Compare the exported towers with other ways to run the same CLIP, in turn, on this machine.
 
 Run: python -m evidence.studies.speed --out runs/speed.json
 """
@@ -37,18 +37,18 @@ from evidence.command_line import POSITIVE
 Run = Callable[[], object]
 OURS = "clipweld"
 PROMPT = "a photo of a cat"
-IDLE_S = 0.3  # threads of torch spin for a fifth of a second after their work, and would take a core from who is next
+IDLE_S = 0.3  # torch's threads spin for 0.2 s after their work, and would take a core from the next run
 
 
 class OpenClipText(nn.Module):
-    """open_clip's own ``encode_text``, normalised."""
+    """open_clip's ``encode_text`` with normalised features."""
 
     def __init__(self, model: open_clip.CLIP) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 (batch, context_length) -> float32 (batch, embed_dim)."""
+        """Return the features of tokens: int64 (batch, context_length) -> float32 (batch, embed_dim)."""
         return F.normalize(self.model.encode_text(tokens), dim=-1)
 
 
@@ -63,7 +63,7 @@ def main(
     ] = None,
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/speed.json"),
 ) -> None:
-    """Time the exported towers, their int8 or fp16, a plain torch.onnx.export, and open_clip eager and compiled."""
+    """Time the exported towers (also in int8 or fp16), a plain torch.onnx.export, and open_clip eager and compiled."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     backbone = load_backbone(model, pretrained)
@@ -84,7 +84,7 @@ def main(
 def _contenders(
     backbone: Backbone, tower: str, batch_size: int, folder: Path, others: dict[str, Path]
 ) -> tuple[dict[str, Run], dict[str, Path]]:
-    """Everything that is timed, ours first, and the files of what has one."""
+    """Return everything that is timed by name, ours first, and the ONNX files of those that have one."""
     model = open_clip.create_model(backbone.model_name).requires_grad_(False).eval()
     model.load_state_dict(backbone.model.state_dict())
     if tower == "image":
@@ -116,14 +116,14 @@ def _contenders(
 
 
 def _in_onnx_runtime(file: Path, inputs: Tensor, backbone: Backbone) -> Run:
-    """A session on the inputs in the type that the file wants, as many images or prompts as it allows."""
+    """Return a function that runs an ONNX file on the inputs, converted to the type and layout that the file takes."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     provider = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}[_device()]
     session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
     (wanted,) = session.get_inputs()
     array = inputs.numpy()
-    if wanted.type == "tensor(float)":  # pixels that were scaled outside
+    if wanted.type == "tensor(float)":  # the file expects pixels that are already scaled to 0..1
         array = np.ascontiguousarray(array.transpose(0, 3, 1, 2), np.float32) / 255
     array = array.astype({"tensor(int32)": np.int32, "tensor(int64)": np.int64}.get(wanted.type, array.dtype))
     return lambda: session.run(None, {wanted.name: array})
@@ -138,8 +138,11 @@ def _in_torch(module: nn.Module, inputs: Tensor) -> Run:
 
 
 def _time(runs: dict[str, Run], rounds: int) -> dict[str, dict]:
-    """Seconds of everything, in turn; ratios are of the same round, so what slows the machine falls out."""
-    for run in runs.values():  # compiling, and the first, slow answers
+    """Time all runs in turn; return median seconds and ratios to ours.
+
+    A ratio compares two runs of the same round, so that changes of the machine's speed cancel out.
+    """
+    for run in runs.values():  # warm-up: compilation, and slow first answers
         run()
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}

@@ -1,4 +1,4 @@
-"""The runs of a study as the tables of RESULTS.md.
+"""Print the runs of a study as the tables of RESULTS.md.
 
 Run: python -m evidence.studies.tables runs/results/methods
 """
@@ -31,7 +31,7 @@ def main(run: tuple[Path, ...], /, *, space: str = "task") -> None:
 
 
 def table(folders: Sequence[Path], space: str) -> Iterator[str]:
-    """Markdown: a row for each method and settings, mean and standard deviation over seeds and orders."""
+    """Yield Markdown with a row per method and settings: mean and standard deviation over seeds and orders."""
     for section in sections([run for folder in folders for run in read_runs(folder)]):
         before, end = as_text(section.zero_shot_transfer(space)), as_text(section.zero_shot(space))
         last = ("zero-shot", None, before, None, None, end, None, None, None, None)
@@ -40,7 +40,7 @@ def table(folders: Sequence[Path], space: str) -> Iterator[str]:
 
 
 def _row(group: Group, section: Section, space: str) -> tuple[object, ...]:
-    """``to the first row`` is over pairs of runs of the same seed and order."""
+    """Return the cells of one group; "to the first row" is the mean over pairs of runs with equal seed and order."""
     transfer, average, last, forgetting = (as_text(group.measure(space, name)) for name in MEASURES)
     gain = signed(group.gain(space))
     ahead = "" if group is section.reference else signed(group.against(section.reference, space, "last"))

@@ -1,4 +1,4 @@
-"""Which half of an update does what: a run's first adapter, merged into one tower alone and into both.
+"""Measure what each half of an update does: a run's first adapter, merged into one tower alone and into both.
 
 Run: python -m evidence.studies.towers runs/results/short/methods/pool/order-0-seed-0
 """
@@ -23,10 +23,11 @@ HALVES = {"image tower": ("image",), "text tower": ("text",), "both": ("image", 
 
 
 def main(run: tuple[Path, ...] = (), /, *, out: Path = Path("runs/results/towers.json")) -> None:
-    """Test every run's first adapter by halves on all tasks, and print a Markdown table.
+    """Test the halves of each run's first adapter on all tasks, and print a Markdown table.
 
     Args:
-        run: folders of runs of 'trainer sequence' with --method pool, on shipped tasks; none prints what --out holds.
+        run: folders of runs of 'trainer sequence' with --method pool, on shipped tasks; without any, the figures in
+            --out are printed.
         out: file for the figures.
     """
     if run:
@@ -37,7 +38,7 @@ def main(run: tuple[Path, ...] = (), /, *, out: Path = Path("runs/results/towers
 
 
 def halves(run: Path) -> dict:
-    """Accuracies in percent on each task's own classes, by half and task, and what was learned."""
+    """Return accuracies in percent on each task's own classes, by half and task, and the name of the learned task."""
     record = json.loads((run / RECORD).read_text(encoding="utf-8"))
     base = load_backbone(record["model"])
     first, *_ = load_lineage(run / "adapters", base.fingerprint)
@@ -50,7 +51,7 @@ def halves(run: Path) -> dict:
 
 
 def part(adapter: Adapter, towers: Sequence[str]) -> Adapter:
-    """The adapter's layers in these towers."""
+    """Return the adapter with only its layers in these towers ("image", "text")."""
     kept = {
         name: tensor
         for name, tensor in adapter.tensors.items()
@@ -60,7 +61,7 @@ def part(adapter: Adapter, towers: Sequence[str]) -> Adapter:
 
 
 def table(rows: Sequence[dict]) -> Iterator[str]:
-    """Markdown: a row for each run and half, a column for each task."""
+    """Yield Markdown with a row per run and half, and a column per task."""
     tasks = sorted(rows[0]["accuracy"]["nothing"])
     cells = (
         (row["learned"], f"{row['anchors']:g}", half, *(f"{accuracy[task]:.1f}" for task in tasks))
