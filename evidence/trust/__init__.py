@@ -1,5 +1,5 @@
-"""What clipweld promises when files, images, servers, disks and processes go wrong, put to the test.
+"""Tests of what clipweld promises when files, images, servers, disks or processes fail.
 
-Each module is a command that breaks things many times over and ends with status 1 if a promise does not hold. TRUST.md
-has what they found.
+Each module is a command that causes failures many times and exits with status 1 if a promise is broken. TRUST.md has
+the results.
 """

@@ -1,4 +1,4 @@
-"""The questions of these tests, and whether an answer is right."""
+"""The labels that these tests ask about, and the check of an answer against known scores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LABELS = (*FEW, *(f"thing number {number}" for number in range(190)))
 
 @dataclass(frozen=True)
 class Known:
-    """What one version has to answer.
+    """The correct answers of one version.
 
     Attributes:
         scores: float32 (pictures, len(LABELS)).
@@ -36,7 +36,7 @@ class Known:
     scores: np.ndarray
 
     def agrees(self, picture: int, labels: Sequence[str], answer: Classification) -> bool:
-        """Whether an answer on a picture has just these labels with the right scores, best first."""
+        """Return whether an answer for a picture has exactly these labels with the correct scores, best first."""
         got = [found.score for found in answer]
         expected = [self.scores[picture, LABELS.index(found.label)] for found in answer if found.label in LABELS]
         return (

@@ -1,6 +1,6 @@
-"""A process of clients, without torch: asks until its input ends, then prints what it got.
+"""A process that runs clients without torch: it classifies until its stdin is closed, then prints the outcomes.
 
-Its input is one line of JSON: urls by protocol, the folder of pictures and scores that ``keep`` wrote, a seed.
+It reads one line of JSON from stdin: urls by protocol, the folder that ``keep`` filled with pictures and scores, a seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCORES = "scores.npz"
 
 
 def keep(folder: Path, pictures: Sequence[Image.Image], versions: Mapping[int, Known]) -> None:
-    """Write what a process of clients has to know."""
+    """Write the pictures and the correct scores for a process of clients."""
     for place, picture in enumerate(pictures):
         picture.save(folder / f"{place:03}.png")
     np.savez(folder / SCORES, **{str(version): known.scores for version, known in versions.items()})

@@ -1,4 +1,4 @@
-"""Two exporters at once on one repository and its server, again and again: both take turns, or one is refused.
+"""Start pairs of exporters at once on one repository and its server: both take turns, or one is refused.
 
 Run: python -m evidence.trust.concurrent_exporters --pairs 50
 """
@@ -28,7 +28,7 @@ from evidence.command_line import POSITIVE
 from evidence.trust.record import Record
 from evidence.trust.served import write_versions
 
-TIMEOUT_S = 900  # of a machine that does a lot else
+TIMEOUT_S = 900  # enough on a busy machine
 BUSY = "another exporter is writing to it; wait until it has finished"
 
 
@@ -38,7 +38,7 @@ def main(
     seed: Annotated[int, Parameter(help="Of commands and moments.")] = 0,
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/concurrent_exporters.json"),
 ) -> None:
-    """Start two of merge, promote, rollback and prune at once, and look at what they say and leave."""
+    """Start two of merge, promote, rollback and prune at once, and check their output and the repository."""
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-concurrent-") as folder:
         repository = write_versions(Path(folder), [1, 2])
         with serve(repository.path) as server:
@@ -50,7 +50,7 @@ def main(
 
 
 def start(repository: Repository, url: str, draw: random.Random, which: str, record: Record) -> None:
-    """One pair."""
+    """Start one pair of commands, and record how they ended and what is wrong afterwards."""
     commands = [_command(repository, url, draw) for _ in range(2)]
     running = []
     for command in commands:
@@ -78,7 +78,7 @@ def start(repository: Repository, url: str, draw: random.Random, which: str, rec
 
 
 def faults(repository: Repository, url: str) -> list[str]:
-    """What is wrong with a repository and the server on it, while nobody writes to it."""
+    """Return what is wrong with a repository and its server, while no exporter writes to it."""
     found = []
     for version in repository.versions():
         try:

@@ -1,4 +1,4 @@
-"""What an installation is made of: pinned, listed, and held against known vulnerabilities where their data can be had.
+"""Check the installed packages: that they are pinned and listed, and for known vulnerabilities if the data is available.
 
 Run: python -m evidence.trust.dependencies --out runs/trust/dependencies.json
 """
@@ -20,7 +20,7 @@ from evidence.trust.record import Record
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 OURS = {"clipweld", "clipweld-client", "clipweld-trainer", "clipweld-exporter"}
-NOT_PINNED = OURS | {"pip", "setuptools", "wheel"}  # and what an environment brings along
+NOT_PINNED = OURS | {"pip", "setuptools", "wheel"}  # the last three come with a new environment
 
 
 def main(
@@ -28,7 +28,7 @@ def main(
     sbom: Annotated[Path, Parameter(help="Where the list goes, in CycloneDX JSON.")] = Path("runs/trust/sbom.json"),
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/dependencies.json"),
 ) -> None:
-    """Check every package of this environment."""
+    """Check every package in this environment."""
     with Record(out) as record:
         pins = pinned(CONSTRAINTS.read_text(encoding="utf-8"))
         there = {_normal(found.name): found.version for found in distributions()}
@@ -55,18 +55,18 @@ def main(
 
 
 def pinned(constraints: str) -> dict[str, str]:
-    """Versions by normalised name."""
+    """Return the pinned versions by normalised name."""
     lines = (line.partition("#")[0].partition(";")[0].strip() for line in constraints.splitlines())
     return {_normal(name): version for name, _, version in (line.partition("==") for line in lines if line)}
 
 
 def audit() -> tuple[int, list[str]]:
-    """How many packages could be audited, and a line for each known vulnerability."""
+    """Return the number of packages that could be audited, and a line for each known vulnerability."""
     command = [sys.executable, "-m", "pip_audit", "--local", "--format", "json", "--progress-spinner", "off"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         found = json.loads(done.stdout)["dependencies"]
-    except ValueError:  # without a network it prints no JSON
+    except ValueError:  # pip_audit prints no JSON without a network
         return 0, []
     audited = [part for part in found if "vulns" in part]
     lines = [

@@ -1,7 +1,7 @@
-"""Disks that are full and folders that are read-only, under every command that writes.
+"""Run every command that writes on full, nearly full and read-only disks.
 
-Each command runs on small disks: with no room at all, with all that it needs, and with room in between, in bytes and in
-files, so that it fails wherever it can. Then the disk is made larger and the same command runs again.
+Each command runs on disks with no free space, with as much as it needs, and with amounts in between, in bytes and in
+number of files, so that it fails at every place where it can. Then the disk is enlarged and the command runs again.
 
 Run: python -m evidence.trust.disks --out runs/trust/disks.json
 """
@@ -42,14 +42,14 @@ from clipweld.trainer.tasks import load_task, sample
 from evidence import command_line
 from evidence.trust.record import Record
 
-PAGE = 4096  # what a tmpfs gives out
+PAGE = 4096  # bytes; a tmpfs allocates whole pages
 ROOM = 1 << 30
 TIMEOUT_S = 600
 FILLER = "filler"
 ITERATIONS = 4
 TASKS = ("digits", "fashion")
 LABELS = "cat,dog,digit,letter"
-# These describe how a run went, not its result.
+# Fields that describe the run and not its result, so they may differ between two equal runs.
 OF_THE_RUN = {"date", "seconds", "seconds_per_task", "probability", "score"}
 HEAVY = (
     "torch",
@@ -69,14 +69,14 @@ class Case:
     """A command and the disk that it writes to.
 
     Attributes:
-        name: of the command, with its arguments.
-        command: module and arguments; ``{disk}``, ``{url}``, ``{images}`` and ``TASKS`` are filled in.
-        before: what is on the disk, a folder of ``templates``; None for an empty one.
-        kept: patterns of files that a command that failed may leave or change: to go on with, or a history of what was
-            about to be served.
+        name: the command with its main arguments.
+        command: module and arguments; ``{disk}``, ``{url}``, ``{images}`` and the names in ``TASKS`` are filled in.
+        before: the initial content of the disk, a key of ``TEMPLATES``; None for an empty disk.
+        kept: patterns of files that the command may leave or change when it fails: files to resume from, or the history
+            of a version that was about to be served.
         serves: whether a server runs on the disk's model repository.
-        temporary: whether temporary files go to the disk too.
-        slow: whether a third of the sizes must do, each taking minutes.
+        temporary: whether temporary files are written to the disk too.
+        slow: whether only a third of the sizes are tried, because each run takes minutes.
     """
 
     name: str
@@ -90,19 +90,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended."""
+    """The exit status of a command, and its output on stderr."""
 
     status: int
     said: str
 
 
 def merge(to: str, *more: str) -> tuple[str, ...]:
-    """An ``exporter merge`` on the disk's adapters."""
+    """Return an ``exporter merge`` of the adapters on the disk."""
     return ("exporter", "merge", "--to", to, "--model", "mini", "--adapters", "{disk}/adapters", *more)
 
 
 def classify(name: str) -> Case:
-    """``client classify`` into a file of that name."""
+    """Return a case of ``client classify`` that writes to a file of that name."""
     command = ("client", "classify", "{images}", "--labels", LABELS, "--url", "{url}", "--out", f"{{disk}}/{name}")
     return Case(f"client classify --out {name}", command, kept=(f"{name}.part",))
 
@@ -155,7 +155,7 @@ CASES = (
     *map(classify, ("answers.jsonl", "answers.csv", "answers.parquet")),
     Case("client bench --figure", (*BENCH, "--figure", "{disk}/overhead.svg"), before="figure"),
 )
-# The contents of a disk: which one it builds on, and the commands that make it.
+# Initial contents of disks: the content that each one builds on, and the commands that add to it.
 MERGE = merge("onnx", *REPOSITORY)
 TEMPLATES = {
     "adapters": (None, [("trainer", "fit", "--task", "{digits}", *LEARN, "--adapters", "{disk}/adapters")]),
@@ -166,7 +166,7 @@ TEMPLATES = {
     "reported": ("run", [("trainer", "report", "{disk}/run")]),
     "figure": (None, [(*BENCH, "--figure", "{disk}/overhead.svg")]),
 }
-# What is printed goes to a full disk.
+# Commands whose stdout goes to a full disk.
 PRINTED = (
     ("trainer", "tasks"),
     ("trainer", "tasks", "--json"),
@@ -196,7 +196,7 @@ def main(
     only: Annotated[str, Parameter(help="Cases whose name has this in it.")] = "",
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/disks.json"),
 ) -> None:
-    """Run every command on full, nearly full and read-only disks, and once more when there is room."""
+    """Run every command on full, nearly full and read-only disks, and once more after space was made."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-disks-") as folder:
         try:
@@ -215,10 +215,10 @@ def main(
 
 @contextmanager
 def mounted(disk: Path) -> Iterator[Path]:
-    """An empty disk of its own, with room.
+    """Mount an empty tmpfs of 1 GiB at a folder, and unmount it at the end.
 
     Raises:
-        PermissionError: this process may not mount.
+        PermissionError: this process is not allowed to mount.
     """
     disk.mkdir(exist_ok=True)
     done = subprocess.run(
@@ -238,13 +238,16 @@ def remount(disk: Path, options: str) -> None:
 
 
 def used(disk: Path) -> dict[str, int]:
-    """How much of a disk is taken, in bytes and in files."""
+    """Return how much of a disk is used, in bytes ("size") and in files ("nr_inodes")."""
     now = os.statvfs(disk)
     return {"size": (now.f_blocks - now.f_bfree) * now.f_frsize, "nr_inodes": now.f_files - now.f_ffree}
 
 
 def spread(needs: int, step: int, levels: int) -> list[int]:
-    """Amounts from nothing to ``needs`` in whole steps: all, or ``levels``, half of them even, half doubling."""
+    """Return amounts from 0 to ``needs`` in multiples of ``step``.
+
+    If there are more than ``levels`` of them, about ``levels`` are chosen: half evenly spaced, half doubling.
+    """
     top, half = -(-needs // step), (levels - 1) // 2
     if top < levels:
         return [step * amount for amount in range(top + 1)]
@@ -254,14 +257,14 @@ def spread(needs: int, step: int, levels: int) -> list[int]:
 
 
 class Rig:
-    """Runs commands on small disks, and holds what they leave against what an undisturbed run leaves.
+    """Runs commands on small disks, and compares the files that they leave with those of an undisturbed run.
 
     Args:
-        folder: an empty one, for disks and for what they begin with.
+        folder: an empty folder for the disks and their initial contents.
         record: where broken promises are reported.
 
     Attributes:
-        runs: how many commands were run on a disk that was too small or read-only, or once more after that.
+        runs: number of commands run on a limited or read-only disk, or once more after that.
     """
 
     def __init__(self, folder: Path, record: Record) -> None:
@@ -285,11 +288,11 @@ class Rig:
 
     @cached_property
     def url(self) -> str:
-        """A server of a repository that is on no small disk."""
+        """URL of a server whose repository is not on a small disk."""
         return self._stack.enter_context(serve(self._template("released") / "model_repository")).url
 
     def sweep(self, case: Case, levels: int) -> dict:
-        """Run a case undisturbed, then with every amount of room, then on a read-only disk."""
+        """Run a case undisturbed, then with each amount of free space, then on a read-only disk."""
         with self._laid(case) as url:
             begun = used(self._disk)
             with peak(self._disk) as most:
@@ -301,7 +304,7 @@ class Rig:
         ended: Counter[str] = Counter()
         enough = {}
         for what, step in {"size": PAGE, "nr_inodes": 1}.items():
-            free = most[what] - begun[what]  # or more: a file may have come and gone unseen
+            free = most[what] - begun[what]  # may be too little, since a short-lived file can escape `peak`
             while (end := self._disturbed(case, wanted, what, free)) == "refused" and free < ROOM:
                 ended[end] += 1
                 free = 2 * free + step
@@ -318,7 +321,7 @@ class Rig:
         return {"bytes enough": enough["size"], "files enough": enough["nr_inodes"], "read-only": 1, **ended}
 
     def print_all(self, commands: Sequence[Sequence[str]]) -> int:
-        """Run commands whose output goes to a full disk."""
+        """Run commands whose stdout goes to a full disk, and return how many there were."""
         for command in commands:
             program, *arguments = command
             script = [sys.executable, "-c", f"from clipweld.{program}.cli import main; main()"]
@@ -330,7 +333,7 @@ class Rig:
         return len(commands)
 
     def run(self, command: Sequence[str], url: str | None = None, temporary: bool = False) -> Done:
-        """Run a command to its end, in a process that has what it needs imported already."""
+        """Run a command to its end, in a forked process that has already imported the heavy modules."""
         said = self._folder / "said"
         arguments = [command[0], *self._filled(command[1:], url)]
         process = self._context.Process(target=_main, args=(arguments, self._disk if temporary else None, said))
@@ -342,7 +345,16 @@ class Rig:
         return Done(process.exitcode, said.read_text(encoding="utf-8"))
 
     def _disturbed(self, case: Case, wanted: dict[str, str], what: str, free: int) -> str:
-        """One run on a disk with little room and one after that; "came through" or "refused"."""
+        """Run a case on a limited or read-only disk, and again with enough space if that failed.
+
+        Args:
+            wanted: the ``contents`` that an undisturbed run leaves.
+            what: "size" (bytes), "nr_inodes" (files) or "ro" (read-only).
+            free: how much of it is free.
+
+        Returns:
+            How the first run ended: "came through" or "refused".
+        """
         name = f"{case.name} on a read-only disk" if what == "ro" else f"{case.name} with {what} {free} free"
         broken = self._record.broken
         with self._laid(case) as url:
@@ -384,12 +396,12 @@ class Rig:
 
     @contextmanager
     def _laid(self, case: Case) -> Iterator[str | None]:
-        """A disk as the case begins, and the server that the case asks."""
+        """Prepare the disk for a case, and yield the URL of the server that it uses, or None."""
         needs_server = any("{url}" in part for part in case.command)
         url = self.url if needs_server and not case.serves else None
         template = self._template(case.before) if case.before else None
         with mounted(self._disk), ExitStack() as stack:
-            (self._disk / FILLER).write_bytes(b"\0" * PAGE)  # a tmpfs of size 0 would have no limit
+            (self._disk / FILLER).write_bytes(b"\0" * PAGE)  # for tmpfs, size=0 means no limit
             if template:
                 subprocess.run(["cp", "-a", f"{template}/.", self._disk], check=True)
             if case.serves:
@@ -397,7 +409,7 @@ class Rig:
             yield url
 
     def _template(self, name: str) -> Path:
-        """What a disk begins with, made by the commands themselves."""
+        """Return a folder with an initial content, which the commands in ``TEMPLATES`` make on first use."""
         folder = self._templates / name
         if not folder.exists():
             parent, commands = TEMPLATES[name]
@@ -421,7 +433,7 @@ class Rig:
 
 
 def write_task(name: str, folder: Path) -> None:
-    """A few images of a shipped task, as a task of one's own."""
+    """Write a few images of a shipped task as a folder that commands accept as a task."""
     task = load_task(name)
     for split in ("train", "test"):
         images = task.load(split)
@@ -433,7 +445,7 @@ def write_task(name: str, folder: Path) -> None:
 
 
 def _main(arguments: Sequence[str], temporary: Path | None, said: Path) -> None:
-    """A console script, in this process. Where it learns, it saves after every step, not every few seconds."""
+    """Run a console script in this process. Training saves after every step, instead of every few seconds."""
     from clipweld.trainer.learning import checkpoint
 
     checkpoint.SAVE_EVERY_S = checkpoint.SHARE = 0
@@ -447,7 +459,7 @@ def _main(arguments: Sequence[str], temporary: Path | None, said: Path) -> None:
 
 @contextmanager
 def peak(disk: Path) -> Iterator[dict[str, int]]:
-    """The most that was taken of a disk while the block ran."""
+    """Yield a dictionary that holds the peak of ``used`` while the block runs."""
     most, ended = used(disk), threading.Event()
 
     def watch() -> None:
@@ -465,7 +477,7 @@ def peak(disk: Path) -> Iterator[dict[str, int]]:
 
 
 def asked(url: str | None, images: Path) -> int | None:
-    """The version that a server answers with."""
+    """Return the version that a server answers with, or None without a server."""
     if url is None:
         return None
     with ZeroShotClassifier(url) as classifier:
@@ -473,10 +485,10 @@ def asked(url: str | None, images: Path) -> int | None:
 
 
 def contents(disk: Path, *, of_the_run: bool = True) -> dict[str, str]:
-    """Hashes of all files by their path, and the folders in which Triton looks.
+    """Return the hashes of all files by path, together with the folders of the model repository.
 
     Args:
-        of_the_run: with what only says how a run went, such as dates.
+        of_the_run: whether to include fields that differ from run to run, such as dates.
     """
     found = {}
     for path in sorted(disk.rglob("*")):
@@ -491,11 +503,11 @@ def contents(disk: Path, *, of_the_run: bool = True) -> dict[str, str]:
 
 
 def lasting(path: Path) -> bytes:
-    """What two equal runs write alike, if the file is whole."""
+    """Return the part of a file that is the same in two equal runs; a damaged file fails to parse."""
     if path.suffix == ".svg":
         return xml.etree.ElementTree.parse(path).getroot().tag.encode()
     if path.suffix == ".parquet":
-        rows = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()  # a path is held on to in threads
+        rows = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()  # given a path, pyarrow keeps the file open in threads
     elif path.suffix == ".csv":
         with path.open(encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines))
@@ -515,7 +527,7 @@ def _without(value: Any) -> Any:
 
 
 def differing(wanted: dict[str, str], found: dict[str, str]) -> str:
-    """The files that are not as they would be."""
+    """Describe which files differ from those of an undisturbed run."""
     paths = sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
     return f"other files than an undisturbed one: {', '.join(paths)}"
 
