@@ -1,6 +1,6 @@
 """A process that runs clients without torch: it classifies until its stdin is closed, then prints the outcomes.
 
-It reads one line of JSON from stdin: urls by protocol, the folder that ``keep`` filled with pictures and scores, a seed.
+It reads one line of JSON from stdin: URLs by protocol, the folder to which ``keep`` wrote pictures and scores, a seed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Check the installed packages: that they are pinned and listed, and for known vulnerabilities if the data is available.
+"""Check that the installed packages are pinned and listed, and look for known vulnerabilities if data is available.
 
 Run: python -m evidence.trust.dependencies --out runs/trust/dependencies.json
 """

@@ -507,7 +507,7 @@ def lasting(path: Path) -> bytes:
     if path.suffix == ".svg":
         return xml.etree.ElementTree.parse(path).getroot().tag.encode()
     if path.suffix == ".parquet":
-        rows = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()  # given a path, pyarrow keeps the file open in threads
+        rows = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()  # from a path, it stays open
     elif path.suffix == ".csv":
         with path.open(encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines))

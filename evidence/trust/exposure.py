@@ -1,4 +1,4 @@
-"""The exposure of a machine that serves and shows: every listener, what outsiders are refused, what outputs reveal.
+"""Test what a server and the demo page expose: their listeners, requests from outsiders, and secrets in their output.
 
 Run: python -m evidence.trust.exposure --out runs/trust/exposure.json
 """
@@ -46,7 +46,7 @@ EXPORTER = (sys.executable, "-m", "clipweld.exporter")
 CLIENT = (sys.executable, "-c", "from clipweld.client.cli import main; main()")
 TIMEOUT_S = 120
 
-# Every request that Triton's model control, shared memory, tracing and logging take.
+# Every request of Triton's model control, shared memory, tracing and logging.
 CONTROL: dict[str, Callable[[Any, dict[str, str]], object]] = {
     "index": lambda client, headers: client.get_model_repository_index(headers=headers),
     "load": lambda client, headers: client.load_model("clip_image", headers=headers),
@@ -120,9 +120,10 @@ def main(
     seed: Annotated[int, Parameter(help="Of sizes and keys.")] = 0,
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/exposure.json"),
 ) -> None:
-    """Start a server and a page as anyone would, and try what an attacker would."""
+    """Start a server and a page in the usual way, and attack them."""
     draw = random.Random(seed)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored, also by ours
+    # A shell ignores SIGINT for background commands, and so would the processes that are started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-exposure-") as folder:
         repository = Repository(Path(folder) / "models", "clip")
         release(load_backbone("mini"), [], repository, *sample(4))
@@ -140,7 +141,7 @@ def main(
 
 @contextmanager
 def serving(repository: Path) -> Iterator[tuple[psutil.Process, tuple[str, str]]]:
-    """``exporter serve`` on free ports; its process, and its addresses for gRPC and HTTP."""
+    """Run ``exporter serve`` on free ports; yield its process, and its addresses for gRPC and HTTP."""
     command = [*EXPORTER, "serve", "--repository", str(repository), "--port", "0", "--http-port", "0"]
     with _process(command) as process:
         grpc, http_url = re.findall(r"(?:grpc|http)://[\d.]+:\d+", process.stderr.readline())
@@ -149,7 +150,10 @@ def serving(repository: Path) -> Iterator[tuple[psutil.Process, tuple[str, str]]
 
 @contextmanager
 def showing(record: Record, url: str) -> Iterator[tuple[psutil.Process, str]]:
-    """``client demo`` on a free port; its process and address. It must not have complained at the end."""
+    """Run ``client demo`` on a free port; yield its process and address.
+
+    At the end it must exit with status 0 and must have written nothing to stderr.
+    """
     with _process([*CLIENT, "demo", "--port", "0", "--no-browser", "--url", url]) as process:
         yield psutil.Process(process.pid), re.search(r"http://[\d.]+:\d+", process.stdout.readline())[0]
         process.send_signal(signal.SIGINT)
@@ -159,7 +163,7 @@ def showing(record: Record, url: str) -> Iterator[tuple[psutil.Process, str]]:
 
 
 def listeners(record: Record, roots: tuple[psutil.Process, ...]) -> dict:
-    """All sockets that the processes listen on; tried from this machine's other addresses too."""
+    """Find all sockets that the processes listen on, and try their ports at this machine's other addresses."""
     processes = [process for root in roots for process in (root, *root.children(recursive=True))]
     found = {
         (connection.laddr.ip, connection.laddr.port)
@@ -167,7 +171,7 @@ def listeners(record: Record, roots: tuple[psutil.Process, ...]) -> dict:
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
-    found = {(ip.removeprefix("::ffff:"), port) for ip, port in found}  # IPv4 in IPv6's notation
+    found = {(ip.removeprefix("::ffff:"), port) for ip, port in found}  # IPv4 addresses in IPv6 notation
     others = {
         address.address.partition("%")[0]
         for addresses in psutil.net_if_addrs().values()
@@ -189,7 +193,7 @@ def listeners(record: Record, roots: tuple[psutil.Process, ...]) -> dict:
 
 
 def knocked(record: Record, urls: tuple[str, str], key: str, guesses: int, draw: random.Random) -> dict:
-    """Model control without the key and with wrong ones; at last with the right one, for which it must open."""
+    """Try model control without the key and with wrong keys, which must be refused, and then with the right key."""
     wrong = [None, "", key[:-1], key.swapcase(), f"{key}x"]
     wrong += ["".join(draw.choices("abcdefghijklmnop", k=len(key))) for _ in range(guesses)]
     refused = 0
@@ -206,7 +210,7 @@ def knocked(record: Record, urls: tuple[str, str], key: str, guesses: int, draw:
 
 
 def spelled(record: Record, url: str) -> dict:
-    """Model control by HTTP without a key, by every method and under odd spellings of its paths."""
+    """Try model control over HTTP without a key, with every method and with odd spellings of its paths."""
     address = urlsplit(url)
     for path, method in itertools.product(SPELLINGS, ("GET", "POST", "PUT", "DELETE", "HEAD")):
         if (status := _send(address, method, path, {"Content-Length": "0"})) < 400:
@@ -217,7 +221,7 @@ def spelled(record: Record, url: str) -> dict:
 
 
 def visited(record: Record, page: str) -> dict:
-    """Request every address of the page from pages of other sites and under other names."""
+    """Request every path of the page with the headers of other sites' pages and with other host names."""
     address, refused, asked = urlsplit(page), 0, 0
     for path, method, headers in itertools.product((*FILES, "/state", "/answer"), ("GET", "POST", "HEAD"), STRANGERS):
         filled = {name: value.format(host=address.netloc, port=address.port) for name, value in headers.items()}
@@ -232,7 +236,7 @@ def visited(record: Record, page: str) -> dict:
 
 
 def uploaded(record: Record, page: str, uploads: int, draw: random.Random) -> dict:
-    """Images that are too large, by what they announce; none of it is read."""
+    """Announce uploads that are too large or have a false length; they must be refused without being read."""
     address, refused = urlsplit(page), 0
     for _ in range(uploads):
         size = str(draw.choice([MAX_UPLOAD_BYTES + 1, draw.randrange(MAX_UPLOAD_BYTES + 1, 10**18), 10**30, -1]))
@@ -244,7 +248,10 @@ def uploaded(record: Record, page: str, uploads: int, draw: random.Random) -> di
 
 
 def garble(record: Record, page: str, count: int, draw: random.Random) -> dict:
-    """Requests with bytes changed, cut out or put in: refused or left unanswered, and the page stays."""
+    """Send requests with bytes changed, removed or inserted.
+
+    They must be refused or left unanswered, and the page must keep working.
+    """
     address = urlsplit(page)
     whole = (
         f"POST /answer?label=a&label=b HTTP/1.1\r\nHost: {address.netloc}\r\nOrigin: http://{address.netloc}\r\n"
@@ -268,7 +275,7 @@ def garble(record: Record, page: str, count: int, draw: random.Random) -> dict:
 
 
 def told(record: Record, repository: Path) -> dict:
-    """Secrets in everything that commands and errors say, at their most talkative."""
+    """Look for secrets in all output of commands, also with ``--verbose``, and in errors and reprs."""
     key, token, password = (f"secret-{secrets.token_hex(8)}" for _ in range(3))
     environment = os.environ | {KEY_VARIABLE: key}
     said = []

@@ -1,6 +1,7 @@
-"""A real Triton breaks in every way that can be arranged, while real clients ask it without pause.
+"""Break a real Triton in every way that can be arranged, while real clients send requests without pause.
 
-No answer may be wrong, no error foreign, no call overdue, and every client has to answer again by itself.
+No answer may be wrong, every error must be a ClientError, no call may be overdue, and every client has to recover by
+itself.
 
 Run: python -m evidence.trust.faults --requests 10000
 """
@@ -45,7 +46,7 @@ QUEUE = "dynamic_batching { default_queue_policy { max_queue_size: 1 } }"
 
 
 class Triton:
-    """A Triton that can be killed and comes back at the same ports."""
+    """A Triton that can be killed and restarted on the same ports."""
 
     def __init__(self, repository: Path) -> None:
         self.repository, self._ports, self._stack = repository, (0, 0), ExitStack()
@@ -53,7 +54,7 @@ class Triton:
         self.start()
 
     def start(self) -> None:
-        """Returns when it is ready."""
+        """Start the server and return when it is ready."""
         port, http_port = self._ports
         self.server: RunningTriton = self._stack.enter_context(
             serve(self.repository, port=port, http_port=http_port, log=self._said.append)
@@ -61,13 +62,13 @@ class Triton:
         self._ports = tuple(int(url.rpartition(":")[2]) for url in (self.server.url, self.server.http_url))
 
     def kill(self) -> None:
-        """SIGKILL for it and all of its backends; what it left is cleaned up, as whoever restarts it does."""
+        """Send SIGKILL to the server and all its backends, and clean up what they leave, as before any restart."""
         with suppress(ProcessLookupError):
             os.killpg(self.server.process.pid, signal.SIGKILL)
         self._stack.close()
 
     def revive(self) -> str:
-        """Start it again if it has ended by itself, and say how it did; "" if it is alive."""
+        """Restart the server if it has ended by itself, and return how it ended; return "" if it is running."""
         status = self.server.process.poll()
         if status is None:
             return ""
@@ -85,13 +86,14 @@ class Triton:
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to break.
+    """One kind of fault.
 
     Attributes:
         triton: the server.
-        urls: of it, or of the proxy before it, by protocol.
-        begin, end: start breaking, and stop.
-        seconds: how long it lasts each time.
+        urls: URLs of the server, or of the proxy in front of it, by protocol.
+        begin, end: functions that start and end the fault.
+        seconds: how long the fault lasts each time.
+        tls: for clients, if the URLs are encrypted.
     """
 
     triton: Triton
@@ -104,11 +106,16 @@ class Fault:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all faults build on.
+    """What all faults have in common.
 
     Attributes:
-        repository: the base and a version that is served.
-        other: the same numbers, of which the second is another.
+        repository: has the base as version 1 and a merged version 2.
+        other: has the same version numbers, but a different version 2.
+        folder: for further files.
+        truth: the correct answers at each time.
+        truths: the correct answers of ``repository`` and of ``other``, by version.
+        pictures: the images that clients send.
+        seed: of everything random.
     """
 
     repository: Repository
@@ -126,7 +133,7 @@ def main(
     seed: Annotated[int, Parameter(help="Of questions and misfortunes.")] = 0,
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/faults.json"),
 ) -> None:
-    """Break a server in each way in turn, and judge every call that its clients made meanwhile."""
+    """Break a server in each way in turn, and check every call that clients make meanwhile."""
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-faults-") as folder:
         repository, other = (
             write_versions(Path(folder), [count], name) for count, name in ((1, "models"), (2, "other"))
@@ -137,7 +144,7 @@ def main(
 def put_to_the_test(
     repository: Repository, other: Repository, folder: Path, requests: int, seed: int, record: Record
 ) -> None:
-    """All faults, one after the other."""
+    """Cause all faults, one after the other, and record the figures."""
     images, backbone = pictures(), load_backbone("mini")
     truths = tuple({v: known(r, v, images, backbone) for v in r.versions()} for r in (repository, other))
     alike = [[first, second] for first, second in zip(*(truth.values() for truth in truths), strict=True)][1:]
@@ -165,7 +172,7 @@ def put_to_the_test(
 
 
 def _break(name: str, fault: Fault, bench: Bench, calls: int) -> tuple[dict, list[str]]:
-    """Break again and again until there were enough calls; what they gave, and what may not be."""
+    """Repeat one fault until there were enough calls; return the figures and the broken promises."""
     recoveries: list[float] = []
     broken: list[str] = []
     deaths: list[str] = []
@@ -217,7 +224,7 @@ def _killed(bench: Bench) -> Iterator[Fault]:
 
 @contextmanager
 def _restored(bench: Bench) -> Iterator[Fault]:
-    """Killed, and back with another repository, whose version of the same number is another."""
+    """Kill the server and restart it with another repository, whose version 2 is a different one."""
     with _server(bench.repository.path) as triton:
 
         def kill() -> None:
@@ -232,7 +239,10 @@ def _restored(bench: Bench) -> Iterator[Fault]:
 
 @contextmanager
 def _stopped(bench: Bench) -> Iterator[Fault]:
-    """Only tritonserver: stopped together with its Python backends, Triton 2.51 sometimes aborts when it continues."""
+    """Stop tritonserver with SIGSTOP, then continue it.
+
+    Its Python backends are not stopped: otherwise Triton 2.51 sometimes aborts when it continues.
+    """
     with _server(bench.repository.path) as triton:
         process = triton.server.process
         stop, go_on = (lambda number=number: process.send_signal(number) for number in (signal.SIGSTOP, signal.SIGCONT))
@@ -240,7 +250,7 @@ def _stopped(bench: Bench) -> Iterator[Fault]:
 
 
 def _through(passing: Pass, seconds: float = 2.0) -> Callable[[Bench], object]:
-    """Through a proxy that mistreats answers."""
+    """Return a fault in which clients connect through a proxy that damages or delays answers."""
 
     @contextmanager
     def opened(bench: Bench) -> Iterator[Fault]:
@@ -260,7 +270,10 @@ def _through(passing: Pass, seconds: float = 2.0) -> Callable[[Bench], object]:
 
 @contextmanager
 def _flipped(bench: Bench) -> Iterator[Fault]:
-    """Bits are flipped anywhere in what TLS protects: a proxy that flips bits is put before the one that ends TLS."""
+    """Flip bits anywhere in the data that TLS protects.
+
+    The proxy that flips bits is in front of the proxy that terminates TLS.
+    """
     authority = trustme.CA()
     ca = bench.folder / "ca.pem"
     authority.cert_pem.write_to_path(ca)
@@ -302,7 +315,7 @@ def _tampered(bench: Bench) -> Iterator[Fault]:
 
 @contextmanager
 def _busy(bench: Bench) -> Iterator[Fault]:
-    """A queue that takes one request, and many clients more than before."""
+    """Limit the queue to one request, and add many more clients."""
     models = bench.folder / "busy"
     shutil.copytree(bench.repository.path, models, dirs_exist_ok=True)
     for config in models.glob(f"*/{CONFIG_FILE}"):

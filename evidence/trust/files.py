@@ -1,4 +1,4 @@
-"""Untrusted files: damaged, or made to harm; each is read correctly, or refused in one line.
+"""Read untrusted files, damaged or malicious: each must be read correctly, or be refused in one line.
 
 Run: python -m evidence.trust.files
 """
@@ -34,10 +34,10 @@ from evidence import command_line
 from evidence.command_line import POSITIVE
 from evidence.trust.record import Record
 
-SECONDS = 30.0  # that one file may take; a reader that is stuck outside of Python gets three times as long
-EXTRA_BYTES = 64 << 20  # of memory beyond twice the file's size
-LONGEST = 2000  # characters of a refusal
-KEPT_BYTES = 64 << 20
+SECONDS = 30.0  # limit per file; a reader that hangs outside of Python is killed after three times this and a minute
+EXTRA_BYTES = 64 << 20  # memory allowed beyond twice the file's size
+LONGEST = 2000  # characters in the message of a refusal
+KEPT_BYTES = 64 << 20  # larger files are not kept
 PROGRAMS = (
     "pickle.find_class",
     "subprocess.Popen",
@@ -46,21 +46,21 @@ PROGRAMS = (
     "os.posix_spawn",
     "os.fork",
 )
-SYSTEM = ("/proc/self", "/sys", "/usr/share")  # where libraries read
+SYSTEM = ("/proc/self", "/sys", "/usr/share")  # read by libraries
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 
 
 class TooLong(Exception):
-    """The time of one file is over."""
+    """Reading one file took longer than ``SECONDS``."""
 
 
 class Escaped(BaseException):
-    """A reader ran a program, or touched something outside its folder."""
+    """A reader tried to run a program, or to open or change something outside the allowed folders."""
 
 
 @dataclass
 class Job:
-    """Corrupted files of one kind for one process: every ``step``-th number from ``first`` on."""
+    """Corrupted files of one kind for one process: those numbered ``range(first, count, step)``."""
 
     kind: str
     first: int
@@ -73,13 +73,13 @@ class Job:
 
 @dataclass
 class Found:
-    """What a process has found, line by line in a file: it may be killed before it can report.
+    """The findings of all processes. Each writes its own to a log, line by line, because it may be killed at any time.
 
     Attributes:
-        outcomes: how often each kind was accepted, or refused with which error.
-        broken: promises that did not hold.
-        extra_bytes: by kind, the most memory beyond twice the file's size.
-        seconds: by kind, the longest that one file took.
+        outcomes: by kind, how often files were accepted, or refused with which error.
+        broken: descriptions of broken promises.
+        extra_bytes: by kind, the most memory used beyond twice the file's size.
+        seconds: by kind, the longest time for one file.
     """
 
     outcomes: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
@@ -88,7 +88,7 @@ class Found:
     seconds: Counter = field(default_factory=Counter)
 
     def read(self, log: Path) -> None:
-        """Take in a process's lines."""
+        """Add the findings in the log of one process."""
         for line in log.read_text(encoding="utf-8").splitlines():
             kind, outcome, extra, seconds, reason = line.split("\t")
             self.outcomes[kind][outcome] += 1
@@ -112,7 +112,7 @@ def main(
     processes: Annotated[int, Parameter(validator=POSITIVE, help="At a time.")] = 2,
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/files.json"),
 ) -> None:
-    """Spoil files of every kind that may come from anyone, and read each as the product does."""
+    """Corrupt files of every kind that may be untrusted, and read each with the code that clipweld uses."""
     kept = out.with_suffix("")
     kinds = ("histories", "cards", "models", "names", "checkpoints", "runs", "results", "folders")
     counts = {"adapters": adapters, "manifests": manifests, **dict.fromkeys(kinds, others), "weights": others // 10}
@@ -137,11 +137,13 @@ def main(
 
 
 def spoil_and_read(counts: dict[str, int], seed: int, processes: int, kept: Path) -> Found:
-    """Have processes of their own read corrupted files; one that dies or hangs is named and followed by another.
+    """Read corrupted files in separate processes; a process that dies or hangs is reported and replaced.
 
     Args:
-        counts: how many files of each kind.
-        kept: the folder for files at which a promise broke.
+        counts: number of files by kind.
+        seed: of the corruption.
+        processes: how many run at a time.
+        kept: folder for the files for which a promise is broken.
     """
     found = Found()
     with tempfile.TemporaryDirectory(prefix="clipweld-files-") as folder, _progress(sum(counts.values())) as progress:
@@ -163,7 +165,7 @@ def spoil_and_read(counts: dict[str, int], seed: int, processes: int, kept: Path
 
 
 def _attend(jobs: list[Job], seed: int, folder: Path, kept: Path, progress: Counter, found: Found) -> None:
-    """Run one process after the other until all jobs are done."""
+    """Run one process after another until all jobs are done."""
     context = multiprocessing.get_context("spawn")
     folder.mkdir()
     log = folder / "log"
@@ -178,7 +180,7 @@ def _attend(jobs: list[Job], seed: int, folder: Path, kept: Path, progress: Coun
             progress[folder] = sum(len(job) for job in jobs[: place.value]) + number.value // jobs[0].step
             if (now := (place.value, number.value)) != at:
                 at, since = now, time.monotonic()
-            elif time.monotonic() - since > 3 * SECONDS + 60:  # a minute to start in
+            elif time.monotonic() - since > 3 * SECONDS + 60:  # a minute for the start of the process
                 worker.kill()
         if worker.exitcode:
             job = jobs[place.value]
@@ -195,7 +197,7 @@ def _attend(jobs: list[Job], seed: int, folder: Path, kept: Path, progress: Coun
 def work(
     jobs: list[Job], seed: int, place: Synchronized, number: Synchronized, folder: Path, log: Path, kept: Path
 ) -> None:
-    """A process: do the jobs from a place and number on, and write down each outcome."""
+    """Do the jobs in this process, starting at a place in ``jobs`` and a file number, and log each outcome."""
     import torch
 
     from evidence.trust.readers import READERS, reader
@@ -218,7 +220,7 @@ def work(
 
 
 def _case(one, kind: str, seed: int, number: int, guard: Guard, kept: Path) -> tuple[str, str, str, str]:
-    """One file: its outcome, memory beyond twice its size, seconds, and what broke, if anything did."""
+    """Read one file; return its outcome, memory beyond twice its size, seconds, and the broken promise or ""."""
     from evidence.trust.readers import REFUSALS, OtherMeaning
 
     size = one.spoil(random.Random(f"{seed} {kind} {number}"))
@@ -234,7 +236,7 @@ def _case(one, kind: str, seed: int, number: int, guard: Guard, kept: Path) -> t
                 broken = f"a message of {len(str(exc)):,} characters"
         except OtherMeaning as exc:
             outcome, broken = "other meaning", str(exc)
-        except BaseException as exc:  # whatever it is, it is what this looks for
+        except BaseException as exc:  # any other error is a broken promise
             outcome, broken = "broken", f"{type(exc).__name__}: {str(exc)[:200]}"
     extra = max(0, memory[0] - 2 * size)
     if extra > EXTRA_BYTES:
@@ -247,9 +249,9 @@ def _case(one, kind: str, seed: int, number: int, guard: Guard, kept: Path) -> t
 
 @contextmanager
 def _limits(size: int) -> Iterator[list[int]]:
-    """Bounds of time and address space for one file; the bytes by which memory grew at its peak, once it is done."""
+    """Limit time and address space for one file; at the end, the yielded list holds the peak growth in bytes."""
     before, grew = _memory("VmRSS"), [0]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     space = 2 * size + 4 * EXTRA_BYTES + _memory("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (space, resource.RLIM_INFINITY))
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -262,10 +264,10 @@ def _limits(size: int) -> Iterator[list[int]]:
 
 
 class Guard:
-    """Sees what Python opens, changes and runs while it is entered.
+    """A context in which opening or changing other files, or running programs, from Python raises ``Escaped``.
 
     Args:
-        folder: what may be changed; reading is allowed there and in the folders of Python and its libraries.
+        folder: the folder that may be changed; it may also be read, as may the folders of Python and its libraries.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -277,7 +279,7 @@ class Guard:
         sys.addaudithook(self._see)
 
     def __enter__(self) -> None:
-        # Threads that are there already are no reader's; those that it starts are watched.
+        # Threads that are already running don't belong to the reader; threads that it starts are watched.
         self._others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
         self._on = True
 
@@ -302,7 +304,7 @@ class Guard:
 
 
 def guided(runs: int, seed: int, kept: Path) -> tuple[dict, list[str]]:
-    """Coverage-guided fuzzing of adapters and manifests, in a process of its own: ``evidence.trust.guided``."""
+    """Run coverage-guided fuzzing of adapters and manifests, ``evidence.trust.guided``, in a process of its own."""
     kept.mkdir(parents=True, exist_ok=True)
     counts = kept / "atheris.txt"
     command = [
@@ -327,7 +329,7 @@ def guided(runs: int, seed: int, kept: Path) -> tuple[dict, list[str]]:
 
 
 def _memory(what: str) -> int:
-    """A figure of this process in bytes: ``VmRSS``, ``VmHWM`` (its peak) or ``VmSize``."""
+    """Return a memory figure of this process in bytes: ``VmRSS``, ``VmHWM`` (the peak of VmRSS) or ``VmSize``."""
     with open("/proc/self/status", encoding="ascii") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(f"{what}:")) * 1024
 
@@ -337,7 +339,7 @@ def _too_long(*_: object) -> None:
 
 
 def _keep(folder: Path, target: Path) -> None:
-    """Keep the offending files; the seed makes again what is no regular file, or too large to keep."""
+    """Copy the files that broke a promise, except pipes and very large files, which the seed can recreate."""
 
     def left_out(where: str, names: list[str]) -> list[str]:
         found = [(name, os.lstat(os.path.join(where, name))) for name in names]
@@ -353,7 +355,7 @@ def _keep(folder: Path, target: Path) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Counter]:
-    """A bar on stderr, of what all processes have done together."""
+    """Show a progress bar on stderr for all processes together."""
     done, over = Counter(), threading.Event()
 
     def show() -> None:

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of adapters and manifests, by atheris; ``evidence.trust.files`` starts it.
+"""Coverage-guided fuzzing of adapters and manifests with atheris; ``evidence.trust.files`` starts it.
 
 Run: python -m evidence.trust.guided COUNTS -runs=N (and further flags of libFuzzer)
 """
@@ -38,7 +38,10 @@ EVERY = 500
 
 
 def main() -> None:
-    """Feed bytes to both readers: as a file, as metadata sealed anew, as a manifest. Any other error ends it."""
+    """Feed bytes to the readers: as an adapter file, as metadata with a fitting hash, and as a manifest.
+
+    An error that is not one of ``REFUSALS`` ends the run.
+    """
     counts, outcomes = Path(sys.argv.pop(1)), Counter()
     folder = Path(tempfile.mkdtemp(prefix="clipweld-guided-"))
     whole, store, file = tiny_adapter(), Manifests(folder / "store"), folder / "a.safetensors"
@@ -53,7 +56,7 @@ def main() -> None:
     tensors = {name: tensor.numpy() for name, tensor in whole.tensors.items()}
 
     def sealed(text: bytes) -> bytes:
-        """What claims to be metadata, with the hash that fits, if it is JSON at all."""
+        """Return an adapter file with this metadata and a fitting hash if the text is JSON, else the text itself."""
         try:
             return sealed_file(json.loads(text), tensors, random.Random(0))
         except (ValueError, RecursionError):
