@@ -1,7 +1,7 @@
-"""Untrusted image files: damage anywhere, and false values in the fields that matter.
+"""Damage image files: change bytes anywhere, and put false values into the fields that matter.
 
-Files are changed where their formats keep what readers believe: PNG chunks keep valid checksums, JPEG segments, TIFF
-entries, WebP, AVIF and JPEG 2000 boxes valid lengths, so that damage gets as far as the decoders.
+Checksums of PNG chunks stay valid, as do the lengths of JPEG segments, TIFF entries, and WebP, AVIF and JPEG 2000
+boxes, so that the damage reaches the decoders.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import zlib
 from collections.abc import Callable, Sequence
 
 EXTREMES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
-MANY = 80 << 20  # bytes that a few kilobytes of zlib unpack to; Pillow's limit for texts is 64 MiB
-# Most untrusted files are of the first five.
+MANY = 80 << 20  # bytes in a zlib bomb; Pillow's limit for texts is 64 MiB
+# The first five formats, in which most untrusted files come, are drawn three times as often.
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF") * 3 + ("BMP", "PPM", "JPEG2000", "AVIF")
 PNG_CHUNKS = (b"PLTE tRNS gAMA cHRM pHYs sRGB eXIf acTL fcTL fdAT zTXt iTXt iCCP IHDR IDAT IEND CgBI ABCD").split()
 
 
 def mutated(files: Sequence[tuple[str, bytes]], draw: random.Random) -> tuple[str, str, bytes]:
-    """(format, how, file): one of the files, changed one to three times."""
+    """Draw one of the files and change it one to three times; return its format, the changes, and its bytes.
+
+    Args:
+        files: (format, bytes) of whole files.
+    """
     kind = draw.choice(KINDS)
     data = draw.choice([data for own, data in files if own == kind])
     chosen = draw.choices([*GENERAL, *STRUCTURED[kind]], k=draw.choice((1, 1, 1, 2, 3)))
@@ -29,11 +33,11 @@ def mutated(files: Sequence[tuple[str, bytes]], draw: random.Random) -> tuple[st
     return kind, "+".join(mutate.__name__ for mutate in chosen), data
 
 
-# Anywhere in any file.
+# Any format
 
 
 def bits(data: bytes, draw: random.Random) -> bytes:
-    """A few bits turned over."""
+    """Flip a few bits."""
     changed = bytearray(data)
     for _ in range(draw.choice((1, 1, 3, 10, 100))):
         changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
@@ -45,7 +49,7 @@ def cut_short(data: bytes, draw: random.Random) -> bytes:
 
 
 def piece(data: bytes, draw: random.Random) -> bytes:
-    """A piece removed, doubled, blanked, or made noise."""
+    """Remove, double or blank a piece of the file, or replace it with noise."""
     start = draw.randrange(len(data))
     end = min(len(data), start + draw.choice((1, 2, 4, 8, 64, 1024)))
     old = data[start:end]
@@ -54,17 +58,17 @@ def piece(data: bytes, draw: random.Random) -> bytes:
 
 
 def header(data: bytes, draw: random.Random) -> bytes:
-    """A number near the start made extreme."""
+    """Set a number near the start to an extreme or random value."""
     return _with_number(data, draw.randrange(min(len(data), 80)), draw.choice((1, 2, 4)), draw)
 
 
 def number(data: bytes, draw: random.Random) -> bytes:
-    """A number anywhere made extreme."""
+    """Set a number anywhere to an extreme or random value."""
     return _with_number(data, draw.randrange(len(data)), draw.choice((1, 2, 4, 8)), draw)
 
 
 def tail(data: bytes, draw: random.Random) -> bytes:
-    """More behind the end."""
+    """Append bytes to the end of the file."""
     return data + draw.choice((data, bytes(5000), draw.randbytes(5000), b"\xff" * 5000))
 
 
@@ -75,7 +79,7 @@ GENERAL: tuple[Callable, ...] = (bits, cut_short, piece, header, number, tail)
 
 
 def png_chunk(data: bytes, draw: random.Random) -> bytes | None:
-    """A chunk damaged, under a valid checksum."""
+    """Damage a chunk and give it a valid checksum."""
     return _with_chunks(data, lambda chunks: _damage_one(chunks, draw))
 
 
@@ -84,7 +88,7 @@ def png_order(data: bytes, draw: random.Random) -> bytes | None:
 
 
 def png_extra(data: bytes, draw: random.Random) -> bytes | None:
-    """A chunk that readers know, with bombs or nonsense in it."""
+    """Insert a chunk that readers interpret, filled with a zlib bomb or nonsense."""
     bomb = _bomb()
     body = draw.choice((b"", b"k", b"k\0\0", draw.randbytes(40), bytes(300), b"\xff" * 33))
     name, body = draw.choice(
@@ -100,7 +104,7 @@ def png_extra(data: bytes, draw: random.Random) -> bytes | None:
 
 
 def png_pixels(data: bytes, draw: random.Random) -> bytes | None:
-    """Pixel data that unpacks to more, less, or other than the header says."""
+    """Change the pixel data, so that it unpacks to other values, or to more or fewer than the header says."""
 
     def change(chunks: list) -> None:
         raw = bytearray(zlib.decompress(b"".join(body for name, body in chunks if name == b"IDAT")))
@@ -136,7 +140,7 @@ def jpeg_order(data: bytes, draw: random.Random) -> bytes | None:
 
 
 def jpeg_extra(data: bytes, draw: random.Random) -> bytes | None:
-    """Profiles, camera data and the like: huge, many, or nonsense."""
+    """Insert profiles, camera data and similar segments that are huge, many, or nonsense."""
     noise = draw.randbytes(draw.choice((0, 1, 20, 2000)))
     many = [(0xE2, b"ICC_PROFILE\0" + bytes((place % 256, 255)) + bytes(65_000)) for place in range(255)]
     extra = draw.choice(
@@ -161,7 +165,7 @@ def jpeg_extra(data: bytes, draw: random.Random) -> bytes | None:
 
 
 def jpeg_size(data: bytes, draw: random.Random) -> bytes | None:
-    """Other sides, or other components."""
+    """Change the width and height, and sometimes the components."""
 
     def change(segments: list) -> None:
         for place, (marker, body) in enumerate(segments):
@@ -176,7 +180,7 @@ def jpeg_size(data: bytes, draw: random.Random) -> bytes | None:
 
 
 def jpeg_scans(data: bytes, draw: random.Random) -> bytes | None:
-    """The same scan again and again, as progressive files may."""
+    """Repeat the last scan many times; progressive files may have many scans."""
     start = data.rfind(b"\xff\xda")
     return None if start < 0 else data[:start] + data[start:-2] * draw.choice((2, 50, 500)) + data[-2:]
 
@@ -185,12 +189,12 @@ def jpeg_scans(data: bytes, draw: random.Random) -> bytes | None:
 
 
 def tiff_entry(data: bytes, draw: random.Random) -> bytes | None:
-    """A tag, type, count or value changed."""
+    """Change the tag, type, count or value of an entry."""
     return _with_entries(data, draw, lambda entry: draw.choice(_ENTRY_CHANGES)(entry, draw))
 
 
 def tiff_known(data: bytes, draw: random.Random) -> bytes | None:
-    """An entry become one that decides how pixels are read: compression, sample format, tiles, and the like."""
+    """Turn an entry into one that controls how pixels are read: compression, sample format, tiles and the like."""
     known = (256, 257, 258, 259, 262, 266, 270, 273, 274, 277, 278, 279, 284, 292, 317, 320, 322, 323, 324, 325, 330)
     known += (338, 339, 347, 529, 530, 532, 700, 33723, 34377, 34665, 34675, 34853, 40965)
     values = (*range(10), 16, 32, 64, 32773, 32946, 34661, 34712, 34925, 50000, 50001, *EXTREMES)
@@ -200,7 +204,7 @@ def tiff_known(data: bytes, draw: random.Random) -> bytes | None:
 
 
 def tiff_loop(data: bytes, draw: random.Random) -> bytes | None:
-    """A directory that names itself the next, or another place."""
+    """Make the first directory point to itself or to another place as the next directory."""
     if data[:4] not in (b"II*\0", b"MM\0*"):
         return None
     order = "<" if data[:2] == b"II" else ">"
@@ -227,7 +231,7 @@ _ENTRY_CHANGES: tuple[Callable, ...] = (
 
 
 def gif_size(data: bytes, draw: random.Random) -> bytes | None:
-    """Other sides of the screen, or a frame beyond it."""
+    """Change the size of the screen, or the size or position of the first frame."""
     frame = data.find(b",", 13)
     place = draw.choice([6] if frame < 0 or frame + 9 > len(data) else [6, frame + 5, frame + 1])
     if place + 4 > len(data):
@@ -236,7 +240,7 @@ def gif_size(data: bytes, draw: random.Random) -> bytes | None:
 
 
 def gif_extra(data: bytes, draw: random.Random) -> bytes | None:
-    """Extensions: empty, endless, or nonsense."""
+    """Insert extensions: empty, unterminated, or nonsense, once or thousands of times."""
     block = draw.choice(
         (b"!\xff\x0bNETSCAPE2.0\3\1\0\0\0", b"!\xf9\4\xff\xff\xff\xff\0", b"!\xfe\xff" + bytes(255), b"!\1\0")
     )
@@ -245,7 +249,7 @@ def gif_extra(data: bytes, draw: random.Random) -> bytes | None:
 
 
 def riff_chunk(data: bytes, draw: random.Random) -> bytes | None:
-    """A WebP's chunk damaged, repeated or lost, under valid lengths."""
+    """Damage, repeat, remove or move chunks of a WebP, with valid lengths."""
     chunks, place = [], 12
     while place + 8 <= len(data):
         length = struct.unpack_from("<I", data, place + 4)[0]
@@ -259,7 +263,7 @@ def riff_chunk(data: bytes, draw: random.Random) -> bytes | None:
 
 
 def webp_canvas(data: bytes, draw: random.Random) -> bytes | None:
-    """A canvas of other sides or flags."""
+    """Give a WebP a canvas with other sides and flags."""
     width, height = (side & 0xFFFFFF for side in sides(draw))
     canvas = bytes((draw.randrange(256), 0, 0, 0)) + struct.pack("<I", width)[:3] + struct.pack("<I", height)[:3]
     old = data[30:] if data[12:16] == b"VP8X" else data[12:]
@@ -268,7 +272,7 @@ def webp_canvas(data: bytes, draw: random.Random) -> bytes | None:
 
 
 def box(data: bytes, draw: random.Random) -> bytes | None:
-    """A number behind the name of a box or marker that has the sides or lengths."""
+    """Change a number near the name of a box or marker that holds sizes or lengths."""
     names = [name for name in (b"ispe", b"iloc", b"iprp", b"meta", b"av1C", b"ihdr", b"colr", b"jp2h") if name in data]
     names += [b"\xff\x51"] if data[4:8] == b"jP  " and b"\xff\x51" in data else []
     if not names:
@@ -292,7 +296,7 @@ def ppm_header(data: bytes, draw: random.Random) -> bytes | None:
 
 
 def sides(draw: random.Random) -> tuple[int, int]:
-    """Width and height that invite a reader to allocate too much, or nothing."""
+    """Draw a width and height that may lead a reader to allocate too much, or nothing."""
     some = (0, 1, 2, 40, 3000, 9459, 9460, 13377, 65500, 65535, 100_000, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
     return draw.choice(((draw.choice(some), draw.choice(some)), (draw.choice(some), 40), (40, draw.choice(some))))
 
@@ -322,7 +326,7 @@ def _damage_one(parts: list, draw: random.Random) -> None:
 
 
 def _reorder(parts: list, draw: random.Random) -> None:
-    """One left out, one doubled, two exchanged, or all in another order; the first stays."""
+    """Remove or repeat one part, swap two, or shuffle all; the first part stays in place."""
     if len(parts) < 3:
         return
     one, other = draw.sample(range(1, len(parts)), 2)
@@ -340,7 +344,7 @@ def _reorder(parts: list, draw: random.Random) -> None:
 
 
 def _with_chunks(data: bytes, change: Callable[[list], object]) -> bytes | None:
-    """A PNG taken apart, changed, and put together again; None if it is none any more."""
+    """Change the chunks of a PNG and write them with valid checksums; return None if it can't be parsed."""
     chunks, place = [], 8
     while place + 12 <= len(data):
         length = int.from_bytes(data[place : place + 4], "big")
@@ -350,7 +354,7 @@ def _with_chunks(data: bytes, change: Callable[[list], object]) -> bytes | None:
         return None
     try:
         change(chunks)
-    except (zlib.error, StopIteration, ValueError):  # damaged before
+    except (zlib.error, StopIteration, ValueError):  # an earlier mutation damaged it
         return None
     return data[:8] + b"".join(
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
@@ -358,7 +362,7 @@ def _with_chunks(data: bytes, change: Callable[[list], object]) -> bytes | None:
 
 
 def _with_segments(data: bytes, change: Callable[[list], object]) -> bytes | None:
-    """A JPEG's segments up to its first scan, changed; None if it is none any more."""
+    """Change the segments of a JPEG before its first scan; return None if it can't be parsed."""
     segments, place = [], 2
     while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != 0xDA:
         length = int.from_bytes(data[place + 2 : place + 4], "big")
@@ -373,7 +377,7 @@ def _with_segments(data: bytes, change: Callable[[list], object]) -> bytes | Non
 
 
 def _with_entries(data: bytes, draw: random.Random, change: Callable) -> bytes | None:
-    """A TIFF with one entry of its first directory changed; BigTIFF and what is none any more, None."""
+    """Change one entry in the first directory of a TIFF; return None for BigTIFF and if it can't be parsed."""
     if data[:4] not in (b"II*\0", b"MM\0*"):
         return None
     order = "<" if data[:2] == b"II" else ">"
@@ -393,6 +397,6 @@ def _bomb() -> bytes:
 
 
 def _looping_ifd() -> bytes:
-    """A directory whose entries and successor are itself."""
+    """Return a TIFF directory whose entries and next directory all point to itself."""
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, 8) for tag in (0x8769, 0x8825, 0xA005, 0xB001, 0xB002))
     return b"II*\0\10\0\0\0" + struct.pack("<H", 5) + entries + struct.pack("<I", 8)

@@ -1,11 +1,11 @@
-"""Untrusted images: damaged and hostile files, read by client and trainer, then given to the real commands.
+"""Read damaged and hostile images with client and trainer, then pass some of them to the real commands.
 
 Run: python -m evidence.trust.images --out runs/trust/images.json
 
-Each file is either refused by both rooms, in one line that names it, or read by both, to the same pixels; whole ones
-are read, but for 32-bit grey. Workers are processes of their own: what ends, hangs or swells one of them is named by
-its number, and kept. Damaged faxes alone are counted apart: what libtiff can't decode of them is whatever the memory
-held.
+Each file must either be refused by both packages, in one line that names it, or be read by both as the same pixels.
+Undamaged files must be read, except 32-bit grey. Workers are separate processes: a file that makes one end, hang or use
+too much memory is reported by its number and kept. Only damaged fax files may be read differently, and are counted
+separately, because libtiff leaves undecoded rows as they were in memory.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from evidence.trust.image_damage import mutated
 from evidence.trust.pictures import ENDINGS, LARGE, of_unknown_range, saved, seeds
 from evidence.trust.record import Record
 
-TIME_S = 60.0  # of one core, for both rooms to read one file; the largest take a few seconds
-HANG_S = 900.0  # without an answer, on a machine that may do other things too
-MEMORY_BYTES = 2 << 30  # at most, for one file at a time
+TIME_S = 60.0  # CPU time in which both packages must read one file; the largest files take a few seconds
+HANG_S = 900.0  # without an answer for this long, a worker counts as hanging, even on a busy machine
+MEMORY_BYTES = 2 << 30  # limit for one file at a time
 VERDICTS = ("read", "refused", "unsteady")
 CLIENT = (sys.executable, "-c", "from clipweld.client.cli import main; main()")
 TRAINER = (sys.executable, "-m", "clipweld.trainer")
@@ -71,7 +71,7 @@ def main(
         "runs/trust/images.json"
     ),
 ) -> None:
-    """Read damaged files with client and trainer, whole ones first, then give some to the commands."""
+    """Read undamaged and damaged files with client and trainer, then pass some to the commands."""
     numbers = range(-len(LARGE) - len(seeds(sample(60)[0])), files)
     with Record(out) as record:
         record.figures["files"] = read_all(record, numbers, workers, seed, out.with_suffix(""))
@@ -79,7 +79,11 @@ def main(
 
 
 def read_all(record: Record, numbers: Iterable[int], workers: int, seed: int, kept: Path) -> dict:
-    """Every numbered file, each by one of the workers; ``kept`` is where files that broke something go."""
+    """Read all files by number, each in one of the workers, and return the figures.
+
+    Args:
+        kept: folder for the files for which a promise is broken.
+    """
     todo, found, made = deque(numbers), [], seeds(sample(60)[0])
     with Progress(console=Console(stderr=True)) as progress, ThreadPoolExecutor(workers) as pool:
         bar = progress.add_task("files", total=len(todo))
@@ -117,14 +121,14 @@ def read_all(record: Record, numbers: Iterable[int], workers: int, seed: int, ke
 
 
 def _rows(todo: deque[int], seed: int) -> Iterator[dict]:
-    """What one worker after the other says of the files: each ends with the file that ends it."""
+    """Yield the findings for each file; a worker that ends or hangs is replaced."""
     spawn = multiprocessing.get_context("spawn")
     while todo:
         ours, theirs = spawn.Pipe()
         worker = spawn.Process(target=_work, args=(theirs, seed), daemon=True)
         worker.start()
         theirs.close()
-        ours.recv()  # it has imported everything
+        ours.recv()  # wait until it has imported everything
         try:
             while todo:
                 row = {"number": todo.popleft(), "kind": "?", "verdict": "none", "cause": "", "seconds": 0, "memory": 0}
@@ -145,7 +149,7 @@ def _rows(todo: deque[int], seed: int) -> Iterator[dict]:
 
 
 def _work(parent: Connection, seed: int) -> None:
-    """Make and read the files whose numbers come in."""
+    """Run a worker: make and read the files whose numbers the parent sends, and send back the findings."""
     torch.set_num_threads(1)
     made = seeds(sample(60)[0])
     with tempfile.TemporaryDirectory(prefix="clipweld-images-") as folder:
@@ -164,7 +168,10 @@ def _work(parent: Connection, seed: int) -> None:
 
 
 def file_of(number: int, seed: int, made: list[tuple[str, bytes]]) -> tuple[str, str, bytes]:
-    """(format, how, file) by its number; those below 0 are whole, the lowest of them large."""
+    """Return the format, the changes and the bytes of a file by its number.
+
+    Files with negative numbers are undamaged; those with the lowest numbers are large.
+    """
     if number >= 0:
         return mutated(made, random.Random(f"{seed}/{number}"))
     place = -1 - number
@@ -175,7 +182,7 @@ def file_of(number: int, seed: int, made: list[tuple[str, bytes]]) -> tuple[str,
 
 
 def judge(path: Path, draw: random.Random, *, whole: bool = False) -> dict:
-    """Read one file in both rooms as a model that is drawn would have it; what is wrong with that."""
+    """Read one file with client and trainer, with preprocessing settings drawn at random, and return the findings."""
     config = PreprocessCfg(
         size=draw.choice((64, 224, 336)),
         resize_mode=draw.choice(("shortest", "squash")),
@@ -202,7 +209,7 @@ def judge(path: Path, draw: random.Random, *, whole: bool = False) -> dict:
                     problems.append(f"{room}: not one line that names the file: {exc}")
                 if isinstance(exc.__cause__, MemoryError):
                     problems.append(f"{room}: ran out of memory")
-            except BaseException as exc:  # what must never come out of a room, whatever it is
+            except BaseException as exc:  # any other error is a broken promise
                 answers.append(None)
                 problems.append(f"{room}: {type(exc).__name__}: {exc}")
     seconds, memory = time.process_time() - began, _peak() - before
@@ -226,7 +233,7 @@ def judge(path: Path, draw: random.Random, *, whole: bool = False) -> dict:
 
 
 def _disagreements(ours: np.ndarray | None, theirs: torch.Tensor | None, size: int, transform) -> list[str]:
-    """Of the client's pixels with the trainer's."""
+    """Return how the client's and the trainer's pixels disagree, if they do."""
     if ours is None or theirs is None:
         both = ours is None and theirs is None
         return [] if both else [f"refused by the {'client' if ours is None else 'trainer'} alone"]
@@ -239,13 +246,13 @@ def _disagreements(ours: np.ndarray | None, theirs: torch.Tensor | None, size: i
 
 
 def _is_fax(path: Path) -> bool:
-    """Whether it is a TIFF with a fax's compression: of a damaged one, libtiff leaves rows as the memory was before."""
+    """Return whether it is a TIFF with fax compression; if damaged, libtiff leaves rows as they were in memory."""
     with Image.open(path) as image:
         return image.info.get("compression") in ("group3", "group4", "tiff_ccitt")
 
 
 def _restart_peak() -> int:
-    """Bytes of memory in use; from here on the peak is counted anew (proc(5), clear_refs)."""
+    """Reset the peak memory of this process (proc(5), clear_refs), and return the bytes in use."""
     Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss
 
@@ -256,13 +263,13 @@ def _peak() -> int:
 
 
 def through_commands(record: Record, files: int, seed: int) -> dict:
-    """Some of the files as a folder for ``client classify`` and as a task for ``trainer fit``."""
+    """Pass some of the files to ``client classify`` as a folder and to ``trainer fit`` as a task."""
     mini = load_backbone("mini")
     settings = {"size": mini.image_size, "resize_mode": mini.resize_mode, "interpolation": mini.interpolation}
     made = seeds(sample(60)[0])
     with tempfile.TemporaryDirectory(prefix="clipweld-images-") as name:
         folder, bad = Path(name), set()
-        for number in range(files):  # named .jpg whatever they are, as torchvision's endings leave some out
+        for number in range(files):  # all are named .jpg, because torchvision ignores some other endings
             split = ("train", "test")[number % 2]
             path = folder / "task" / split / f"class {number // 2 % 2}" / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Kill -9 at random moments of every command that writes: what is left is whole, and the next run ends the same.
+"""Kill every command that writes with SIGKILL at random moments: files stay whole, and the next run ends the same.
 
-Each case is a command on a folder of its own, killed one to three times with all of its processes before it may come
-to its end. After each kill every file must be as it was, as an undisturbed run leaves it, or known to be unfinished;
-after the end the folder must be, byte for byte but for times, that of the undisturbed run, with nothing beside it.
+Each case runs a command in a folder of its own, and kills it with all its processes one to three times before it may
+finish. After each kill, every file must be as it was, as an undisturbed run leaves it, or known to be unfinished. After
+the end, the folder must equal that of the undisturbed run byte for byte, except for times, and hold nothing else.
 
 Run: python -m evidence.trust.kills --out runs/trust/kills.json
 """
@@ -43,12 +43,12 @@ from evidence.trust.record import Record
 from evidence.trust.stage import Command, environment, stage
 
 AT_ONCE = 2
-MOST_KILLS = 3  # of one case
-STARTING = 0.15  # of the kills fall before a command's first change to the disk
-LATE = 1.1  # kills at work fall until a little after the last change
+MOST_KILLS = 3  # per case
+STARTING = 0.15  # fraction of the kills that come before a command's first change to the disk
+LATE = 1.1  # the other kills come until a little after the last change: 1.1 times the usual time
 POLL_S = 0.002
 TIMEOUT_S = 300
-ENDING_S = 20  # that a server may take to end after the process that started it was killed
+ENDING_S = 20  # in which a server must end after the process that started it was killed
 OF_THE_RUN = {"date", "seconds", "seconds_per_task"}
 # An image's score changes by about 3e-8 with its place in a batch, and a resumed run forms other batches.
 SCORE = re.compile(rb"-?\d+\.\d+(e-?\d+)?")
@@ -57,11 +57,11 @@ DECIMALS = 3
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A command left alone.
+    """A run of a command without kills.
 
     Attributes:
-        before, end: the folder's content, as ``content`` has it.
-        starting_s, working_s: until its first change to the disk, and from there to the last.
+        before, end: the ``content`` of the folder before and after the run.
+        starting_s, working_s: seconds until its first change to the disk, and from there to its last.
     """
 
     before: dict[str, str]
@@ -72,11 +72,11 @@ class Undisturbed:
 
 @dataclass
 class Case:
-    """What became of one case.
+    """The outcome of one case.
 
     Attributes:
-        kills: when each fell, and what it left.
-        faults: promises that did not hold.
+        kills: when each kill came, and what it left.
+        faults: descriptions of broken promises.
     """
 
     kills: list[dict[str, Any]] = field(default_factory=list)
@@ -90,7 +90,7 @@ def main(
     seed: Annotated[int, Parameter(help="Of the moments.")] = 0,
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/kills.json"),
 ) -> None:
-    """Kill fit, sequence, merge, promote on a running server, prune, classify into a file, and serve."""
+    """Kill fit, sequence, merge, promote on a running server, prune, classify with --out, and serve."""
     with (
         Record(out) as record,
         tempfile.TemporaryDirectory(prefix="clipweld-kills-") as folder,
@@ -104,12 +104,12 @@ def main(
 
 
 def study(commands: Sequence[Command], kills: int, seed: int, folder: Path, record: Record, kept: Path) -> None:
-    """Kill each command so many times.
+    """Kill each command at least ``kills`` times.
 
     Args:
         folder: for the cases; what they leave is removed.
-        record: gets figures and faults.
-        kept: the folder where the content of cases with faults stays, and ``kills.jsonl``, a line for each kill.
+        record: receives figures and faults.
+        kept: keeps the folders of cases with faults, and ``kills.jsonl`` with one line per kill.
     """
     kills_in_all = 0
     shutil.rmtree(kept, ignore_errors=True)
@@ -155,10 +155,10 @@ def _figures(kills: list[dict[str, Any]], cases: int, faults: int) -> dict[str, 
 
 
 def left_alone(command: Command, folder: Path) -> Undisturbed:
-    """Run a command to its end, twice: the second time, files are in the page cache as they will be later.
+    """Run a command to its end twice and time the second run, for which files are in the page cache, as in later runs.
 
     Raises:
-        RuntimeError: it fails by itself, or two runs differ.
+        RuntimeError: the command fails without being killed, or the two runs differ.
     """
     ends = []
     for _ in range(2):
@@ -186,7 +186,7 @@ def left_alone(command: Command, folder: Path) -> Undisturbed:
 
 
 def kill(command: Command, number: int, undisturbed: Undisturbed, seed: int, folder: Path) -> Case:
-    """One case: prepare, kill and look, up to ``MOST_KILLS`` times, then run to the end and look."""
+    """Run one case: kill the command up to ``MOST_KILLS`` times and check the folder each time, then let it finish."""
     draw, case = random.Random(f"{seed} {command.name} {number}"), Case()
     own, started = command.shared or folder / f"{number}", []
     _fresh(command, own)
@@ -233,7 +233,7 @@ def _to_the_end(command: Command, arguments: Sequence[str], own: Path, found: di
 
 
 def strange(command: Command, found: dict[str, str], undisturbed: Undisturbed) -> list[str]:
-    """What a kill must not leave: files that are neither whole nor known to be unfinished, or are gone."""
+    """Return what a kill must not leave: files that are missing, or neither whole nor known to be unfinished."""
     before, end = undisturbed.before, undisturbed.end
     faults = [
         f"{name} is neither as it was, nor as it is at the end, nor known to be unfinished"
@@ -253,7 +253,7 @@ def strange(command: Command, found: dict[str, str], undisturbed: Undisturbed) -
 
 
 def differences(found: dict[str, str], end: dict[str, str]) -> list[str]:
-    """In what a folder differs from that of an undisturbed run."""
+    """Return how a folder differs from that of an undisturbed run."""
     faults = [f"{name} is left for good" for name in found.keys() - end.keys()]
     faults += [f"{name} is missing" for name in end.keys() - found.keys()]
     faults += [
@@ -265,7 +265,9 @@ def differences(found: dict[str, str], end: dict[str, str]) -> list[str]:
 
 
 def strays(folder: Path, started: Sequence[int]) -> list[str]:
-    """What outlives a case, once a server whose parent was killed had time to end: processes, and shared memory.
+    """Return the processes and shared memory that outlive a case.
+
+    A server whose parent was killed has ``ENDING_S`` to end.
 
     Args:
         started: ids of the processes that were killed.
@@ -288,14 +290,14 @@ def _processes(folder: Path) -> Iterator[psutil.Process]:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """By path below the folder: a file's SHA-256, without what a clock says; a folder's is empty."""
+    """Return SHA-256 hashes of all files by path, where JSON is hashed without times; for folders the hash is ""."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir():
             found[name] = ""
             continue
-        with suppress(FileNotFoundError):  # of a server that is about to end
+        with suppress(FileNotFoundError):  # a server that is about to end removes files
             raw = path.read_bytes()
             if path.suffix == ".csv":
                 raw = SCORE.sub(_rounded, raw)
@@ -325,7 +327,7 @@ def _fresh(command: Command, folder: Path) -> None:
 
 
 def _start(arguments: Sequence[str], folder: Path) -> subprocess.Popen:
-    """The command, leading a process group of its own; what it says on stderr is piped."""
+    """Start a command as the leader of a new process group, with its stderr piped."""
     return subprocess.Popen(
         [sys.executable, *(argument.replace("{folder}", str(folder)) for argument in arguments)],
         env=environment(folder),
@@ -338,7 +340,7 @@ def _start(arguments: Sequence[str], folder: Path) -> subprocess.Popen:
 
 
 def _wait_for_change(folder: Path, process: subprocess.Popen) -> None:
-    """Return at a command's first change to the disk, or at its end."""
+    """Wait until a command changes something on the disk, or ends."""
     before = _glance(folder)
     while process.poll() is None and _glance(folder) == before:
         time.sleep(POLL_S)

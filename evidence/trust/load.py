@@ -1,4 +1,4 @@
-"""Clients that ask without pause while things break or change, and a judge of everything that they get."""
+"""Clients that send requests without pause while a server fails or changes, and the check of all their answers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from clipweld.client import TLS, AsyncZeroShotClassifier, Classification, ZeroSh
 from clipweld.client.errors import ClientError
 from evidence.trust.answers import FEW, LABELS, Known
 
-MARGIN_S = 1.5  # of a machine that does a lot else meanwhile
+MARGIN_S = 1.5  # allowance for a busy machine
 TICK_S, STALL_S = 0.05, 0.25
-FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (  # without loss: what they show is known
+FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (  # lossless, so their pixels are known
     ("PNG", {}),
     ("BMP", {}),
     ("TIFF", {}),
@@ -31,7 +31,10 @@ FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (  # without loss: what they s
 
 
 def _lists() -> list[list[str]]:
-    """Lists of labels, few or many: so few lists that clients have encoded them all after a while, and keep them."""
+    """Return lists of few or many labels.
+
+    There are so few lists that clients soon have encoded all of them, and then use the cached features.
+    """
     draw = random.Random(0)
     few = [draw.sample(FEW, draw.randint(2, len(FEW))) for _ in range(40)]
     return [
@@ -46,17 +49,17 @@ LISTS = _lists()
 
 
 class Truth:
-    """What each version has to answer, at each time: a server may come back with other files."""
+    """The correct answers of each version at each time, since a server may be restarted with other files."""
 
     def __init__(self, versions: Mapping[int, Known]) -> None:
         self._times: list[tuple[float, Mapping[int, Known]]] = [(float("-inf"), versions)]
 
     def change(self, versions: Mapping[int, Known]) -> None:
-        """From now on it is this."""
+        """Replace the correct answers from now on."""
         self._times.append((time.monotonic(), versions))
 
     def agrees(self, began: float, picture: int, labels: Sequence[str], answer: Classification) -> bool:
-        """Whether an answer was right at some time since its call began."""
+        """Return whether an answer was correct at any time since its call began."""
         for since, versions in reversed(self._times):
             if answer.version in versions and versions[answer.version].agrees(picture, labels, answer):
                 return True
@@ -67,12 +70,12 @@ class Truth:
 
 @dataclass(frozen=True)
 class Manner:
-    """How clients ask.
+    """How clients send requests.
 
     Attributes:
-        timeout_s, retries, deadline_s: as the client has them; now and then a call has no deadline.
-        most_images: in a call.
-        pause_s: between calls, on average.
+        timeout_s, retries, deadline_s: the client's settings; a fifth of the calls have no deadline.
+        most_images: most images per call.
+        pause_s: mean pause between calls.
     """
 
     timeout_s: float = 1.0
@@ -82,7 +85,10 @@ class Manner:
     pause_s: float = 0.0
 
     def longest_s(self, images: int) -> float:
-        """Of a call without a deadline: the version, its card twice, labels, images, each with retries."""
+        """Return the longest time that a call without a deadline may take.
+
+        It asks for the version, for its card twice, for labels and for images, each with retries.
+        """
         requests = 6 + images // 8
         return requests * (1 + self.retries) * (self.timeout_s + 1)
 
@@ -92,15 +98,17 @@ class Load:
     """Four clients, blocking and asyncio over gRPC and HTTP, each used by several threads or tasks at once.
 
     Args:
-        urls: by protocol.
-        seed: what their questions are drawn by.
-        workers: threads or tasks a client.
+        urls: URLs by protocol.
+        pictures: images to classify.
+        truth: the correct answers.
+        seed: seed of the questions.
+        workers: threads or tasks per client.
 
     Attributes:
-        ends: how often calls ended right, wrong, overdue, or with which error.
-        faults: everything that may not be, with what is needed to ask it again.
-        images: how many were answered.
-        stalled_s: for how long this whole process did not run, which is no call's fault.
+        ends: how often calls ended right, wrong, overdue, or with each error.
+        faults: descriptions of broken promises, with what is needed to reproduce the call.
+        images: number of images that were answered.
+        stalled_s: how long this whole process did not run; this time does not count towards calls.
     """
 
     urls: Mapping[str, str]
@@ -143,7 +151,7 @@ class Load:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop asking; a call that never ends is one more fault."""
+        """Stop all clients; a call that never ends is recorded as a fault."""
         self._stopping.set()
         end = time.monotonic() + self.manner.longest_s(self.manner.most_images) + MARGIN_S
         for thread in self._threads:
@@ -154,7 +162,12 @@ class Load:
             clip.close()
 
     def wait_until_right(self, since: float, at_most_s: float) -> float | None:
-        """Seconds from a moment until every client has given a right answer; None: one did not."""
+        """Return the seconds from ``since`` until every client has had a correct answer, or None if one has not.
+
+        Args:
+            since: a value of ``time.monotonic()``.
+            at_most_s: how long after ``since`` to wait.
+        """
         seen: dict[str, float] = {}
         while time.monotonic() < since + at_most_s:
             for client, ended in list(self._last_right.items()):
@@ -246,13 +259,13 @@ class Load:
 
 @dataclass
 class Question:
-    """One call, and whether what comes is right.
+    """One call, and the check of its answers.
 
     Attributes:
-        enough: answers after which the stream is closed.
-        stalled_s: the process's, when it began.
-        wrong: what was, if anything.
-        taken: answers so far.
+        enough: number of answers after which the stream is closed.
+        stalled_s: ``Load.stalled_s`` when the call began.
+        wrong: the last wrong answer, if any.
+        taken: number of answers so far.
     """
 
     client: str
@@ -271,7 +284,7 @@ class Question:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """For ``classify``: images, labels, task, templates, top_k."""
+        """The arguments of ``classify``: images, labels, task, templates, top_k."""
         return self.images, self.labels, None, None, len(self.labels)
 
     def take(self, answers: Generator[Classification, None, None]) -> None:
@@ -295,7 +308,7 @@ class Question:
 
 
 def _forms(picture: Image.Image) -> list[Any]:
-    """One picture as everything that the client takes and that keeps its pixels."""
+    """Return one picture in every form that the client accepts and that keeps its pixels."""
     forms: list[Any] = [picture, np.asarray(picture)]
     for kind, settings in FORMATS:
         file = io.BytesIO()

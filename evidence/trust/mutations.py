@@ -1,4 +1,4 @@
-"""Files made wrong: bytes, JSON and safetensors, every one drawn by a ``random.Random`` alone."""
+"""Corrupt bytes, JSON and safetensors files; every change depends only on a ``random.Random``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 DEEP = 200_000
-MANY = (45_000, 240_000)  # small values, each of which takes many times its bytes
-RAW = "\x02raw\x02"  # stands in JSON where text is put that json.dumps doesn't write
+MANY = (45_000, 240_000)  # numbers of small values, each of which takes many times its bytes in memory
+RAW = "\x02raw\x02"  # placeholder in JSON for text that json.dumps can't write
 
 NASTY: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", " ",
@@ -32,7 +32,7 @@ SIZES = (0, 1, 2, 3, -1, 2**31, 2**40, 2**63, 2**64, 1.5, "1", None)
 
 
 def corrupted_bytes(content: bytes, draw: random.Random) -> bytes:
-    """One to four edits: bits, runs, pieces that are cut, doubled or moved, numbers of eight bytes."""
+    """Make one to four edits: bits flipped, bytes replaced, removed, repeated or added, eight-byte numbers written."""
     corrupted = bytearray(content)
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
         at = draw.randrange(len(corrupted) + 1)
@@ -60,7 +60,7 @@ def corrupted_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 def corrupted_json(value: Any, draw: random.Random) -> Any:
-    """A copy with one to three values replaced, left out, doubled or added, anywhere in it."""
+    """Return a copy with one to three values replaced, removed, repeated or added, anywhere in it."""
     value = json.loads(json.dumps(value))
     for _ in range(draw.choice((1, 1, 2, 3))):
         places = list(_places(value))
@@ -87,7 +87,7 @@ def corrupted_json(value: Any, draw: random.Random) -> Any:
 
 
 def json_text(value: Any, draw: random.Random) -> str:
-    """JSON in one of the ways to write it; ``RAW`` becomes text of any kind."""
+    """Write JSON with random formatting; ``RAW`` is replaced with text that may not be valid JSON."""
     text = json.dumps(
         value,
         ensure_ascii=draw.random() < 0.5,
@@ -99,7 +99,7 @@ def json_text(value: Any, draw: random.Random) -> str:
 
 
 def safetensors_file(header: dict[str, Any] | str, data: bytes) -> bytes:
-    """The format's bytes, whatever the header says."""
+    """Return a safetensors file with this header and data; the header is not checked."""
     text = header if isinstance(header, str) else json.dumps(header)
     encoded = text.encode("utf-8", "surrogatepass")
     encoded += b" " * (-len(encoded) % 8)
@@ -107,13 +107,13 @@ def safetensors_file(header: dict[str, Any] | str, data: bytes) -> bytes:
 
 
 def split_safetensors(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """The header and the data of a whole file."""
+    """Return the header and the data of a valid safetensors file."""
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
 def corrupted_header(content: bytes, draw: random.Random) -> bytes:
-    """Edits of what a safetensors header says of its tensors, the metadata as it was."""
+    """Make one or two edits in a safetensors header: in an entry of a tensor, or in the whole metadata entry."""
     header, data = split_safetensors(content)
     for _ in range(draw.choice((1, 1, 2))):
         names = [name for name, entry in header.items() if name != "__metadata__" and isinstance(entry, dict)]
@@ -140,7 +140,7 @@ def corrupted_header(content: bytes, draw: random.Random) -> bytes:
 
 
 def sealed_file(metadata: Any, tensors: dict[str, np.ndarray], draw: random.Random) -> bytes:
-    """A file of ours that says anything, with the SHA-256 that fits: its writer's, not one that was damaged."""
+    """Return an adapter file with arbitrary metadata and a fitting SHA-256: a false file, not a damaged one."""
     if isinstance(metadata, dict):
         text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
@@ -162,7 +162,7 @@ def sealed_file(metadata: Any, tensors: dict[str, np.ndarray], draw: random.Rand
 
 
 def corrupted_tensors(tensors: dict[str, np.ndarray], draw: random.Random) -> dict[str, np.ndarray]:
-    """Numbers that aren't finite, other shapes and types, and names that are no layer's."""
+    """Change one tensor: to numbers that aren't finite, another shape or type, or a name that no layer has."""
     tensors = {name: array.copy() for name, array in tensors.items()}
     name = draw.choice(list(tensors))
     array = tensors.pop(name)
@@ -188,7 +188,7 @@ def _nasty(draw: random.Random) -> Any:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in it: what holds it, and its key or index there."""
+    """Yield every place in nested JSON: the dict or list, and the key or index in it."""
     if isinstance(value, (dict, list)):
         for key, inner in list(value.items()) if isinstance(value, dict) else list(enumerate(value)):
             yield value, key
