@@ -1,4 +1,4 @@
-"""Numbers stay numbers: NaN, infinity and overflow are planted at random places, and each is found where it arises.
+"""Plant NaN, infinity and overflow at random places, and check that each is reported where it first occurs.
 
 Run: python -m evidence.trust.numbers --out runs/trust/numbers.json
 """
@@ -57,18 +57,18 @@ from evidence.trust.record import Record
 NOT_NUMBERS = (math.nan, math.inf, -math.inf)
 LABELS = ("a cat", "a dog", "a cow")
 STEPS = 4
-# A weight of which one row is read by few inputs or none.
+# Weights with rows that few inputs read, or none: a bad number there may have no effect.
 LOOKED_UP = ("token_embedding.weight", "positional_embedding")
 
 
 @dataclass(frozen=True)
 class Plant:
-    """One fault, ready to be met.
+    """One planted fault.
 
     Attributes:
-        meet: does what must fail.
-        error: how.
-        words: what it must say, in any order.
+        meet: function that must fail because of the fault.
+        error: class of the expected error.
+        words: texts that its message must contain, in any order.
     """
 
     meet: Callable[[], object]
@@ -78,13 +78,15 @@ class Plant:
 
 @dataclass
 class World:
-    """What faults are planted into; nothing of it is changed.
+    """Where faults are planted. Faults go into copies, so nothing here changes.
 
     Attributes:
-        task: which is learned.
-        repository: of which version 2 has an adapter merged.
-        url: where that is served.
-        folder: for files of a case.
+        base: the small CLIP.
+        task: the task that is learned.
+        adapter: the adapter of that task.
+        repository: a repository whose version 2 has the adapter merged.
+        url: address of the server of the repository.
+        folder: for temporary files.
     """
 
     base: Backbone
@@ -96,18 +98,18 @@ class World:
 
     @cached_property
     def half(self) -> Towers:
-        """Both towers in float16; tracing them takes a while."""
+        """Both towers, traced in float16; cached, because tracing is slow."""
         return Towers(self.base, Precision.fp16, towers(self.repository.store / str(BASE_VERSION)))
 
     @cached_property
     def samples(self) -> tuple[list[Image.Image], list[str]]:
-        """Images and prompts that towers are compared on."""
+        """Images and prompts with which towers are compared."""
         images, prompts = sample(9)
         return images, prompts[:12]
 
     @cached_property
     def trained(self) -> list[str]:
-        """Names of what learning trains, in the optimiser's order."""
+        """Names of the trained tensors, in the order of the optimizer."""
         pools = attach_pools(with_weights(self.base, self.base.model.state_dict()).model, train_config("mini"))
         return [name for name, tensor in pools.state().items() if tensor.requires_grad]
 
@@ -123,7 +125,7 @@ class World:
         fit(self.task, base, lineage, train_config("mini", **(quick | settings)), test_on=[], on_step=on_step)
 
     def changed(self, change: dict[str, Tensor]) -> Backbone:
-        """The base with some weights replaced."""
+        """Return the base with some weights replaced."""
         return with_weights(self.base, self.base.model.state_dict() | change)
 
 
@@ -134,7 +136,7 @@ def main(
     seed: Annotated[int, Parameter(help="Of places and values.")] = 0,
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/numbers.json"),
 ) -> None:
-    """Plant faults in weights, adapters, training, exported towers and answers; each must be found and named."""
+    """Plant faults in weights, adapters, training, exported towers and answers; each must be detected and located."""
     numbers = range(plants) if only is None else [only]
     with Record(out) as record, world() as ground:
         record.figures |= planted(record, ground, seed, track(numbers, "plants", console=Console(stderr=True)))
@@ -142,7 +144,7 @@ def main(
 
 @contextmanager
 def world() -> Iterator[World]:
-    """The small CLIP with one task learned in a few steps, released and served."""
+    """Yield the small CLIP with one task learned in a few steps, released and served."""
     with tempfile.TemporaryDirectory(prefix="clipweld-numbers-") as name:
         folder, base, task = Path(name), load_backbone("mini"), load_task("emoji")
         fitted = fit(task, base, [], train_config("mini", iterations=STEPS, shots=2, batch_size=8), test_on=[task])
@@ -153,11 +155,11 @@ def world() -> Iterator[World]:
 
 
 def planted(record: Record, ground: World, seed: int, numbers: Sequence[int], kinds: Sequence[str] = ()) -> dict:
-    """Plant faults, and count those that were found and named.
+    """Plant faults, and count those that were detected with the right message.
 
     Args:
-        numbers: which; a fault is drawn by the seed and its number, its kind by its number alone.
-        kinds: those to draw from, all when empty.
+        numbers: numbers of the faults. The number alone determines the kind; seed and number determine the rest.
+        kinds: kinds to use; empty for all.
     """
     kinds = kinds or list(KINDS)
     done, found = Counter(), Counter()
@@ -173,20 +175,20 @@ def planted(record: Record, ground: World, seed: int, numbers: Sequence[int], ki
 
 
 def missed(plant: Plant) -> str | None:
-    """What went wrong; None where the fault was found and named."""
+    """Return why a fault was missed, or None if it was detected with the right message."""
     try:
         plant.meet()
     except plant.error as exc:
         if lacking := [word for word in plant.words if word not in str(exc)]:
             return f"expected {lacking} to be said, got: {exc}"
         return None
-    except Exception as exc:  # any other is what this is looking for
+    except Exception as exc:  # any other error means that the fault was missed
         return f"expected {plant.error.__name__} with {list(plant.words)}, got {type(exc).__name__}: {exc}"
     return f"expected {plant.error.__name__} with {list(plant.words)}, nothing was said"
 
 
 def weight_in_a_file(ground: World, draw: random.Random) -> Plant:
-    """One number of a checkpoint."""
+    """Spoil one number in a checkpoint."""
     weights = load_file(DEFAULT_PRETRAINED["mini"])
     name = draw.choice(sorted(weights))
     weights[name] = spoiled(weights[name], draw)
@@ -196,7 +198,7 @@ def weight_in_a_file(ground: World, draw: random.Random) -> Plant:
 
 
 def number_in_an_adapter(ground: World, draw: random.Random) -> Plant:
-    """One number of an adapter's file, whose hash is right."""
+    """Spoil one number in an adapter file whose hash fits."""
     name = draw.choice(sorted(ground.adapter.tensors))
     tensors = ground.adapter.tensors | {name: spoiled(ground.adapter.tensors[name], draw)}
     file = ground.folder / "adapter.safetensors"
@@ -211,7 +213,7 @@ def number_in_an_adapter(ground: World, draw: random.Random) -> Plant:
 
 
 def product_in_a_merge(ground: World, draw: random.Random) -> Plant:
-    """An adapter of finite numbers whose product is beyond float32."""
+    """Make an adapter of finite numbers whose product overflows float32."""
     module = draw.choice(ground.adapter.modules())
     names = [f"{module}.{part}" for part in ("lora_A", "lora_B")]
     parts = {name: torch.full_like(ground.adapter.tensors[name], 10 ** draw.uniform(20, 37)) for name in names}
@@ -221,11 +223,11 @@ def product_in_a_merge(ground: World, draw: random.Random) -> Plant:
 
 
 def weight_in_training(ground: World, draw: random.Random) -> Plant:
-    """One number of a frozen weight."""
+    """Spoil one number of a frozen weight."""
     names = [name for name in ground.base.model.state_dict() if name not in LOOKED_UP and name != "logit_scale"]
     name = draw.choice(names)
     base = ground.changed({name: spoiled(ground.base.model.state_dict()[name], draw)})
-    # Pools put q, k, v and out apart, and keep layers below themselves.
+    # A pool splits in_proj into q, k and v, and moves its layer into a submodule, so only the parent's name is certain.
     parent, _, last = name.rpartition(".")
     stacked = last.startswith("in_proj_")
     words = ["training step 1:", "weight ", parent if stacked else parent or name]
@@ -233,7 +235,7 @@ def weight_in_training(ground: World, draw: random.Random) -> Plant:
 
 
 def output_in_training(ground: World, draw: random.Random) -> Plant:
-    """One channel of a layer's output, at one step."""
+    """Spoil one channel of a layer's output, at one step."""
     base, at, value, steps = ground.changed({}), draw.randint(1, STEPS), draw.choice(NOT_NUMBERS), []
     names = ["visual.conv1", "visual.ln_pre", "visual.ln_post", "ln_final", "token_embedding"]
     blocks = [f"{tower}transformer.resblocks.{n}" for tower, count in (("visual.", 6), ("", 4)) for n in range(count)]
@@ -255,7 +257,7 @@ def output_in_training(ground: World, draw: random.Random) -> Plant:
 
 
 def gradient_in_training(ground: World, draw: random.Random) -> Plant:
-    """One number of a gradient, at one step; the largest ones are finite, but their squares are not."""
+    """Spoil one number of a gradient, at one step; 1e30 is finite, but its square overflows float32."""
     at, value, place = draw.randint(1, STEPS), draw.choice([*NOT_NUMBERS, 1e30]), draw.randrange(len(ground.trained))
     calls = []
 
@@ -273,7 +275,7 @@ def gradient_in_training(ground: World, draw: random.Random) -> Plant:
 
 
 def trained_weight(ground: World, draw: random.Random) -> Plant:
-    """One number of an expert between two steps."""
+    """Spoil one number of a trained tensor between two steps."""
     after, place, value = draw.randint(1, STEPS - 1), draw.randrange(len(ground.trained)), draw.choice(NOT_NUMBERS)
     weights = []
 
@@ -292,7 +294,7 @@ def trained_weight(ground: World, draw: random.Random) -> Plant:
 
 
 def learning_rate(ground: World, draw: random.Random) -> Plant:
-    """One with which no training stays finite."""
+    """Train with a learning rate so high that no training stays finite."""
     lr, steps = 10 ** draw.uniform(12, 37), []
 
     def meet() -> None:
@@ -308,7 +310,7 @@ def learning_rate(ground: World, draw: random.Random) -> Plant:
 
 
 def weight_beyond_float16(ground: World, draw: random.Random) -> Plant:
-    """A weight that float32 has and float16 has not."""
+    """Set a weight to a value that fits in float32 but not in float16."""
     tower, names = draw.choice([("image", "visual."), ("text", "")])
     weights = ground.base.model.state_dict()
     mine = [n for n in weights if n != "logit_scale" and n.startswith("visual.") == bool(names)]
@@ -320,7 +322,7 @@ def weight_beyond_float16(ground: World, draw: random.Random) -> Plant:
 
 
 def sum_beyond_float16(ground: World, draw: random.Random) -> Plant:
-    """Weights that float16 has, and whose sum, in the residual stream, it has not."""
+    """Set two biases that fit in float16 but whose sum, in the residual stream, does not."""
     kind, prefix, blocks = draw.choice([("image", "visual.", 6), ("text", "", 4)])
     change = {}
     for block in draw.sample(range(blocks), 2):
@@ -340,7 +342,7 @@ def sum_beyond_float16(ground: World, draw: random.Random) -> Plant:
 
 
 def weight_in_a_tower(ground: World, draw: random.Random) -> Plant:
-    """One number in an exported file."""
+    """Spoil one number in an exported file."""
     files = dict(zip(TOWERS, towers(ground.repository.store / str(BASE_VERSION)), strict=True))
     kind = draw.choice(TOWERS)
     broken = ground.folder / "broken.onnx"
@@ -355,7 +357,7 @@ def weight_in_a_tower(ground: World, draw: random.Random) -> Plant:
 
 
 def answer(ground: World, draw: random.Random) -> Plant:
-    """A row of what a server answers, on its way."""
+    """Spoil a row of the features in a server's answer, before the client reads it."""
     kind, value = draw.choice(TOWERS), draw.choice([*NOT_NUMBERS, 0.0, 1e30, 2.0])
     infer = Transport.infer
 
@@ -375,7 +377,7 @@ def answer(ground: World, draw: random.Random) -> Plant:
 
 
 def served_tower(ground: World, draw: random.Random) -> Plant:
-    """One number in a file that a real Triton serves."""
+    """Spoil one number in a file that a real Triton serves."""
     folder, kind = ground.folder / "copy", draw.choice(TOWERS)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ground.repository.path.parent, folder)
@@ -408,14 +410,14 @@ KINDS: dict[str, Callable[[World, random.Random], Plant]] = {
 
 
 def spoiled(tensor: Tensor, draw: random.Random) -> Tensor:
-    """A copy with one number that is none."""
+    """Return a copy in which one number is NaN or infinite."""
     copy = tensor.clone()
     copy.view(-1)[draw.randrange(copy.numel())] = draw.choice(NOT_NUMBERS)
     return copy
 
 
 def spoil_file(source: Path, target: Path, names: dict[str, Tensor], draw: random.Random) -> None:
-    """Write a tower with one number of one weight that every input uses replaced by none."""
+    """Write a copy of a tower in which one number of a weight that every input uses is NaN or infinite."""
     model = onnx.load(source)
     used = [t for t in model.graph.initializer if t.name in names and t.name not in LOOKED_UP]
     weight = draw.choice(used)
@@ -427,7 +429,7 @@ def spoil_file(source: Path, target: Path, names: dict[str, Tensor], draw: rando
 
 
 def ask(ground: World, url: str) -> None:
-    """A client's everyday question."""
+    """Classify three images with a client."""
     with ZeroShotClassifier(url, retries=0) as clip:
         list(clip.classify(ground.samples[0][:3], labels=LABELS))
 

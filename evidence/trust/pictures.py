@@ -1,4 +1,4 @@
-"""Image files in all the ways that Pillow writes those that clipweld reads: what is then damaged, and the largest."""
+"""Image files in every format and mode that clipweld reads, as written by Pillow: files to damage, and large files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 ENDINGS = {"JPEG": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}
-# What each format is written with, besides the image; every mode that the format takes.
+# For each format, groups of image modes and the settings to write them with; together they cover every mode.
 WAYS: dict[str, tuple[tuple[tuple[str, ...], dict], ...]] = {
     "JPEG": (
         (("RGB", "L", "CMYK"), {}),
@@ -34,8 +34,8 @@ WAYS: dict[str, tuple[tuple[tuple[str, ...], dict], ...]] = {
     "AVIF": ((("RGB", "RGBA", "L"), {"speed": 10}),),
 }
 ANIMATED = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")
-# (format, mode, size, settings) of whole files about the limits: 9459 x 9459 pixels are just allowed, and 1500 x 1 for
-# a model of 224 pixels.
+# (format, mode, size, settings) of undamaged files near the limits: 9459 x 9459 pixels are just allowed, and so are
+# 1500 x 1 for a model of 224 pixels.
 LARGE: tuple[tuple[str, str, tuple[int, int], dict], ...] = (
     ("JPEG", "RGB", (9459, 9459), {}),
     ("JPEG", "CMYK", (9459, 9459), {"progressive": True, "subsampling": 0}),
@@ -55,7 +55,7 @@ LARGE: tuple[tuple[str, str, tuple[int, int], dict], ...] = (
 
 
 def seeds(pictures: Sequence[Image.Image]) -> list[tuple[str, bytes]]:
-    """(format, file) in every way, of pictures in turn."""
+    """Return (format, bytes) of a file for every format, mode and setting, with the pictures in turn."""
     files = []
     for kind, ways in WAYS.items():
         for modes, settings in ways:
@@ -70,7 +70,7 @@ def seeds(pictures: Sequence[Image.Image]) -> list[tuple[str, bytes]]:
 
 
 def in_mode(picture: Image.Image, mode: str) -> Image.Image:
-    """An RGB picture in a mode that Pillow doesn't convert to directly, too."""
+    """Convert an RGB picture to any mode, also to those for which Pillow has no direct conversion."""
     if mode == "I;16":
         return Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
     if mode == "LAB":
@@ -79,20 +79,20 @@ def in_mode(picture: Image.Image, mode: str) -> Image.Image:
 
 
 def of_unknown_range(data: bytes) -> bool:
-    """Whether a file holds 32-bit grey: whole, and yet refused."""
+    """Return whether a file holds 32-bit grey, which is refused although it is undamaged."""
     with Image.open(io.BytesIO(data)) as image:
         return image.mode == "F" or (image.mode == "I" and image.format != "PPM")
 
 
 def saved(picture: Image.Image, kind: str, **settings: object) -> bytes:
-    """The bytes of its file."""
+    """Return the picture as the bytes of a file."""
     file = io.BytesIO()
     picture.save(file, kind, **settings)
     return _without_times(file.getvalue()) if kind == "AVIF" else file.getvalue()
 
 
 def _without_times(data: bytes) -> bytes:
-    """An AVIF whose animation doesn't say when it was made, so that it is the same each time."""
+    """Clear the creation times of an animated AVIF, so that its bytes are the same each time."""
     for name in (b"mvhd", b"tkhd", b"mdhd"):
         start, found, end = data.partition(name)
         data = start + found + (end[:4] + bytes(16) + end[20:] if found else b"")

@@ -1,4 +1,4 @@
-"""A TCP proxy that mistreats what passes through it: late, cut off, closed, garbled, or not at all."""
+"""A TCP proxy that delays, truncates, garbles or drops the data that passes through it, or closes connections."""
 
 from __future__ import annotations
 
@@ -14,33 +14,39 @@ Pass = Callable[["Connection", bytes], Awaitable[None]]
 
 
 class Connection:
-    """One connection of a client, and the one to the server that goes with it.
+    """A connection of a client, and the matching connection to the server.
 
     Attributes:
-        draw: of this connection's misfortunes.
-        ruined: nothing true comes through any more.
+        to_client: writes to the client.
+        draw: random numbers for the faults of this connection.
+        ruined: whether the connection passes no valid data any more.
     """
 
     def __init__(self, to_client: asyncio.StreamWriter, to_server: asyncio.StreamWriter, draw: random.Random) -> None:
         self.to_client, self._to_server, self.draw, self.ruined = to_client, to_server, draw, False
 
     async def send(self, answer: bytes) -> None:
-        """Pass something on to the client."""
+        """Send data to the client."""
         self.to_client.write(answer)
         await self.to_client.drain()
 
     def close(self, *, reset: bool) -> None:
-        """End both connections; with RST or with FIN after what was sent."""
+        """End both connections, either with RST, or with FIN after the data that was sent."""
         for writer in (self.to_client, self._to_server):
             writer.transport.abort() if reset else writer.close()
 
 
 class Proxy:
-    """Listens on loopback, in a thread of its own.
+    """A proxy that listens on loopback, in a thread of its own.
+
+    Args:
+        port: port of the server.
+        seed: seed of the faults.
+        tls: if given, the proxy terminates TLS.
 
     Attributes:
-        port: where it listens.
-        fault: what happens to a chunk of the server's answers; None: it is passed on.
+        port: port on which the proxy listens.
+        fault: handles each chunk of the server's answers; if None, chunks are passed on unchanged.
     """
 
     def __init__(self, port: int, seed: object, tls: ssl.SSLContext | None = None) -> None:
@@ -54,7 +60,7 @@ class Proxy:
         self.port = self._server.sockets[0].getsockname()[1]
 
     def close(self) -> None:
-        """Close everything."""
+        """Close all connections, and end the thread."""
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -80,7 +86,7 @@ class Proxy:
             return
         connection = Connection(to_client, to_server, draw)
         try:
-            with suppress(OSError, asyncio.CancelledError):  # the latter when everything closes
+            with suppress(OSError, asyncio.CancelledError):  # CancelledError when the proxy closes
                 await asyncio.gather(
                     self._pump(from_client, to_server, connection, answers=False),
                     self._pump(from_server, to_client, connection, answers=True),
@@ -105,7 +111,7 @@ class Proxy:
 
 @contextmanager
 def proxied(port: int, seed: object, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
-    """A proxy before a port of this machine."""
+    """Run a proxy in front of a port of this machine."""
     proxy = Proxy(port, seed, tls)
     try:
         yield proxy
@@ -114,13 +120,13 @@ def proxied(port: int, seed: object, tls: ssl.SSLContext | None = None) -> Itera
 
 
 async def slow(connection: Connection, answer: bytes) -> None:
-    """Late; now and then later than anybody waits."""
+    """Delay the answer, now and then by longer than any client waits."""
     await asyncio.sleep(connection.draw.uniform(0, 0.05) if connection.draw.random() < 0.97 else 3)
     await connection.send(answer)
 
 
 async def closed(connection: Connection, answer: bytes) -> None:
-    """The connection ends, before the answer or after it."""
+    """Close the connection before or after some answers."""
     if connection.draw.random() < 0.2:
         connection.close(reset=True)
     else:
@@ -130,7 +136,7 @@ async def closed(connection: Connection, answer: bytes) -> None:
 
 
 async def truncated(connection: Connection, answer: bytes) -> None:
-    """The connection ends in the middle of the answer."""
+    """Close the connection in the middle of some answers."""
     if connection.draw.random() < 0.2:
         await connection.send(answer[: connection.draw.randrange(len(answer))])
         connection.close(reset=False)
@@ -139,7 +145,7 @@ async def truncated(connection: Connection, answer: bytes) -> None:
 
 
 async def garbled(connection: Connection, answer: bytes) -> None:
-    """From some moment on a connection has noise instead of answers, or before them."""
+    """At a random moment, start to send noise instead of answers, sometimes after a false HTTP answer."""
     if not connection.ruined and connection.draw.random() < 0.15:
         connection.ruined = True
         if connection.draw.random() < 0.3:
@@ -150,12 +156,12 @@ async def garbled(connection: Connection, answer: bytes) -> None:
 
 
 async def silent(connection: Connection, answer: bytes) -> None:
-    """Nothing comes through a connection any more, and it is never closed: its far end is gone."""
+    """Stop passing data without closing the connection, as if the other end had disappeared."""
     connection.ruined = True
 
 
 async def flipped(connection: Connection, answer: bytes) -> None:
-    """One bit is another."""
+    """Flip one bit in some answers."""
     if connection.draw.random() < 0.2:
         changed = bytearray(answer)
         changed[connection.draw.randrange(len(answer))] ^= 1 << connection.draw.randrange(8)

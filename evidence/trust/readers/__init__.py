@@ -1,4 +1,4 @@
-"""Everything that reads files which may come from anyone, each with whole files to spoil."""
+"""The readers of untrusted files, each with valid files to corrupt."""
 
 from evidence.trust.readers.adapters import Adapters, Names, tiny_adapter
 from evidence.trust.readers.reader import REFUSALS, OtherMeaning, Reader, reader

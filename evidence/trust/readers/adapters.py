@@ -1,4 +1,4 @@
-"""Adapters, and the names that they and repositories have."""
+"""Readers of adapters, and of the names of adapters and repositories."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from evidence.trust.readers.reader import REFUSALS, OtherMeaning, Reader
 
 
 def tiny_adapter() -> Adapter:
-    """A whole adapter of a few hundred bytes."""
+    """Return a valid adapter of a few hundred bytes."""
     drawn = torch.Generator().manual_seed(0)
     shapes = {"m.lora_A": (2, 3), "m.lora_B": (4, 2), "m.inputs": (2, 3)}
     return Adapter(
@@ -42,7 +42,7 @@ def tiny_adapter() -> Adapter:
 
 
 class Adapters(Reader):
-    """Damaged adapters, and those whose writer sealed what no fit writes."""
+    """Damaged adapters, and adapters with a fitting hash whose content ``fit`` would never write."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -74,7 +74,7 @@ class Adapters(Reader):
         return sealed_file({"format": FORMAT, **metadata} if isinstance(metadata, dict) else metadata, tensors, draw)
 
     def _large(self, draw: random.Random) -> bytes:
-        """Megabytes, of what takes more memory than room on disk."""
+        """Return a file of up to megabytes, whose content takes more space in memory than on disk."""
         many = draw.choice((10**4, 3 * 10**5))
         name, filler = draw.choice((("config", {}), ("class_names", "a"), ("class_names", []), ("parents", 0)))
         if draw.random() < 0.5:
@@ -107,7 +107,7 @@ class Adapters(Reader):
 
 
 class Names(Reader):
-    """Names of tasks, models and versions."""
+    """Names of tasks and of models."""
 
     PARTS = (
         "a", "clip", "..", ".", "/", "\\", "\x00", "\n", " ", "-", "_", "²", "ä", "\ud800", "\u202e", "~", "$(x)", "1",
@@ -128,7 +128,7 @@ class Names(Reader):
         ):
             try:
                 make()
-            except (*REFUSALS, UnicodeEncodeError) as exc:  # what can't be encoded can't be in a file
+            except (*REFUSALS, UnicodeEncodeError) as exc:  # a name that can't be encoded can't occur in a file
                 refused.append(exc)
         if (self.folder / "named").exists():
             try:

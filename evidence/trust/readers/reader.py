@@ -1,6 +1,6 @@
-"""A reader puts a corrupted file into a folder of its own and reads it as the product does.
+"""The base class of readers, which write a corrupted file to a folder of their own and read it as clipweld does.
 
-Refusals are errors of the product's families. What is accepted must mean what its bytes say.
+A file is refused with an error of one of the three packages. If it is accepted, the result must match its bytes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ REFUSALS = (TrainerError, ExporterError, ClientError)
 
 
 class OtherMeaning(Exception):
-    """A file was accepted as something that it doesn't say."""
+    """A file was accepted, but the result differs from its content."""
 
 
 class Reader(ABC):
-    """One kind of file.
+    """The reader of one kind of file.
 
     Args:
-        folder: empty, to work in.
+        folder: an empty folder for the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,21 +38,21 @@ class Reader(ABC):
 
     @abstractmethod
     def spoil(self, draw: random.Random) -> int:
-        """Put a corrupted file in place; its size in bytes."""
+        """Write a corrupted file, and return its size in bytes."""
 
     @abstractmethod
     def read(self) -> None:
-        """Read it as the product does.
+        """Read the file as clipweld does.
 
         Raises:
-            REFUSALS: it is refused.
-            OtherMeaning: it is accepted for what it isn't.
+            REFUSALS: the file is refused.
+            OtherMeaning: the file is accepted, but the result differs from its content.
         """
 
 
 @contextmanager
 def reader(kind: type[Reader], folder: Path) -> Iterator[Reader]:
-    """A reader in a folder that is removed at the end."""
+    """Yield a reader in a new folder, which is removed at the end."""
     folder.mkdir(parents=True)
     try:
         yield kind(folder)
@@ -61,7 +61,7 @@ def reader(kind: type[Reader], folder: Path) -> Iterator[Reader]:
 
 
 def write_json(file: Path, value: Any, draw: random.Random) -> int:
-    """A file of JSON that is corrupted, as JSON mostly, else as bytes."""
+    """Write corrupted JSON to a file, and return its size; usually values are changed, otherwise bytes."""
     if draw.random() < 0.8:
         content = json_text(corrupted_json(value, draw), draw).encode("utf-8", "surrogatepass")
     else:

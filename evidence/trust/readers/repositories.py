@@ -1,4 +1,4 @@
-"""Model repositories: manifests, histories, cards, ONNX files."""
+"""Readers of model repositories: manifests, histories, cards and ONNX files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from evidence.trust.readers.reader import OtherMeaning, Reader, write_json
 
 
 class Store(Reader):
-    """A repository with one version, of tiny models; what is corrupted is put back before the next."""
+    """A repository with one version of tiny models. Each ``spoil`` replaces what the last one corrupted."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -75,7 +75,7 @@ class Store(Reader):
 
 
 class Manifests(Store):
-    """``manifest.json``: read, shown, and the files it names checked."""
+    """``manifest.json``, which is read and shown, and used to check the files of its version."""
 
     def spoil(self, draw: random.Random) -> int:
         return write_json(self.repository.manifest_file(1), self.manifest, draw)
@@ -101,7 +101,7 @@ class Histories(Store):
 
 
 class Cards(Store):
-    """A card in its ONNX file: JSON of any kind, and damaged ONNX; and the same JSON as the client gets it."""
+    """A card with corrupted JSON in its ONNX file, which may be damaged too; the client reads the same JSON."""
 
     def spoil(self, draw: random.Random) -> int:
         model = card_model(self.card)
@@ -122,7 +122,7 @@ class Cards(Store):
 
 
 class Models(Store):
-    """ONNX towers and folders of versions: damaged files, data in other files, links, pipes and odd numbers."""
+    """ONNX towers and folders of versions: damaged files, data in other files, links, pipes, and odd version names."""
 
     def spoil(self, draw: random.Random) -> int:
         shutil.rmtree(self.folder)
@@ -168,7 +168,7 @@ class Models(Store):
 
 
 def small_model() -> onnx.ModelProto:
-    """ONNX with one tensor."""
+    """Return an ONNX model with one tensor."""
     one = helper.make_tensor("one", TensorProto.FLOAT, [1], np.ones(1, np.float32).tobytes(), raw=True)
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 1]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Add", ["x", "one"], ["y"])], "small", ends[:1], ends[1:], [one])
@@ -176,7 +176,7 @@ def small_model() -> onnx.ModelProto:
 
 
 def outside(tensor: TensorProto, draw: random.Random) -> None:
-    """Have a tensor's data be in another file."""
+    """Move a tensor's data to another file."""
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
     location = draw.choice(("secret", "../secret", "../../../../secret", "/etc/passwd", "/dev/zero", "\x00"))

@@ -1,4 +1,4 @@
-"""Results of the client."""
+"""The reader of unfinished result files of the client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from evidence.trust.readers.reader import OtherMeaning, Reader
 
 
 class Results(Reader):
-    """What an interrupted ``client classify --out`` left."""
+    """The files that an interrupted ``client classify --out`` leaves."""
 
     QUESTION: ClassVar = {"labels": ["cat", "dog"], "top_k": 2}
 

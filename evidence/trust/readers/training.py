@@ -1,4 +1,4 @@
-"""What training reads: checkpoints, weights, folders of images; and its records, which reports read."""
+"""Readers of files that training reads (checkpoints, weights, image folders), and of its records for reports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from evidence.trust.readers.reader import OtherMeaning, Reader, write_json
 
 
 class Checkpoints(Reader):
-    """Training that was interrupted."""
+    """Checkpoints of interrupted training."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -81,7 +81,7 @@ class Checkpoints(Reader):
 
 
 class Runs(Reader):
-    """``sequence.json``, as reports read it."""
+    """``sequence.json`` as read by ``trainer report``."""
 
     def spoil(self, draw: random.Random) -> int:
         result = {
@@ -102,7 +102,7 @@ class Runs(Reader):
 
 
 class Weights(Reader):
-    """Checkpoints of open_clip: pickles that run, archives that swell, tensors that aren't there."""
+    """Checkpoints of open_clip: pickles that run code, zip bombs, and tensors whose data is missing."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -149,7 +149,7 @@ class Weights(Reader):
 
 
 class Leaves:
-    """Unpickled, it writes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self._target = str(target)
@@ -159,7 +159,7 @@ class Leaves:
 
 
 class Folders(Reader):
-    """Trees of images: links in circles, pipes, names that are no text, lists of classes that are none."""
+    """Image folders with circular links, pipes, names that aren't text, and invalid lists of classes."""
 
     def spoil(self, draw: random.Random) -> int:
         self._root, self._secret = self.folder / "birds", self.folder / "secret"
@@ -197,7 +197,7 @@ class Folders(Reader):
         for _ in range(draw.choice((1, 1, 2))):
             try:
                 draw.choice(corrupted)()
-            except OSError:  # the second has no place left
+            except OSError:  # the first change may have removed the place of the second
                 continue
         return 1 << 20
 
@@ -212,7 +212,7 @@ class Folders(Reader):
 
 
 def _deflated(archive: Path, target: Path) -> bytes:
-    """The same archive, its entries compressed, one of them ten megabytes of nothing."""
+    """Return the same archive with compressed entries, and with an entry of 10 MiB of zeros added."""
     with zipfile.ZipFile(archive) as whole, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as smaller:
         for name in whole.namelist():
             smaller.writestr(name, whole.read(name))
@@ -221,7 +221,7 @@ def _deflated(archive: Path, target: Path) -> bytes:
 
 
 def _create(file: Path, content: bytes, size: int = 0) -> None:
-    """A new file, sparse up to a size: never through a link or into a pipe that already exists."""
+    """Create a file, sparse up to ``size`` bytes. Mode "x" never writes through an existing link or into a pipe."""
     with file.open("xb") as opened:
         opened.write(content)
         if size:
