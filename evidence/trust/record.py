@@ -1,4 +1,4 @@
-"""What a run of one of these commands found, kept for TRUST.md."""
+"""The record of one run of these commands, from which TRUST.md is made."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rich.console import Console
 
 
 class Record:
-    """Figures of a run and the promises that it saw broken, written to a file at the end.
+    """The figures of a run and the broken promises that it found, written to a file at the end.
 
     Args:
-        out: where to.
+        out: the file to write.
 
     Attributes:
-        figures: what was counted and measured, as JSON types.
-        broken: one line for each promise that did not hold, with what is needed to see it again.
+        figures: counts and measurements, as JSON types.
+        broken: one line per broken promise, with what is needed to reproduce it.
     """
 
     def __init__(self, out: Path) -> None:
@@ -38,7 +38,7 @@ class Record:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Write the file and print the figures; status 1 if anything was broken."""
+        """Write the file and print the figures; exit with status 1 if a promise was broken."""
         if exc is not None:
             return
         module = sys.modules["__main__"].__spec__

@@ -1,4 +1,4 @@
-"""Versions of the small CLIP to be served, and what each has to answer, worked out without a server or a client."""
+"""Versions of the small CLIP to serve, and their correct answers, computed without a server or a client."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ from evidence.studies.release import EXPERTS, write_adapters
 from evidence.trust.answers import FEW, LABELS, Known
 
 IMAGES = 24
-SPREAD = 0.04  # of adapters: every version answers clearly otherwise than the others
+SPREAD = 0.04  # of adapters' entries: large enough that the answers of two versions clearly differ
 
 
 def write_versions(folder: Path, lineages: Sequence[int], name: str = "models") -> Repository:
-    """A repository with the base as version 1 and one version on top for each count of random adapters, all released.
+    """Write a repository with the base as version 1, and one further version per number of random adapters.
 
-    The last one is served.
+    The last version is served.
+
+    Args:
+        folder: where the repository and the adapters are written.
+        lineages: the number of adapters that are merged into each further version.
+        name: of the repository's folder.
     """
     backbone = load_backbone("mini")
     repository = Repository(folder / name, "clip")
@@ -43,14 +48,14 @@ def write_versions(folder: Path, lineages: Sequence[int], name: str = "models") 
 
 
 def pictures() -> list[Image.Image]:
-    """Real images of many sizes."""
+    """Return real images of many sizes."""
     draw = random.Random(0)
     sizes = [(draw.randint(16, 400), draw.randint(16, 400)) for _ in range(IMAGES)]
     return [image.convert("RGB").resize(size) for image, size in zip(sample(IMAGES)[0], sizes, strict=True)]
 
 
 def known(repository: Repository, version: int, images: Sequence[Image.Image], backbone: Backbone) -> Known:
-    """What a version in a repository's store has to answer."""
+    """Compute the correct answers of a version in a repository's store."""
     encoder = in_onnx_runtime(backbone, *towers(repository.store / str(version)))
     batch = torch.stack([backbone.preprocess(image) for image in images])
     pixels = to_uint8(batch, backbone.mean, backbone.std)
@@ -58,7 +63,11 @@ def known(repository: Repository, version: int, images: Sequence[Image.Image], b
 
 
 def distance(answers: Iterable[Known]) -> float:
-    """How far the scores of any two are apart, on the picture that tells them apart least; else a mix-up isn't seen."""
+    """Return the smallest difference between the scores of any two versions.
+
+    The difference of two versions is taken on the picture on which they differ least. If it is too small, an answer of
+    the wrong version is not noticed.
+    """
     few = [known.scores[:, : len(FEW)] for known in answers]
     return min(float(np.abs(a - b).max(axis=1).min()) for a, b in itertools.combinations(few, 2))
 

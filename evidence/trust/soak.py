@@ -1,6 +1,6 @@
-"""Clients in several processes ask a real Triton for long, while its version is switched every few seconds.
+"""Run clients in several processes against a real Triton for a long time, and switch versions every few seconds.
 
-No call may fail, no answer may be wrong, nothing may grow, and nothing may be left behind.
+No call may fail, no answer may be wrong, memory, threads and open files may not grow, and nothing may be left behind.
 
 Run: python -m evidence.trust.soak --minutes 20
 """
@@ -42,9 +42,9 @@ from evidence.trust.served import known, pictures, write_versions
 
 PROCESSES = 2
 SWITCH_EVERY_S = 4.0
-WARM_UP = 0.25  # of the time: allocators and caches fill
+WARM_UP = 0.25  # fraction of the time in which allocators and caches fill; its samples don't count
 FLAT_PERCENT_AN_HOUR = 5.0
-FLAT_COUNT = 3  # threads or open files more at the end
+FLAT_COUNT = 3  # threads or open files by which a process may grow until the end
 KEPT_SAMPLES = 60
 
 
@@ -54,14 +54,14 @@ def main(
     seed: Annotated[int, Parameter(help="Of questions and switches.")] = 0,
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/soak.json"),
 ) -> None:
-    """Ask, switch, and measure memory, threads and files of the server and of its clients."""
+    """Classify, switch versions, and measure memory, threads and files of the server and its clients."""
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-soak-") as folder:
         repository = write_versions(Path(folder), [1, 2])
         soak(repository, Path(folder), 60 * minutes, seed, record)
 
 
 def soak(repository: Repository, folder: Path, seconds: float, seed: int, record: Record) -> None:
-    """Soak a server of a repository that has at least three versions."""
+    """Serve a repository with at least three versions, run the test on the server, and record the figures."""
     before = set(psutil.Process().children(recursive=True))
     images, backbone = pictures(), load_backbone("mini")
     keep(folder, images, {version: known(repository, version, images, backbone) for version in repository.versions()})
@@ -111,7 +111,11 @@ def _watch(
     seed: int,
     record: Record,
 ) -> tuple[list[dict], Counter[str]]:
-    """Switch now and then, and look at everybody when a switch is through."""
+    """Switch versions every few seconds, and measure server and clients after each switch.
+
+    Returns:
+        The measurements, and the number of switches by command.
+    """
     draw, samples, switches = random.Random(f"{seed} switches"), [], Counter()
     newest = repository.versions()[-1]
     steps = itertools.cycle([("promote", newest - 1), ("promote", newest), ("rollback", None), ("promote", newest)])
@@ -144,19 +148,20 @@ def _watch(
 
 
 def _shared_memory(url: str) -> Iterator[Path]:
-    """What a server that this process started has there."""
+    """Return the shared memory regions of a server that this process started."""
     return SHARED_MEMORY.glob(f"clipweld-{os.getpid()}-{url.rpartition(':')[2]}-*")
 
 
 def _sizes(pid: int) -> dict[str, float]:
-    """What a process has, with all that it started: megabytes of its own, in memory or swapped out, threads, files.
+    """Count megabytes, threads, open files and processes of a process and its descendants.
 
-    Without a share of what it has in common with others: that changes when others come and go.
+    Memory is what a process has for itself, in RAM or swapped out. Shared memory is left out, because each process's
+    share of it changes when others start or end.
     """
     total: Counter[str] = Counter()
     process = psutil.Process(pid)
     for member in [process, *process.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess), member.oneshot():  # one that has just ended takes nothing
+        with suppress(psutil.NoSuchProcess), member.oneshot():  # a process that has just ended counts as nothing
             memory = member.memory_full_info()
             total["mb"] += (memory.uss + memory.swap) / 1e6
             total["threads"] += member.num_threads()
@@ -166,9 +171,10 @@ def _sizes(pid: int) -> dict[str, float]:
 
 
 def _growth(samples: Sequence[dict], record: Record) -> dict[str, dict]:
-    """How memory, threads and files change in time, between moments at which the server is in the same state.
+    """Return how memory, threads and files change over time, and record those that grow.
 
-    Memory is flat if the 95% interval of its Theil-Sen slope reaches down to FLAT_PERCENT_AN_HOUR of its median.
+    Only samples in which the server has the same state are compared. Memory grows if the lower end of the 95% interval
+    of its Theil-Sen slope is above FLAT_PERCENT_AN_HOUR percent of its median.
     """
     by_state: dict[str, list[dict]] = defaultdict(list)
     for sample in samples:
@@ -196,7 +202,7 @@ def _growth(samples: Sequence[dict], record: Record) -> dict[str, dict]:
 
 @contextmanager
 def _client(urls: dict[str, str], folder: Path, seed: str) -> Iterator[subprocess.Popen]:
-    # One heap: with one for each thread, glibc keeps what is free in all of them, and more as time goes by.
+    # One heap: with one heap per thread, glibc keeps freed memory in each of them, and more of it over time.
     process = subprocess.Popen(
         [sys.executable, "-m", "evidence.trust.asking"],
         env=os.environ | {"MALLOC_ARENA_MAX": "1"},
@@ -214,7 +220,7 @@ def _client(urls: dict[str, str], folder: Path, seed: str) -> Iterator[subproces
 
 
 def _ended(process: subprocess.Popen, record: Record) -> dict:
-    """What a process of clients got in all."""
+    """Return the outcomes that a process of clients prints at its end."""
     printed, _ = process.communicate(timeout=600)
     if process.returncode:
         record.broken.append(f"a process of clients ended with {process.returncode}")
@@ -224,7 +230,7 @@ def _ended(process: subprocess.Popen, record: Record) -> dict:
 
 @contextmanager
 def _own_temporary_folder(folder: Path) -> Iterator[Path]:
-    """Where everything that is temporary goes from now on, also in processes that are started."""
+    """Use a new folder for all temporary files, also in the processes that are started in this context."""
     own = folder / "tmp"
     own.mkdir()
     before = os.environ.get("TMPDIR")

@@ -1,4 +1,4 @@
-"""The commands that write, each with a folder as it is before it, and a server for those that need one."""
+"""The commands that write, each with its initial folder, and a server for those that need one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from clipweld.trainer.base.backbone import load_backbone
 from clipweld.trainer.tasks import sample
 from evidence.studies.release import EXPERTS, write_adapters
 
-# The trainer's command line itself, saving after every step: so kills fall into saving, too.
+# The trainer's own command line, but it saves after every step, so that some kills come while it saves.
 TRAINER = (
     "from clipweld.trainer import cli; from clipweld.trainer.learning import checkpoint as saving; "
     "saving.SAVE_EVERY_S = saving.SHARE = 0; cli.main()"
@@ -45,19 +45,19 @@ IMAGES = 200
 
 @dataclass(frozen=True)
 class Command:
-    """A command on a folder.
+    """A command that writes to a folder.
 
     Attributes:
-        name: for people.
-        run: what Python is given; ``{folder}`` is where it writes.
-        prepare: makes a folder as it is before the command.
-        on: what is added to go on after an interruption.
-        unfinished: patterns of what it has in the folder while it runs.
-        done: what is there once it has done its work, though it may be interrupted yet; it is not done twice.
-        after: what runs then in its place, for any next run has to clean up.
-        refusal: what the same command says then, ending with 1; None where it ends with 0.
-        shared: the folder of a running server, if all cases have that one; ``prepare`` brings it back to what it was.
-        proof: what must end with 0 on the folder of an undisturbed run.
+        name: its name in messages and records.
+        run: arguments of Python; ``{folder}`` is the folder that it writes to.
+        prepare: brings a folder into the state before the command.
+        on: arguments to add after an interruption, to resume.
+        unfinished: patterns of files that exist in the folder only while it runs.
+        done: path that exists once its work is done, although it may still be killed; then it is not run again.
+        after: command that runs instead in that case, because the next command of any kind has to clean up.
+        refusal: text that the same command prints in that case, exiting with status 1; None if it exits with 0.
+        shared: folder of a running server, if all cases use this one folder; ``prepare`` resets it.
+        proof: command that must exit with status 0 on the folder of an undisturbed run.
     """
 
     name: str
@@ -74,10 +74,10 @@ class Command:
 
 @contextmanager
 def stage(folder: Path) -> Iterator[list[Command]]:
-    """All commands, on the small CLIP, while a Triton runs for those that need one.
+    """Yield all commands for the small CLIP, while a Triton runs for those that need a server.
 
     Args:
-        folder: an empty one, for what they start from.
+        folder: an empty folder for the initial states.
     """
     learned = folder / "learned"
     adapters = learned / "adapters"
@@ -157,13 +157,13 @@ def stage(folder: Path) -> Iterator[list[Command]]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For a command on a folder: one thread, and temporary files in the folder, where they are seen."""
+    """Return environment variables for a command: one thread, and temporary files in the folder that is checked."""
     return os.environ | {"TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
 
 
 def _copy(template: Path, folder: Path) -> None:
-    """The same files, by hard links: commands replace files, they don't write into them."""
-    ignored = shutil.ignore_patterns(Path(SERVERS).name)  # of the one that runs
+    """Copy a folder with hard links, which is safe because commands replace files and never write into them."""
+    ignored = shutil.ignore_patterns(Path(SERVERS).name)  # announces the running server
     shutil.copytree(template, folder, ignore=ignored, copy_function=os.link, dirs_exist_ok=True)
 
 

@@ -1,7 +1,7 @@
-"""What surrounds clipweld on other people's machines, turned against it, around a real server.
+"""Run clipweld with a real server in surroundings that may harm it, as on other people's machines.
 
-Their working folder, their proxies, files they put beside ours, processes that the kernel kills, programs that end in
-the middle of a call, and forks.
+These are their working folder, their proxies, files that they put beside ours, processes that the kernel kills,
+programs that end in the middle of a call, and forks.
 
 Run: python -m evidence.trust.surroundings --rounds 10
 """
@@ -38,12 +38,12 @@ from evidence.command_line import POSITIVE
 from evidence.trust.record import Record
 from evidence.trust.served import write_versions
 
-TIMEOUT_S = 300  # of a machine that does a lot else
+TIMEOUT_S = 300  # enough on a busy machine
 LABELS = ("cat", "dog")
 PACKAGES = ("numpy", "onnxruntime", "triton_python_backend_utils", "sitecustomize", "usercustomize", "google")
 PROXIES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 COMMANDS = (("promote", "1"), ("promote", "2"), ("rollback",), ("prune", "--keep", "1"), ("versions",))
-# Programs that end while answers are held that were not all taken; what Python has to say of each at its end.
+# Programs that end before they have read all answers: the code, the exit status, and the end of stderr.
 ENDINGS = {
     "held by a global name": ("answers = classify()\nnext(answers)", 0, ""),
     "an error of the program's own": ("for answer in classify():\n    raise RuntimeError('own')", 1, "own"),
@@ -70,7 +70,7 @@ def main(
     seed: Annotated[int, Parameter(help="Of files and victims.")] = 0,
     out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/surroundings.json"),
 ) -> None:
-    """Try all of them."""
+    """Run clipweld in all these surroundings."""
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-surroundings-") as folder:
         place = Path(folder)
         image = place / "image.png"
@@ -94,7 +94,7 @@ def main(
 
 
 def in_a_working_folder(models: Path, image: Path, broken: list[str]) -> dict[str, int]:
-    """Serve and ask where every module of the standard library has a namesake that says so when it is run."""
+    """Serve and classify in a folder with a file named like each module of the standard library; none may be run."""
     with tempfile.TemporaryDirectory(prefix="clipweld-hostile-") as name:
         folder = Path(name)
         modules = sorted({*filter(str.isidentifier, sys.stdlib_module_names), *PACKAGES})
@@ -110,7 +110,7 @@ def in_a_working_folder(models: Path, image: Path, broken: list[str]) -> dict[st
 
 
 def behind_a_proxy(models: Path, urls: tuple[str, str], image: Path, broken: list[str]) -> dict[str, int]:
-    """Commands that talk to this machine while every variable names a proxy that knows nothing of it."""
+    """Run commands that connect to this machine, with every proxy variable set to a proxy that refuses all requests."""
     with _proxy() as (address, asked):
         environment = dict.fromkeys(PROXIES, address)
         commands = [("exporter", "serve", "--port", "0", "--repository", str(models), "--", "client", "versions")]
@@ -126,7 +126,7 @@ def behind_a_proxy(models: Path, urls: tuple[str, str], image: Path, broken: lis
 
 
 def endings(urls: tuple[str, str], image: Path, rounds: int, broken: list[str]) -> dict[str, int]:
-    """Programs that end with a call half-way."""
+    """Run programs that end in the middle of a call."""
     programs = 0
     for _ in range(max(1, rounds // 5)):
         for what, (lines, status, last) in ENDINGS.items():
@@ -147,7 +147,7 @@ def endings(urls: tuple[str, str], image: Path, rounds: int, broken: list[str]) 
 
 
 def forks(urls: tuple[str, str], image: Path, rounds: int, broken: list[str]) -> dict[str, int]:
-    """Children that keep using a classifier made before the fork, while the parent uses it too."""
+    """Use a classifier in forked children and in their parent, which created it before the fork."""
     program = PROGRAM + (
         "import multiprocessing\n"
         "def ask(queue=None):\n"
@@ -174,12 +174,12 @@ def forks(urls: tuple[str, str], image: Path, rounds: int, broken: list[str]) ->
 
 
 def killed(models: Path, image: Path, rounds: int, seed: int, broken: list[str]) -> dict[str, float]:
-    """A process of a version that is served gets SIGKILL, and the version answers again; the other never stops."""
+    """Send SIGKILL to a process of an active version; the server must answer again within ``TIMEOUT_S``."""
     draw, longest, kills = random.Random(seed), 0.0, 0
     while kills < rounds:
         with contextlib.suppress(TritonFailed), serve(models, port=0) as server:
             _answer(server.url, image)
-            for _ in range(min(2, rounds - kills)):  # more in so short a time end the server, as they should
+            for _ in range(min(2, rounds - kills)):  # more in such a short time end the server, by design
                 victims = _processes(server.process.pid, "clip_image")
                 os.kill(draw.choice(victims), signal.SIGKILL)
                 began, kills = time.monotonic(), kills + 1
@@ -190,7 +190,7 @@ def killed(models: Path, image: Path, rounds: int, seed: int, broken: list[str])
 
 
 def foreign(repository: Repository, place: Path, rounds: int, seed: int, broken: list[str]) -> dict[str, int]:
-    """Files and folders that somebody put into a repository and its store are there after every command."""
+    """Put foreign files and folders into a repository and its store; they must still exist after every command."""
     placed = commands = 0
     for number in range(rounds):
         draw = random.Random(f"{seed} {number}")
@@ -214,7 +214,7 @@ def foreign(repository: Repository, place: Path, rounds: int, seed: int, broken:
 
 
 def _put(models: Path, draw: random.Random) -> list[Path]:
-    """Put files of somebody's own into places of ours."""
+    """Write foreign files to some places in a repository and its store, and return their paths."""
     store = models.with_name(f"{models.name}.store") / "clip"
     kinds, version = draw.sample(KINDS, draw.randint(1, 3)), str(draw.choice((3, 9, 1234)))
     places = [
@@ -237,7 +237,7 @@ def _hash(path: Path) -> str | None:
 
 
 def _run(command: tuple[str, ...], environment: dict[str, str]) -> subprocess.CompletedProcess:
-    """Run one of our commands, as it is installed beside this Python."""
+    """Run one of our commands, as installed beside this Python, without the proxy variables of this environment."""
     folder = Path(sys.executable).parent
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     plain = {name: value for name, value in os.environ.items() if name.lower() not in (*PROXIES, "no_proxy")}
@@ -263,7 +263,7 @@ def _answers_again(url: str, image: Path) -> bool:
 
 
 def _processes(triton: int, model: str) -> list[int]:
-    """Triton's processes for the versions of a model."""
+    """Return the ids of Triton's processes for the versions of a model."""
     found = []
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -296,7 +296,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _proxy() -> Iterator[tuple[str, list[str]]]:
-    """A proxy that cannot reach this machine; yields its address and the requests that it gets."""
+    """Run a proxy that refuses every request; yield its address and the list of requests that it gets."""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

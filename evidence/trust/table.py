@@ -1,4 +1,4 @@
-"""The table of TRUST.md: each promise, how it is put to the test, and what the run on record found.
+"""Print the table of TRUST.md: each promise, how it is tested, and the results of the recorded run.
 
 Run: python -m evidence.trust.table evidence/records/trust
 """
@@ -20,9 +20,10 @@ class Row:
     """One promise.
 
     Attributes:
-        test: what is done to break it.
-        record: name of the command's module and record.
-        found: the record's figures, in words.
+        promise: what clipweld promises.
+        test: how the command tries to break it.
+        record: name of the command's module and of its record.
+        found: describes the figures of the record.
     """
 
     promise: str
@@ -32,21 +33,21 @@ class Row:
 
 
 def judged(figures: dict[str, Any], kind: str) -> str:
-    """How many files of a kind were accepted and refused."""
+    """Describe how many files of a kind were accepted and refused."""
     outcomes = figures["by_kind"][kind]["outcomes"]
     total, accepted = sum(outcomes.values()), outcomes.get("accepted", 0)
     return f"{total:,}: {total - accepted:,} refused, {accepted:,} accepted as they are"
 
 
 def others(figures: dict[str, Any]) -> str:
-    """The rest of the kinds of files."""
+    """Describe the files of all kinds but adapters and manifests."""
     rest = {kind: each for kind, each in figures["by_kind"].items() if kind not in ("adapters", "manifests")}
     total = sum(sum(each["outcomes"].values()) for each in rest.values())
     return f"{total:,} of {len(rest)} kinds, as promised"
 
 
 def memory(figures: dict[str, Any]) -> str:
-    """The most that any file took."""
+    """Describe the most memory and time that any file took."""
     extra = {kind: each["extra_mb"] for kind, each in figures["by_kind"].items()}
     longest = max(each["longest_s"] for each in figures["by_kind"].values())
     adapter, manifest = extra.pop("adapters"), extra.pop("manifests")
@@ -59,14 +60,14 @@ def memory(figures: dict[str, Any]) -> str:
 
 
 def on_disks(figures: dict[str, Any]) -> str:
-    """How often commands ran on disks that were too small."""
+    """Describe how many commands ran on disks that were too small."""
     cases = {name: row for name, row in figures.items() if isinstance(row, dict)}
     refused = sum(row.get("refused", 0) for row in cases.values())
     return f"{figures['runs']:,} runs of {len(cases)} commands, {refused:,} refused; all ended the same with room"
 
 
 def faulty(figures: dict[str, Any]) -> str:
-    """What clients got from a server in trouble."""
+    """Describe how calls ended while the server had faults."""
     failed = sum(figures["failures"].values())
     return (
         f"{figures['calls']:,} calls under {len(figures['faults'])} faults: {figures['right']:,} right, {failed:,} "
@@ -76,7 +77,7 @@ def faulty(figures: dict[str, Any]) -> str:
 
 
 def killed(*commands: str) -> Callable[[dict[str, Any]], str]:
-    """What became of the kills of some commands."""
+    """Return a function that describes the kills of some commands."""
 
     def found(figures: dict[str, Any]) -> str:
         rows = [figures[command] for command in commands]
@@ -88,7 +89,7 @@ def killed(*commands: str) -> Callable[[dict[str, Any]], str]:
 
 
 def slope(figures: dict[str, Any], who: str) -> str:
-    """How memory changes in time."""
+    """Describe how memory changes over time."""
     row = figures["growth"][f"{who} mb"]
     return f"{row['an_hour']:+.1f} MB an hour [{row['low']:+.1f}, {row['high']:+.1f}] of {row['median']:.0f}"
 
@@ -275,7 +276,7 @@ ROWS = (
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table of a folder of records in Markdown."""
+    """Print the table in Markdown for a folder of records."""
     records = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(arguments[0]).glob("*.json"))
     }

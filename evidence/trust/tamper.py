@@ -1,4 +1,4 @@
-"""Servers before a real Triton with answers that are well framed and wrong: types, shapes, sizes, names, statuses."""
+"""Servers in front of a real Triton that send well-formed but wrong answers: types, shapes, sizes, names, statuses."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ JUNK: tuple[Any, ...] = (None, 0, -1, 2**63, 1.5, "", "nonsense", True, [], [Non
 
 
 class Tampering:
-    """How the two servers below treat the answers that pass.
+    """Decides which answers the two servers below change.
 
     Attributes:
-        rate: share of answers that are tampered with; 0: none.
+        rate: fraction of the answers that are tampered with; 0 for none.
     """
 
     def __init__(self, seed: object) -> None:
@@ -34,7 +34,7 @@ class Tampering:
         self._draw, self._before = random.Random(f"{seed} tamper"), b""
 
     def draws(self) -> random.Random | None:
-        """What to tamper with an answer by; None where it passes."""
+        """Return random numbers for tampering with the next answer, or None if it is passed on unchanged."""
         chance = random.Random(self._draw.random())
         return chance if chance.random() < self.rate else None
 
@@ -44,7 +44,7 @@ def _status(draw: random.Random, context: grpc.ServicerContext) -> None:
 
 
 def tamper_infer(answer: pb.ModelInferResponse, earlier: pb.ModelInferResponse, draw: random.Random) -> None:
-    """Make an answer one that doesn't count."""
+    """Change an answer in place so that a client must not accept it."""
     output = answer.outputs[0]
     raw = answer.raw_output_contents[0]
 
@@ -87,7 +87,7 @@ def tamper_infer(answer: pb.ModelInferResponse, earlier: pb.ModelInferResponse, 
 
 
 def tamper_json(value: Any, draw: random.Random) -> Any:
-    """Put junk in some place of a JSON value, or take something out."""
+    """Return a JSON value with junk in one place, or with one entry removed."""
     if isinstance(value, dict) and value and draw.random() < 0.85:
         key = draw.choice(list(value))
         if draw.random() < 0.2:
@@ -101,7 +101,7 @@ def tamper_json(value: Any, draw: random.Random) -> Any:
 
 @contextmanager
 def tampered_grpc(port: int, tampering: Tampering) -> Iterator[int]:
-    """A gRPC server before Triton's; gives its port."""
+    """Run a gRPC server in front of Triton's, and yield its port."""
     channel = grpc.insecure_channel(f"127.0.0.1:{port}")
     earlier = [pb.ModelInferResponse()]
 
@@ -154,7 +154,7 @@ def tampered_grpc(port: int, tampering: Tampering) -> Iterator[int]:
 
 @contextmanager
 def tampered_http(port: int, tampering: Tampering) -> Iterator[int]:
-    """An HTTP server before Triton's; gives its port."""
+    """Run an HTTP server in front of Triton's, and yield its port."""
     loop, ready, ports = asyncio.new_event_loop(), threading.Event(), []
     earlier = [b"{}"]
 
@@ -206,7 +206,7 @@ def tampered_http(port: int, tampering: Tampering) -> Iterator[int]:
 def tamper_http(
     status: int, content: bytes, headers: dict[str, str], earlier: bytes, draw: random.Random
 ) -> tuple[int, bytes, dict[str, str]]:
-    """Make an answer one that doesn't count."""
+    """Return status, body and headers of an answer, changed so that a client must not accept it."""
     length = int(headers.get(HEADER_LENGTH, len(content)))
     try:
         head, rest = json.loads(content[:length]), content[length:]
