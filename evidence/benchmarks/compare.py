@@ -41,15 +41,17 @@ def main(
     model: Annotated[list[str] | None, Parameter(help="open_clip's names. [default: ViT-B-32 ViT-B-16]")] = None,
     pretrained: Annotated[str, Parameter(help="Their weights; speed doesn't depend on them.")] = "random",
     batch_size: Annotated[
-        list[int] | None, Parameter(validator=POSITIVE, help="Images a call. [default: 1 32]")
+        list[int] | None, Parameter(validator=POSITIVE, help="Images per call. [default: 1 32]")
     ] = None,
-    images: Annotated[int, Parameter(validator=POSITIVE, help="How many there are; a turn is 8 calls at most.")] = 32,
-    rounds: Annotated[int, Parameter(validator=POSITIVE, help="Each gives every contender a turn.")] = 7,
-    starts: Annotated[int, Parameter(validator=POSITIVE, help="How often each is started; the median counts.")] = 3,
-    infinity: Annotated[Path | None, Parameter(help="infinity_emb, where it is not on PATH.")] = None,
+    images: Annotated[int, Parameter(validator=POSITIVE, help="Number of images; a turn has at most 8 calls.")] = 32,
+    rounds: Annotated[int, Parameter(validator=POSITIVE, help="Rounds; in each, every contender has a turn.")] = 7,
+    starts: Annotated[
+        int, Parameter(validator=POSITIVE, help="How often each contender is started; the median counts.")
+    ] = 3,
+    infinity: Annotated[Path | None, Parameter(help="Path of infinity_emb, if it is not on PATH.")] = None,
     also: Annotated[list[str] | None, Parameter(help="MODULE:CLASS: one more contender.")] = None,
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/compare.json"),
-    as_json: Annotated[bool, Parameter(name="--json", help="Figures as JSON on stdout, no tables.")] = False,
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/compare.json"),
+    as_json: Annotated[bool, Parameter(name="--json", help="Print the figures as JSON instead of tables.")] = False,
 ) -> None:
     """Time every contender that is installed; exit with status 1 if one fails or gives different answers."""
     if infinity:

@@ -42,12 +42,12 @@ def main(
     *,
     model: Annotated[str, Parameter(help="open_clip's name of the model.")] = "ViT-B-16",
     pretrained: Annotated[str, Parameter(help="Its weights; speed doesn't depend on them.")] = "random",
-    images: Annotated[int, Parameter(validator=POSITIVE, help="Files in the folder.")] = 96,
+    images: Annotated[int, Parameter(validator=POSITIVE, help="Number of files in the folder.")] = 96,
     batch_size: Annotated[
-        list[int] | None, Parameter(validator=POSITIVE, help="In process; again for more. [8, 16, 32]")
+        list[int] | None, Parameter(validator=POSITIVE, help="In process; may be repeated. [default: 8 16 32]")
     ] = None,
-    rounds: Annotated[int, Parameter(validator=POSITIVE, help="Each gives both a turn.")] = 5,
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/stream.json"),
+    rounds: Annotated[int, Parameter(validator=POSITIVE, help="Rounds; in each, every run has a turn.")] = 5,
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/stream.json"),
 ) -> None:
     """Measure images per second in turn, and the client's throughput as a share of ONNX Runtime's in process."""
     sizes = batch_size or [8, 16, 32]

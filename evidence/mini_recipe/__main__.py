@@ -38,7 +38,7 @@ def pairs(work: Work) -> None:
 
 
 @app.command
-def tasks(work: Work, out: Annotated[Path, Parameter(help="Where the zips and tasks.json go.")]) -> None:
+def tasks(work: Work, out: Annotated[Path, Parameter(help="Folder for the zips and tasks.json.")]) -> None:
     """Build the six tasks."""
     from evidence.mini_recipe import sources, tasks
 
@@ -52,7 +52,7 @@ def train(
     minutes: Annotated[float, Parameter(help="Wall-clock minutes of training.")] = 60.0,
     threads: Annotated[int, Parameter(help="CPU threads.")] = 2,
     seed: Annotated[int, Parameter(help="Seed of weights, captions and augmentation.")] = 0,
-    start_from: Annotated[Path | None, Parameter(help="Weights to go on from, at half the rates.")] = None,
+    start_from: Annotated[Path | None, Parameter(help="Weights to start from, with half the learning rates.")] = None,
 ) -> None:
     """Pre-train on the pairs. Run it again to resume from the last checkpoint."""
     from safetensors.torch import load_file
@@ -71,7 +71,7 @@ def train(
 @app.command
 def measure(
     weights: Annotated[Path, Parameter(help="A safetensors file.")],
-    tasks: Annotated[Path | None, Parameter(help="A folder of tasks; the shipped one if absent.")] = None,
+    tasks: Annotated[Path | None, Parameter(help="Folder of tasks; default: the shipped tasks.")] = None,
 ) -> None:
     """Print zero-shot accuracy on the six tasks as a Markdown table."""
     from evidence.mini_recipe import measure
@@ -83,7 +83,7 @@ def measure(
 @app.command
 def build(
     work: Work,
-    out: Annotated[Path, Parameter(help="Where mini.safetensors, mini.json and tasks/ go.")],
+    out: Annotated[Path, Parameter(help="Folder for mini.safetensors, mini.json and tasks/.")],
     minutes: Annotated[float, Parameter(help="Wall-clock minutes of training.")] = 60.0,
     threads: Annotated[int, Parameter(help="CPU threads.")] = 2,
 ) -> None:

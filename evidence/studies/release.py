@@ -35,10 +35,10 @@ def main(
     model: Annotated[str, Parameter(help="open_clip's name of the model.")] = "ViT-B-16",
     pretrained: Annotated[str, Parameter(help="Its weights; cost doesn't depend on them.")] = "random",
     tasks: Annotated[
-        int, Parameter(validator=Number(gte=2), help="How many adapters, of random experts on every layer.")
+        int, Parameter(validator=Number(gte=2), help="Number of adapters, with random experts on every layer.")
     ] = 11,
-    experts: Annotated[int, Parameter(validator=POSITIVE, help="Experts that each keeps in a layer.")] = EXPERTS,
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/release.json"),
+    experts: Annotated[int, Parameter(validator=POSITIVE, help="Experts per layer in each adapter.")] = EXPERTS,
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/release.json"),
 ) -> None:
     """Time three merges: all adapters but the last into a new repository, all onto that, and all without a parent."""
     figures = {"model": model, "tasks": tasks, "experts": experts, "merges": {}}

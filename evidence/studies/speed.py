@@ -57,11 +57,11 @@ def main(
     model: Annotated[str, Parameter(help="open_clip's name of the model.")] = "ViT-B-16",
     pretrained: Annotated[str, Parameter(help="Its weights; speed doesn't depend on them.")] = "random",
     batch_size: Annotated[int, Parameter(validator=POSITIVE)] = 8,
-    rounds: Annotated[int, Parameter(validator=POSITIVE, help="Each runs everything once.")] = 9,
+    rounds: Annotated[int, Parameter(validator=POSITIVE, help="Rounds; in each, everything is timed once.")] = 9,
     also: Annotated[
-        list[str] | None, Parameter(help="NAME=FILE: one more ONNX of the image tower, with float32 pixels.")
+        list[str] | None, Parameter(help="NAME=FILE: another ONNX file of the image tower, which takes float32 pixels.")
     ] = None,
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/speed.json"),
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/speed.json"),
 ) -> None:
     """Time the exported towers (also in int8 or fp16), a plain torch.onnx.export, and open_clip eager and compiled."""
     logging.disable(logging.WARNING)

@@ -34,9 +34,9 @@ BUSY = "another exporter is writing to it; wait until it has finished"
 
 def main(
     *,
-    pairs: Annotated[int, Parameter(validator=POSITIVE, help="How often two are started.")] = 50,
-    seed: Annotated[int, Parameter(help="Of commands and moments.")] = 0,
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/concurrent_exporters.json"),
+    pairs: Annotated[int, Parameter(validator=POSITIVE, help="Number of pairs to start.")] = 50,
+    seed: Annotated[int, Parameter(help="Seed of the commands and times.")] = 0,
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/trust/concurrent_exporters.json"),
 ) -> None:
     """Start two of merge, promote, rollback and prune at once, and check their output and the repository."""
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-concurrent-") as folder:

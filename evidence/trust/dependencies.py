@@ -25,8 +25,8 @@ NOT_PINNED = OURS | {"pip", "setuptools", "wheel"}  # the last three come with a
 
 def main(
     *,
-    sbom: Annotated[Path, Parameter(help="Where the list goes, in CycloneDX JSON.")] = Path("runs/trust/sbom.json"),
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/dependencies.json"),
+    sbom: Annotated[Path, Parameter(help="File for the list, in CycloneDX JSON.")] = Path("runs/trust/sbom.json"),
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/trust/dependencies.json"),
 ) -> None:
     """Check every package in this environment."""
     with Record(out) as record:

@@ -191,10 +191,10 @@ PRINTED = (
 def main(
     *,
     levels: Annotated[
-        int, Parameter(validator=Number(gte=2), help="Sizes of the disk to try for each command, twice.")
+        int, Parameter(validator=Number(gte=2), help="Disk sizes to try per command, in bytes and in files.")
     ] = 25,
-    only: Annotated[str, Parameter(help="Cases whose name has this in it.")] = "",
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/disks.json"),
+    only: Annotated[str, Parameter(help="Run only cases whose name contains this.")] = "",
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/trust/disks.json"),
 ) -> None:
     """Run every command on full, nearly full and read-only disks, and once more after space was made."""
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -113,12 +113,14 @@ STRANGERS = (
 def main(
     *,
     guesses: Annotated[
-        int, Parameter(validator=POSITIVE, help="Wrong keys to try on each of model control's doors.")
+        int, Parameter(validator=POSITIVE, help="Random wrong keys to try on each request of model control.")
     ] = 20,
-    uploads: Annotated[int, Parameter(validator=POSITIVE, help="Uploads that are too large, or lie about it.")] = 100,
-    garbled: Annotated[int, Parameter(validator=POSITIVE, help="Damaged requests to the page.")] = 2000,
-    seed: Annotated[int, Parameter(help="Of sizes and keys.")] = 0,
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/exposure.json"),
+    uploads: Annotated[
+        int, Parameter(validator=POSITIVE, help="Uploads that are too large or have a false length.")
+    ] = 100,
+    garbled: Annotated[int, Parameter(validator=POSITIVE, help="Number of damaged requests to the page.")] = 2000,
+    seed: Annotated[int, Parameter(help="Seed of the sizes and keys.")] = 0,
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/trust/exposure.json"),
 ) -> None:
     """Start a server and a page in the usual way, and attack them."""
     draw = random.Random(seed)

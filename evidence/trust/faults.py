@@ -129,9 +129,9 @@ class Bench:
 
 def main(
     *,
-    requests: Annotated[int, Parameter(validator=POSITIVE, help="Calls in all, at least.")] = 10_000,
-    seed: Annotated[int, Parameter(help="Of questions and misfortunes.")] = 0,
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/faults.json"),
+    requests: Annotated[int, Parameter(validator=POSITIVE, help="Least number of calls in total.")] = 10_000,
+    seed: Annotated[int, Parameter(help="Seed of the questions and faults.")] = 0,
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/trust/faults.json"),
 ) -> None:
     """Break a server in each way in turn, and check every call that clients make meanwhile."""
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-faults-") as folder:

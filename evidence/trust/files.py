@@ -100,17 +100,17 @@ class Found:
 
 def main(
     *,
-    adapters: Annotated[int, Parameter(validator=Number(gte=0), help="Adapter files.")] = 100_000,
-    manifests: Annotated[int, Parameter(validator=Number(gte=0), help="Manifests.")] = 20_000,
+    adapters: Annotated[int, Parameter(validator=Number(gte=0), help="Number of adapter files.")] = 100_000,
+    manifests: Annotated[int, Parameter(validator=Number(gte=0), help="Number of manifests.")] = 20_000,
     others: Annotated[
-        int, Parameter(validator=Number(gte=0), help="Files of each other kind; weights, a tenth.")
+        int, Parameter(validator=Number(gte=0), help="Files of each other kind; a tenth of this for weights.")
     ] = 2_000,
     atheris: Annotated[
-        int, Parameter(validator=Number(gte=0), help="Files that atheris makes, guided by coverage.")
+        int, Parameter(validator=Number(gte=0), help="Files made by atheris, guided by coverage.")
     ] = 100_000,
-    seed: Annotated[int, Parameter(help="Of all files, together with their number.")] = 0,
-    processes: Annotated[int, Parameter(validator=POSITIVE, help="At a time.")] = 2,
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/files.json"),
+    seed: Annotated[int, Parameter(help="Seed, which with its number determines each file.")] = 0,
+    processes: Annotated[int, Parameter(validator=POSITIVE, help="Processes at a time.")] = 2,
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/trust/files.json"),
 ) -> None:
     """Corrupt files of every kind that may be untrusted, and read each with the code that clipweld uses."""
     kept = out.with_suffix("")

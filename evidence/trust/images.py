@@ -61,15 +61,15 @@ TRAINER = (sys.executable, "-m", "clipweld.trainer")
 
 def main(
     *,
-    files: Annotated[int, Parameter(validator=POSITIVE, help="Files to damage.")] = 10_000,
+    files: Annotated[int, Parameter(validator=POSITIVE, help="Number of damaged files.")] = 10_000,
     commands: Annotated[
-        int, Parameter(validator=Number(gte=2), help="How many of the files go through the commands.")
+        int, Parameter(validator=Number(gte=2), help="How many of the files to pass to the commands.")
     ] = 300,
-    workers: Annotated[int, Parameter(validator=POSITIVE, help="Processes.")] = os.cpu_count() or 1,
-    seed: Annotated[int, Parameter(help="Of what is done to which file.")] = 0,
-    out: Annotated[Path, Parameter(help="Where the figures go; files that broke something lie beside it.")] = Path(
-        "runs/trust/images.json"
-    ),
+    workers: Annotated[int, Parameter(validator=POSITIVE, help="Number of processes.")] = os.cpu_count() or 1,
+    seed: Annotated[int, Parameter(help="Seed of the damage.")] = 0,
+    out: Annotated[
+        Path, Parameter(help="JSON file for the figures; files that break a promise are kept beside it.")
+    ] = Path("runs/trust/images.json"),
 ) -> None:
     """Read undamaged and damaged files with client and trainer, then pass some to the commands."""
     numbers = range(-len(LARGE) - len(seeds(sample(60)[0])), files)

@@ -85,10 +85,10 @@ class Case:
 
 def main(
     *,
-    kills: Annotated[int, Parameter(validator=POSITIVE, help="Of each command, at least.")] = 34,
-    only: Annotated[list[str] | None, Parameter(help="A command to kill; again for more. All if left out.")] = None,
-    seed: Annotated[int, Parameter(help="Of the moments.")] = 0,
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/kills.json"),
+    kills: Annotated[int, Parameter(validator=POSITIVE, help="Least number of kills per command.")] = 34,
+    only: Annotated[list[str] | None, Parameter(help="A command to kill; may be repeated. Default: all.")] = None,
+    seed: Annotated[int, Parameter(help="Seed of the times of kills.")] = 0,
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/trust/kills.json"),
 ) -> None:
     """Kill fit, sequence, merge, promote on a running server, prune, classify with --out, and serve."""
     with (

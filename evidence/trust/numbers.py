@@ -131,10 +131,12 @@ class World:
 
 def main(
     *,
-    plants: Annotated[int, Parameter(validator=POSITIVE, help="Faults to plant, of every kind in turn.")] = 200,
-    only: Annotated[int | None, Parameter(help="Plant this one alone, by its number.")] = None,
-    seed: Annotated[int, Parameter(help="Of places and values.")] = 0,
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/numbers.json"),
+    plants: Annotated[
+        int, Parameter(validator=POSITIVE, help="Number of faults to plant, of each kind in turn.")
+    ] = 200,
+    only: Annotated[int | None, Parameter(help="Plant only the fault with this number.")] = None,
+    seed: Annotated[int, Parameter(help="Seed of the places and values.")] = 0,
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/trust/numbers.json"),
 ) -> None:
     """Plant faults in weights, adapters, training, exported towers and answers; each must be detected and located."""
     numbers = range(plants) if only is None else [only]

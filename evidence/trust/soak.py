@@ -50,9 +50,9 @@ KEPT_SAMPLES = 60
 
 def main(
     *,
-    minutes: Annotated[float, Parameter(validator=Number(gte=0.05), help="How long.")] = 20,
-    seed: Annotated[int, Parameter(help="Of questions and switches.")] = 0,
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/soak.json"),
+    minutes: Annotated[float, Parameter(validator=Number(gte=0.05), help="Duration in minutes.")] = 20,
+    seed: Annotated[int, Parameter(help="Seed of the questions and switches.")] = 0,
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/trust/soak.json"),
 ) -> None:
     """Classify, switch versions, and measure memory, threads and files of the server and its clients."""
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-soak-") as folder:

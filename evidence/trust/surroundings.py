@@ -66,9 +66,9 @@ def classify(): return clip.classify([sys.argv[2]] * 1000, labels=["cat", "dog"]
 
 def main(
     *,
-    rounds: Annotated[int, Parameter(validator=POSITIVE, help="How often each is tried.")] = 10,
-    seed: Annotated[int, Parameter(help="Of files and victims.")] = 0,
-    out: Annotated[Path, Parameter(help="Where the figures go.")] = Path("runs/trust/surroundings.json"),
+    rounds: Annotated[int, Parameter(validator=POSITIVE, help="How often each check is repeated.")] = 10,
+    seed: Annotated[int, Parameter(help="Seed of the files and of the processes to kill.")] = 0,
+    out: Annotated[Path, Parameter(help="JSON file for the figures.")] = Path("runs/trust/surroundings.json"),
 ) -> None:
     """Run clipweld in all these surroundings."""
     with Record(out) as record, tempfile.TemporaryDirectory(prefix="clipweld-surroundings-") as folder:
