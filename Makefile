@@ -1,11 +1,11 @@
-# make demo      learn three tasks, merge, serve, ask the client, compare speeds
-# make test      the whole test suite
-# make check     ruff, mypy, and the tests that are fast
-# make lint      ruff and mypy
-# make audit     what is installed, and whether it is known to be vulnerable
-# make docs      the documentation site, into site/
-# make results  all methods and ablations on the small tasks: the runs behind RESULTS.md (hours on two cores)
-# make scale    50 synthetic tasks in a row: time and memory against tasks learned
+# make demo      learn three tasks, merge, serve, classify with the client, compare speeds
+# make test      run the whole test suite
+# make check     run ruff, mypy, and the fast tests
+# make lint      run ruff and mypy
+# make audit     check that the installed packages are pinned and have no known vulnerabilities
+# make docs      build the documentation site in site/
+# make results   run all methods and ablations on the small tasks, for RESULTS.md (hours on two cores)
+# make scale     learn 50 synthetic tasks in a row: time and memory against learned tasks
 # make mini      rebuild the small CLIP and its tasks from packages (needs npm, apt-get and hours on a CPU)
 PYTHON ?= python3
 VENV   := .venv
@@ -16,14 +16,14 @@ PACKAGES := client trainer exporter
 
 install: $(VENV)/.installed
 
-# The stamp is newer than the project's own files once everything is installed: set up once, again when they change.
+# The stamp file is newer than these files once everything is installed; when one of them changes, install again.
 $(VENV)/.installed: $(PACKAGES:=/pyproject.toml) pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { \
 	  echo "$(PYTHON) is `$(PYTHON) --version 2>&1`: the pinned packages are for 3.11 (and 3.12, where a C compiler is);" \
 	    "give another: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check 'pip>=25.1' # the first that knows dependency groups
-	@# Before there were four distributions, the commands were clipweld's: removed last, it would take theirs along.
+	$(BIN)/pip install --quiet --disable-pip-version-check 'pip>=25.1' # the first version with dependency groups
+	@# An old clipweld owned the commands that the four distributions now install, so it must be uninstalled before.
 	$(BIN)/pip uninstall --quiet --yes clipweld
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PACKAGES:%=-e %) -e '.[all]' --group dev
 	@touch $@
@@ -42,31 +42,31 @@ results: install
 scale: install
 	$(BIN)/python -m evidence.studies.scale --out runs/scale
 
-# The small CLIP anew, into runs/mini/out: ten minutes of building tasks and pairs, then MINUTES of training.
+# Rebuild the small CLIP in runs/mini/out: ten minutes to build tasks and pairs, then MINUTES of training.
 MINUTES ?= 60
 mini: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --group mini
 	$(BIN)/python -m evidence.mini_recipe build --work runs/mini --out runs/mini/out --minutes $(MINUTES)
 
-# Strict: a dead link, or a page that the navigation leaves out, fails.
+# A dead link or a page missing from the navigation is an error.
 docs: install
 	$(BIN)/python docs/build.py
 
-# A file of tests goes to one process, which has a server of its own; each computes on one core.
+# All tests of a file run in one process, which has its own server and computes on one core.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: install
 	$(PYTEST)
 
-# What is installed: pinned, listed (runs/trust/sbom.json), held against known vulnerabilities where they can be had.
+# Installed packages: check the pins, list them in runs/trust/sbom.json, look for known vulnerabilities if online.
 audit: install
 	$(BIN)/python -m evidence.trust.dependencies
 
-# What a change is checked with first: under three minutes on two cores.
+# The first check of a change: under three minutes on two cores.
 check: lint
 	$(PYTEST) -m "not slow and not network"
 
-# The client as people install it, without the rest: any Python from 3.10 on.
+# The client alone, as users install it, with any Python from 3.10 on.
 check-client:
 	$(PYTHON) -m venv .venv-client
 	.venv-client/bin/pip install --quiet --disable-pip-version-check ./client

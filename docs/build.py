@@ -1,6 +1,7 @@
-"""Build the site: stage the repository's pages, generate the reference, run Zensical, fail on what is dead or left out.
+"""Build the documentation site: stage the repository's pages, generate the reference, and run Zensical.
 
-The pages keep their places in the repository, so their links work in both. Run by ``make docs``.
+Dead links and pages that are missing from the navigation are errors. Staged pages keep their paths in the repository,
+so links work both there and on the site. ``make docs`` runs this script.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ COMMANDS = {
     "exporter": ("merge", "serve", "versions", "verify", "promote", "rollback", "prune"),
     "client": ("classify", "bench", "tasks", "versions", "demo"),
 }
-CLIENT = "<!-- clipweld.client -->"  # where the public names of the client go
+CLIENT = "<!-- clipweld.client -->"  # replaced with the public names of the client
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)(#[^)\s]*)?\)")
 MATH = re.compile(r"\$\$(.+?)\$\$|\$`(.+?)`\$", re.S)
 
 
 def help_of(*command: str) -> str:
-    """A command's help screen, 100 columns wide and without colours."""
+    """Return a command's help screen, 100 columns wide and without colours."""
     environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     program = str(Path(sys.executable).parent / command[0])
     done = subprocess.run(
@@ -44,13 +45,13 @@ def help_of(*command: str) -> str:
 
 
 def commands_page(program: str) -> str:
-    """The reference of one program: its own help and that of each subcommand."""
+    """Return the reference page of one program: its help and the help of each subcommand."""
     screens = [((program,), f"# {program}")] + [((program, name), f"## {program} {name}") for name in COMMANDS[program]]
     return "\n".join(f"{title}\n\n```text\n{help_of(*command)}\n```\n" for command, title in screens)
 
 
 def client_page() -> str:
-    """Every public name of the client, in the order of its ``__all__``, and its errors."""
+    """Return the reference of the client: every public name, in the order of ``__all__``, and its errors."""
     from clipweld import client
 
     errors = client.errors
@@ -64,7 +65,7 @@ def client_page() -> str:
 
 
 def schemas() -> dict[str, dict]:
-    """JSON Schemas of what an adapter says besides its tensors, of a card and of a manifest, from what reads them."""
+    """Return the JSON Schemas of adapter metadata, cards and manifests, from the types that validate them."""
     from pydantic import TypeAdapter
 
     from clipweld.exporter.store.schemas import Card, Manifest
@@ -74,7 +75,7 @@ def schemas() -> dict[str, dict]:
     made = {}
     for name, kind in kinds.items():
         schema = json.dumps(TypeAdapter(kind).json_schema(), indent=2, ensure_ascii=False)
-        # Python's end of text is written $ in the regular expressions of JSON Schema.
+        # \z, the end of the text in our regular expressions, is $ in JSON Schema.
         made[name] = {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
             **json.loads(schema.replace(r"\\z", "$"), object_hook=_closed),
@@ -84,7 +85,7 @@ def schemas() -> dict[str, dict]:
 
 
 def stage(folder: Path) -> None:
-    """Put every page, picture and generated page into an empty folder."""
+    """Empty a folder, and copy and generate all pages and pictures into it."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     shutil.copy(ROOT / "client/src/clipweld/client/page/icon.svg", folder / "docs" / "icon.svg")
@@ -108,19 +109,19 @@ def stage(folder: Path) -> None:
 
 
 def left_out(folder: Path) -> list[str]:
-    """Pages that the navigation does not list."""
+    """Return the pages that are missing from the navigation."""
     nav = json.dumps(tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]["nav"])
     pages = sorted(str(page.relative_to(folder)) for page in folder.rglob("*.md"))
     return [page for page in pages if f'"{page}"' not in nav]
 
 
 def _closed(schema: dict) -> dict:
-    """Names that match no pattern are refused, which pydantic's schemas leave out."""
+    """Refuse names that match none of the patterns of a schema, as our reader does; pydantic's schemas omit this."""
     return schema | {"additionalProperties": False} if "patternProperties" in schema else schema
 
 
 def _link(link: re.Match, page: Path, folder: Path) -> str:
-    """A link to a file of the repository that is no page of the site leads to the repository."""
+    """Point a link at the repository if its target is a file there that the site does not have."""
     before, target, anchor = link.groups(default="")
     if re.match(r"\w+:", target) or (page.parent / target).is_file():
         return link[0]
@@ -142,7 +143,7 @@ def _indented(text: str) -> str:
 
 
 def main() -> None:
-    """Build into site/, or say why not and exit with status 1."""
+    """Build the site in site/; on failure, print the reason and exit with status 1."""
     stage(STAGE)
     if pages := left_out(STAGE):
         sys.exit(f"not in the navigation of zensical.toml: {', '.join(pages)}")
