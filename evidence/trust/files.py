@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import Synchronized
@@ -273,7 +273,7 @@ class Guard:
     def __init__(self, folder: Path) -> None:
         self._on = False
         self._others: set[int | None] = set()
-        self._folder = str(folder)
+        self._folder = os.path.realpath(folder)
         libraries = {*sys.path, sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), *SYSTEM}
         self._free = tuple(os.path.realpath(path) for path in (folder, *libraries) if path)
         sys.addaudithook(self._see)
@@ -292,15 +292,21 @@ class Guard:
         if event in PROGRAMS:
             raise Escaped(f"{event} {arguments!r:.100}")
         if event == "open" and isinstance(arguments[0], (str, bytes)):
-            path = os.path.abspath(os.fsdecode(arguments[0]))
+            path = os.path.realpath(arguments[0])
             writes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
             free = (self._folder,) if writes else self._free
-            if not path.startswith(free) and path != os.devnull:
+            if not _inside(path, free) and path != os.devnull:
                 raise Escaped(f"open {path:.200}")
         if event in CHANGES:
             for path in arguments[:2]:
-                if isinstance(path, (str, bytes)) and not os.path.abspath(os.fsdecode(path)).startswith(self._folder):
-                    raise Escaped(f"{event} {path!r:.200}")
+                if isinstance(path, (str, bytes)):
+                    parent, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+                    if not _inside(os.path.join(os.path.realpath(parent), name), (self._folder,)):
+                        raise Escaped(f"{event} {path!r:.200}")
+
+
+def _inside(path: str | bytes, folders: Iterable[str]) -> bool:
+    return any(Path(os.fsdecode(path)).is_relative_to(folder) for folder in folders)
 
 
 def guided(runs: int, seed: int, kept: Path) -> tuple[dict, list[str]]:

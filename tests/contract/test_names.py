@@ -26,7 +26,8 @@ def test_each_is_its_own():
         assert getattr(module, "MINE", "a folder") in ("yes", "a folder"), module
         assert not hasattr(module, "errors")
     assert ZeroShotClassifier.__module__ == "clipweld.client._classifier"
-    assert ExporterError.__module__, TrainerError.__module__ == ("clipweld.exporter.errors", "clipweld.trainer.errors")
+    assert ExporterError.__module__ == "clipweld.exporter.errors"
+    assert TrainerError.__module__ == "clipweld.trainer.errors"
 
 
 test_each_is_its_own()
