@@ -1,4 +1,4 @@
-"""What can be learned: the small tasks that ship, the eleven of MTIL, and a user's own folder of images."""
+"""Tasks that can be learned: the small shipped ones, the eleven of MTIL, and any folder of images."""
 
 from __future__ import annotations
 
@@ -55,19 +55,20 @@ def load_task(
     rename: str | None = None,
     templates: tuple[str, ...] = (),
 ) -> Task:
-    """The task of a name, or of a folder of images.
+    """Load a task by its name, or from a folder of images.
 
     Args:
-        name: a shipped task, one of MTIL's, or the path of a folder (anything with a separator, or a folder here);
-            ``NAME=FOLDER`` is a folder's task by another name.
-        data: folder of MTIL's data sets.
-        download: fetch what is missing, where torchvision still can.
-        rename, templates: what to call a folder's task, and its prompts.
+        name: a shipped task, one of MTIL's, or the path of a folder (an existing folder, or a text with a path
+            separator); ``NAME=FOLDER`` loads a folder under another name.
+        data: folder that holds MTIL's data sets.
+        download: whether to download a missing data set, if torchvision still can.
+        rename: name for the task of a folder; by default the folder's.
+        templates: prompt templates for the task of a folder.
 
     Raises:
-        UnknownTask: neither a name nor a folder; gives near names.
-        TaskInvalid: the folder makes no task, or a name or templates were given for what has its own.
-        TaskDataMissing: known, but its images are not here.
+        UnknownTask: there is no such task or folder; the message lists similar names.
+        TaskInvalid: the folder doesn't make a valid task, or ``rename`` or ``templates`` was given for a named task.
+        TaskDataMissing: the task is known but its images are missing, or there is no such folder.
     """
     if name in (*shipped.names(), *MTIL):
         if rename is not None or templates:
@@ -94,12 +95,13 @@ def load_task(
 
 
 def _benchmark(name: str, data: Path, download: bool) -> Task:
-    """One of MTIL's tasks.
+    """Load one of MTIL's tasks.
 
     Raises:
-        TaskDataMissing: says how to get it, or that a folder here has its name.
+        TaskDataMissing: the data set is missing; the message says how to get it, or how to load a folder here that has
+            the same name.
     """
-    from clipweld.trainer.tasks import mtil  # and torchvision, which imports torch
+    from clipweld.trainer.tasks import mtil  # imports torchvision, and with it torch
 
     try:
         return mtil.load(name, data, download)
@@ -110,10 +112,10 @@ def _benchmark(name: str, data: Path, download: bool) -> Task:
 
 
 def find_learned(adapter: Adapter, data: Path = DATA) -> Task | None:
-    """The task of an adapter, if its images are still to be found; a folder's task remembers its folder.
+    """Return the task that an adapter learned, if its images can be found; an adapter records the path of a folder.
 
-    The adapter may come from anyone: below the folder that it names nothing is looked at unless the class folders there
-    are its own.
+    The adapter may be untrusted: the images in the folder that it names are listed only if the folder's class names are
+    the adapter's.
     """
     source, known = adapter.config.get("source"), {*shipped.names(), *MTIL}
     for reference in filter(None, (source if isinstance(source, str) else None, adapter.task)):
@@ -124,7 +126,7 @@ def find_learned(adapter: Adapter, data: Path = DATA) -> Task | None:
                 task = folder.load(Path(reference), adapter.task, adapter.templates)
             else:
                 continue
-        except (TaskError, OSError, ValueError):  # a name that no folder can have raises the last two
+        except (TaskError, OSError, ValueError):  # the last two: the reference is not a valid path
             continue
         if task.class_names == adapter.class_names:
             return task
@@ -132,7 +134,7 @@ def find_learned(adapter: Adapter, data: Path = DATA) -> Task | None:
 
 
 def as_learned(task: Task, lineage: Sequence[Adapter]) -> Task:
-    """Return the task with the prompts that it was learned with, if the lineage has it: those are served, too."""
+    """Return the task with the templates that it was learned with, if the lineage has it: they are served, too."""
     for adapter in lineage:
         if (adapter.task, adapter.class_names) == (task.name, task.class_names):
             return replace(task, templates=adapter.templates)
@@ -143,7 +145,7 @@ def load_tasks(names: Sequence[str], data: Path = DATA, *, download: bool = Fals
     """Load the tasks of several names; the name of a list of tasks expands to all of its tasks, in their order.
 
     Raises:
-        ConfigError: two are of one name.
+        ConfigError: two tasks have the same name.
     """
     single = [name for given in names for name in task_lists().get(given, (given,))]
     tasks = [load_task(name, data, download=download) for name in single]
@@ -152,10 +154,10 @@ def load_tasks(names: Sequence[str], data: Path = DATA, *, download: bool = Fals
 
 
 def check_distinct(tasks: Sequence[Task]) -> None:
-    """Refuse two tasks of one name, for figures are kept by names.
+    """Check that all names differ, because results are stored by name.
 
     Raises:
-        ConfigError: names them all, and what two of one name are made of.
+        ConfigError: two tasks have the same name; lists all tasks, and the sources of the two.
     """
     sources = defaultdict(list)
     for task in tasks:
@@ -169,18 +171,24 @@ def check_distinct(tasks: Sequence[Task]) -> None:
 
 
 def shipped_tasks() -> list[Task]:
-    """The small ones that need no download."""
+    """Load the small tasks, which need no download."""
     return [shipped.load(name) for name in shipped.names()]
 
 
 def task_lists() -> dict[str, tuple[str, ...]]:
-    """Names that expand to several tasks: ``mini``, the shipped ones; MTIL's two orders, and X-TAIL's."""
+    """Return the lists of tasks by name: ``mini`` (the shipped tasks), MTIL's two orders, and X-TAIL's tasks."""
     return {"mini": shipped.names(), **LISTS}
 
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a task can be learned here: ``missing`` says what is not, and how to get it; it is empty when all is."""
+    """Whether a task can be learned here.
+
+    Attributes:
+        classes, train, test: numbers of classes and of images in each split; 0 if data is missing.
+        source: where the images come from, or where they are expected.
+        missing: how to get the missing data; empty if nothing is missing.
+    """
 
     name: str
     classes: int
@@ -191,7 +199,7 @@ class Availability:
 
 
 def catalogue(data: Path = DATA) -> list[Availability]:
-    """Every known task, learnable here or not."""
+    """Return all known tasks, whether or not they can be learned here."""
     return [_availability(name, data) for name in (*shipped.names(), *MTIL)]
 
 
@@ -207,7 +215,7 @@ def _availability(name: str, data: Path) -> Availability:
 
 
 def sample(count: int) -> tuple[list[Image.Image], list[str]]:
-    """Real images of the shipped tasks, in turn, and prompts of all their classes: what a check can run on."""
+    """Return ``count`` test images, from the shipped tasks in turn, and prompts of all their classes, for checks."""
     tasks = shipped_tasks()
     tests = [task.load("test") for task in tasks]
     images = [tests[i % len(tests)][(i // len(tests)) * 7 % len(tests[i % len(tests)])][0] for i in range(count)]

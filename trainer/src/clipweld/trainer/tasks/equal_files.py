@@ -1,4 +1,4 @@
-"""Files that are in both of two splits: found by size, then by content, at a cost that a large folder doesn't raise."""
+"""Find files that are in both of two splits, by size, then by content. The number of files read is limited."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-LOOKED_AT = 1_000  # test images, evenly spaced among all
-MAX_READ = 5_000  # training images of the same sizes
-HEAD = 1 << 16  # bytes that are read of each
+LOOKED_AT = 1_000  # test images to compare, evenly spaced among all
+MAX_READ = 5_000  # training images to read, of those with the size of a test image
+HEAD = 1 << 16  # bytes to hash of each file; only files with equal hashes are compared in full
 
 
 @dataclass(frozen=True)
 class EqualFiles:
-    """Test images that are training images too.
+    """Test images that are also training images.
 
     Attributes:
-        looked_at: how many test images were.
-        found: pairs of a test image with an equal training image.
+        looked_at: number of test images that were compared.
+        found: pairs of a test image and an equal training image.
     """
 
     looked_at: int
@@ -29,7 +29,7 @@ class EqualFiles:
 
 
 def equal_files(train: Sequence[str], test: Sequence[str]) -> EqualFiles:
-    """Look for files of two splits that are the same, byte by byte; files that can't be read are no one's equal."""
+    """Find test images that equal a training image byte by byte; a file that can't be read equals none."""
     wanted = _spaced(test, LOOKED_AT)
     sizes = {file: size for file in wanted if (size := _size(file))}
     known = set(sizes.values())
@@ -48,12 +48,12 @@ def equal_files(train: Sequence[str], test: Sequence[str]) -> EqualFiles:
 
 
 def _spaced(files: Sequence[str], most: int) -> Sequence[str]:
-    """All of them, or ``most`` at even distances."""
+    """Return all files, or ``most`` of them at even distances."""
     return files if len(files) <= most else [files[index * len(files) // most] for index in range(most)]
 
 
 def _size(file: str) -> int:
-    """Bytes of a regular file; 0 of anything else."""
+    """Return the size of a regular file in bytes; 0 for anything else."""
     try:
         status = os.stat(file)
     except OSError:
