@@ -1,4 +1,4 @@
-"""Class names of Flowers102, in the order of its labels: torchvision gives numbers only."""
+"""Class names of Flowers102, in the order of its labels, which are plain numbers in torchvision."""
 
 FLOWERS = (
     "pink primrose", "hard-leaved pocket orchid", "canterbury bells", "sweet pea", "english marigold", "tiger lily",

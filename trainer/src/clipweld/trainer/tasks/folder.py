@@ -1,10 +1,11 @@
 """A user's own images: a folder in torchvision's ImageFolder layout.
 
-``FOLDER/train/<class>/*`` and ``FOLDER/test/<class>/*``, or one tree ``FOLDER/<class>/*`` that is split 80/20 by a
-fixed seed. Splits are known in any case, as ``training``, ``testing``, ``val``, ``valid`` and ``validation`` too;
-validation images are the test images where there are no others, and are left out where there are. Class names are the
-folders' names, with ``_`` and ``-`` read as spaces, unless ``classes.txt`` lists others, one per line, in the folders'
-sorted order. Prompt templates come from ``templates.txt``, one per line, else ``a photo of a {}``.
+The layout is ``FOLDER/train/<class>/*`` and ``FOLDER/test/<class>/*``, or a single tree ``FOLDER/<class>/*`` that is
+split 80/20 with a fixed seed. The split folders may also be called ``training``, ``testing``, ``val``, ``valid`` or
+``validation``, in any case; validation images become the test images if there is no test split, and are left out
+otherwise. Class names are the folders' names, with ``_`` and ``-`` read as spaces, unless ``classes.txt`` lists others,
+one per line, in the folders' sorted order. Prompt templates come from ``templates.txt``, one per line; the default is
+``a photo of a {}``.
 """
 
 from __future__ import annotations
@@ -42,15 +43,16 @@ SPELLINGS = {
 
 
 def load(folder: Path, name: str | None = None, templates: tuple[str, ...] = ()) -> Task:
-    """The task that a folder holds.
+    """Load the task in a folder.
 
     Args:
-        name: what to call the task; the folder's name when None.
-        templates: prompts; ``templates.txt`` or the default when empty.
+        name: name of the task; the folder's if None.
+        templates: prompt templates; those of ``templates.txt``, or the default, if empty.
 
     Raises:
-        TaskDataMissing: no such folder.
-        TaskInvalid: no classes, a class without training images, no test images, or splits of different classes.
+        TaskDataMissing: there is no such folder.
+        TaskInvalid: fewer than two classes, a class without training images, a test class that is not a training class,
+            or no test images.
     """
     name = _task_name(folder, name)
     layout = _layout(folder)
@@ -82,10 +84,10 @@ def load(folder: Path, name: str | None = None, templates: tuple[str, ...] = ())
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """What the classes of a folder are called, found without looking into theirs.
+    """Return the class names of a folder's task, without listing what is in the class folders.
 
     Raises:
-        TaskInvalid: no classes.
+        TaskInvalid: there are no classes.
     """
     return names_of(folder, tuple(class_folders(_layout(folder).train)))[0]
 
@@ -95,9 +97,10 @@ class _Layout:
     """Where the splits of a folder are.
 
     Attributes:
-        train: folder of the class folders.
-        test: the same of the test images; None where they are drawn from those of ``train``.
-        notes, warnings: what a user should know about it.
+        train: folder with the class folders of the training images.
+        test: the same for the test images; None if they are drawn from ``train``.
+        notes: what a user should know about the layout.
+        warnings: what a user should check.
     """
 
     train: Path
@@ -107,10 +110,11 @@ class _Layout:
 
 
 def _layout(folder: Path) -> _Layout:
-    """Find the splits by their folders' names, whatever their case.
+    """Find the splits by their folders' names, in any case.
 
     Raises:
-        TaskInvalid: one without the other, two of one name, or classes beside a single one.
+        TaskInvalid: the training or test split is missing, two folders are the same split, or there are class folders
+            beside a single split.
     """
     splits: dict[str, str] = {}
     others = []
@@ -147,15 +151,15 @@ def _layout(folder: Path) -> _Layout:
 
 
 def _split(name: str) -> str | None:
-    """Which split a folder of this name holds, if any."""
+    """Return the split that a folder of this name holds, if any."""
     return SPELLINGS.get(unicodedata.normalize("NFKC", name).strip().casefold())
 
 
 def _nesting(folder: Path, tree: Tree) -> list[str]:
-    """Refuse class folders that hold splits; warn of those that look like it.
+    """Refuse class folders that hold splits; return a warning if they only look as if they did.
 
     Raises:
-        TaskInvalid: names the folder.
+        TaskInvalid: a class folder holds splits; names it.
     """
     inner = {name: folders_in(folder / place) for name, place in class_folders(folder).items()}
     for name, within in inner.items():
@@ -175,10 +179,10 @@ def _nesting(folder: Path, tree: Tree) -> list[str]:
 
 
 def _matched(test: Tree, train: Tree, train_folder: Path, test_folder: Path) -> Tree:
-    """The test images with the labels of the training images.
+    """Return the test images with the labels of the training classes.
 
     Raises:
-        TaskInvalid: a class without training images, or no test images at all.
+        TaskInvalid: a test class is not a training class, or there are no test images.
     """
     place = {name: label for label, name in enumerate(train.classes)}
     for name in test.classes:
@@ -196,7 +200,7 @@ def _matched(test: Tree, train: Tree, train_folder: Path, test_folder: Path) -> 
 
 
 def _no_images(folder: Path, name: str) -> TaskInvalid:
-    """The error of an empty class, which says what its folder holds instead."""
+    """Return the error for a class without images, which says what its folder holds instead."""
     held: Counter[str] = Counter()
     image_files(folder / class_folders(folder)[name], held)
     instead = ", ".join(f"{count:,} {kind}" for kind, count in held.most_common(3) if count) or "nothing"
@@ -208,12 +212,13 @@ def _known() -> str:
 
 
 def _task_name(folder: Path, name: str | None) -> str:
-    """What to call a folder's task, in NFC.
+    """Return the name of a folder's task, in Unicode's composed form (NFC).
 
     Raises:
-        TaskDataMissing, TaskInvalid: there is no such folder, or its name is none that a task can have.
+        TaskDataMissing: there is no such folder.
+        TaskInvalid: the folder's path is not printable, or the name is not valid for a task.
     """
-    if not os.path.isdir(folder):  # which takes any name, as pathlib doesn't
+    if not os.path.isdir(folder):  # pathlib's is_dir raises for some invalid names
         step = "give one with train/<class>/ and test/<class>/"
         if os.path.exists(folder):
             raise TaskDataMissing(f"task folder {folder}: is a file; unpack it, or {step}")

@@ -1,4 +1,4 @@
-"""Names of the MTIL benchmark's tasks. Without torchvision: arguments are checked before it is imported."""
+"""Names of the MTIL benchmark's tasks, apart from ``mtil`` so that checking arguments doesn't import torchvision."""
 
 from __future__ import annotations
 
