@@ -1,7 +1,7 @@
 """The eleven data sets of the MTIL benchmark, as torchvision reads them.
 
 Splits are torchvision's own; Caltech101, EuroSAT and SUN397 have none and get the 80/20 split of ``split.py``.
-Class names and templates follow those published with CLIP, templates reduced to a handful per task.
+Class names and templates follow those published with CLIP; templates are reduced to a handful per task.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EUROSAT = (
     "annual crop land", "forest", "brushland or shrubland", "highway or road", "industrial buildings",
     "pasture land", "permanent crop land", "residential buildings", "river", "sea or lake",
 )  # fmt: skip
-# Folders whose names say less than a prompt should; the others read well with spaces for underscores.
+# Class folders whose names would make poor prompts; in the other names, only underscores become spaces.
 CALTECH = {
     "Faces": "off-center face",
     "Faces_easy": "centered face",
@@ -46,7 +46,7 @@ CALTECH = {
 }
 
 
-# Addresses that torchvision keeps inside its functions.
+# torchvision has these URLs only inside functions, where they can't be imported from.
 CALTECH_URL = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip"
 EUROSAT_URL = (
     "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip"
@@ -57,15 +57,15 @@ DEAD = "its download is dead: copy the data set there, in torchvision's layout"
 
 @dataclass(frozen=True)
 class _Source:
-    """How torchvision builds a data set, and what it calls things.
+    """How to build a data set with torchvision, and how to read its labels, class names and files.
 
     Attributes:
-        build: (root, split, download) -> data set; a split of None means that it has none.
-        folder: what to look for below the data root.
-        needs: what has to be in that folder.
-        by_hand: how to provide it without torchvision's download; ``{root}`` is the data root.
-        splits: torchvision's names of train and test; empty where the data set has none.
-        labels: data set -> index of the class of every image.
+        build: (root, split, download) -> data set; the split is None if the data set has no splits.
+        folder: the data set's folder below the data root.
+        needs: paths that must exist in that folder.
+        by_hand: how to provide the data set without torchvision's download; ``{root}`` is the data root.
+        splits: torchvision's names for train and test; empty if the data set has no splits.
+        labels: data set -> class index of every image.
         class_names: data set -> class names.
         files: data set -> the image files that its annotations name.
     """
@@ -82,12 +82,12 @@ class _Source:
 
     @property
     def dead(self) -> bool:
-        """Whether the download is: the folder has to be provided."""
+        """Whether the download no longer works, so that the user has to provide the folder."""
         return self.by_hand == DEAD
 
 
 def _sun397(root: str, split: None, download: bool) -> datasets.SUN397:
-    """In the order of file names: torchvision's own order is the file system's, and the split depends on it."""
+    """Build SUN397 in the order of file names: torchvision's is the file system's, and the split depends on it."""
     dataset = datasets.SUN397(root, download=False)
     images = sorted(zip(dataset._image_files, dataset._labels, strict=True))
     dataset._image_files, dataset._labels = [list(column) for column in zip(*images, strict=True)] or ([], [])
@@ -211,15 +211,15 @@ SOURCES = {
 
 
 def names() -> tuple[str, ...]:
-    """Names of the eleven tasks."""
+    """Return the names of the eleven tasks."""
     return MTIL
 
 
 def load(name: str, root: Path, download: bool = False) -> Task:
-    """One of the eleven, read from below ``root``.
+    """Load one of the eleven tasks from below ``root``.
 
     Raises:
-        TaskDataMissing: says what is missing where, and how to get it.
+        TaskDataMissing: files are missing or can't be read; the message says which, and how to get them.
     """
     source = SOURCES[name]
     splits = source.splits or (None,)
@@ -239,7 +239,7 @@ def load(name: str, root: Path, download: bool = False) -> Task:
 
 
 def missing(name: str, root: Path) -> str:
-    """What a data set lacks below ``root`` and how to get it, as an error says it; empty where all is there."""
+    """Return what a data set lacks below ``root`` and how to get it, for an error; empty if nothing is missing."""
     source = SOURCES[name]
     folder = root / source.folder
     lacking = [path for path in source.needs if not (folder / path).exists()]
@@ -254,7 +254,7 @@ def missing(name: str, root: Path) -> str:
 
 
 def _build(name: str, source: _Source, root: Path, split: object, download: bool) -> object:
-    """torchvision's data set of one split, its failures sorted into ours."""
+    """Build torchvision's data set of one split; its failures become TaskDataMissing."""
     folder = root / source.folder
     fetch = download and not source.dead and not folder.is_dir()
     if not fetch and (lacking := missing(name, root)):
@@ -262,7 +262,7 @@ def _build(name: str, source: _Source, root: Path, split: object, download: bool
     try:
         with _byte_order_marks_dropped():
             dataset = source.build(str(root), split, fetch)
-    except (ImportError, OSError, RuntimeError, ValueError, KeyError) as exc:  # torchvision's words for all that fails
+    except (ImportError, OSError, RuntimeError, ValueError, KeyError) as exc:  # torchvision raises any of these
         reason = f"{type(exc).__name__}: {shorten(str(exc), 200, placeholder=' ...')}"
         by_hand = source.by_hand.format(root=root)
         if fetch:
@@ -278,14 +278,14 @@ def _build(name: str, source: _Source, root: Path, split: object, download: bool
 
 @contextmanager
 def _byte_order_marks_dropped() -> Iterator[None]:
-    """Have torchvision read lists of labels that an editor on Windows has saved, with a mark in front."""
+    """Let torchvision read label lists that begin with a byte order mark, as editors on Windows save them."""
 
     def reading(file: str | Path, mode: str = "r") -> IO:
         return open(file, mode, encoding=None if "b" in mode else "utf-8-sig")
 
     modules = [datasets.dtd, datasets.fgvc_aircraft, datasets.food101, datasets.oxford_iiit_pet, datasets.sun397]
     for module in modules:
-        module.open = reading  # what it calls, instead of Python's own
+        module.open = reading  # shadows the built-in open in that module
     try:
         yield
     finally:
@@ -294,7 +294,7 @@ def _byte_order_marks_dropped() -> Iterator[None]:
 
 
 def _absent(files: Sequence[str | Path]) -> list[Path]:
-    """Those of many files that are not there: each folder is listed once."""
+    """Return the files that don't exist; each folder is listed only once."""
     by_folder = defaultdict(set)
     for path in map(Path, files):
         by_folder[path.parent].add(path.name)

@@ -1,4 +1,4 @@
-"""What class folders are called in prompts: by their own names, or by ``classes.txt``."""
+"""Class names for prompts: from the names of the class folders, or from ``classes.txt``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from clipweld.trainer.tasks.text_file import read_lines
 from clipweld.trainer.tasks.tree import listed
 
 LISTS = ("classes.txt", "templates.txt")
-MAX_PAIRS = 12  # of folders with their names, in a warning
+MAX_PAIRS = 12  # of folders and class names, in a warning
 
 
 def names_of(folder: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-    """The class names that folders give in prompts, and warnings about doubtful ones.
+    """Return the class names to use in prompts, and warnings about doubtful ones.
 
     Raises:
-        TaskInvalid: two become one, or ``classes.txt`` has another number of names.
+        TaskInvalid: two folders would have the same class name, or one an empty name, or ``classes.txt`` doesn't have
+            one name per folder.
     """
     written = lines_of(folder, "classes.txt")
     if not written:
@@ -52,26 +53,26 @@ def names_of(folder: Path, classes: Sequence[str]) -> tuple[tuple[str, ...], lis
 
 
 def spaced(name: str) -> str:
-    """A folder's name as a prompt should have it."""
+    """Return a folder's name as written in a prompt, with spaces for ``_`` and ``-``."""
     return " ".join(name.replace("_", " ").replace("-", " ").split())
 
 
 def folded(name: str) -> str:
-    """What spellings of one class name have in common."""
+    """Return a key that different spellings of one class name share."""
     return spaced(unicodedata.normalize("NFKC", name)).casefold()
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """For sorting as people do: 2 before 10, whatever the case."""
+    """Return a key for natural sorting: 2 before 10, ignoring case."""
     parts = re.split(r"([0-9]+)", name.casefold())
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts if part]
 
 
 def lines_of(folder: Path, name: str) -> tuple[str, ...]:
-    """The lines of an optional file of a task's folder, whatever the case of its name.
+    """Return the lines of an optional file in a task's folder; its name may be in any case.
 
     Raises:
-        TaskInvalid: it is no list of lines, or there are two.
+        TaskInvalid: two files have this name, one has its suffix twice, or its content is not valid (``read_lines``).
     """
     found = sorted(entry for entry in os.listdir(folder) if entry.lower() == name)
     if len(found) > 1:
