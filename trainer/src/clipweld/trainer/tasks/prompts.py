@@ -1,4 +1,4 @@
-"""A task's prompts as a model reads them: classes that it can't tell apart, and prompts that it doesn't read whole."""
+"""Check a task's prompts as a model reads them: for classes that it can't tell apart, and prompts that it cuts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Tokenizer = Callable[..., "Tensor"]
 
 
 def check_prompts(task: Task, tokenizer: Tokenizer) -> list[str]:
-    """What a user should know of how a model reads the task's prompts, one line each.
+    """Return warnings about how a model reads the task's prompts, one line each.
 
     Args:
         tokenizer: open_clip's: list of str -> int64 tensor (batch, context_length).
 
     Raises:
-        TaskInvalid: two classes are the same tokens in every template; names both. Lists of names that were published
-            with a benchmark are taken as they are, and the line says so.
+        TaskInvalid: two classes are the same tokens in every template; names both. For class names that were published
+            with a benchmark, this is only a warning.
     """
     prompts = [[prompt_of(template, name) for name in task.class_names] for template in task.templates]
     read = [as_read(tokenizer, own) for own in prompts]
@@ -51,12 +51,12 @@ def check_prompts(task: Task, tokenizer: Tokenizer) -> list[str]:
 
 
 def as_read(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bytes]:
-    """Texts as a model reads them: equal where their tokens are."""
+    """Return each text's tokens as bytes, which can be compared and hashed."""
     return [row.tobytes() for row in tokenizer(list(texts)).numpy()]
 
 
 def cut_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
-    """Those of the texts that have more tokens than the tokenizer keeps."""
+    """Return the texts that have more tokens than the tokenizer keeps."""
     tokens = tokenizer(list(texts))
     longer = tokenizer(list(texts), context_length=tokens.shape[1] + 1)
     cut = (longer[:, :-1] != tokens).any(dim=1).tolist()
@@ -64,7 +64,7 @@ def cut_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
 
 
 def _alike(names: Sequence[str], read: Iterable[Sequence[bytes]]) -> list[tuple[str, str]]:
-    """Pairs of names that are read the same."""
+    """Return pairs of names that the model reads the same."""
     by_reading = defaultdict(list)
     for name, reading in zip(names, read, strict=True):
         by_reading[reading].append(name)

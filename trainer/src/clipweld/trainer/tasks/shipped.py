@@ -1,4 +1,4 @@
-"""The small tasks that ship with clipweld: real images of 64 pixels, zipped, no download."""
+"""The small tasks that ship with clipweld: real images of 64 pixels in ZIP archives, without a download."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def _catalogue() -> dict[str, dict[str, Any]]:
 
 
 def names() -> tuple[str, ...]:
-    """Names of the shipped tasks."""
+    """Return the names of the shipped tasks."""
     return tuple(_catalogue())
 
 
 def load(name: str) -> Task:
-    """A shipped task by name."""
+    """Load a shipped task by name."""
     entry = _catalogue()[name]
     class_names = tuple(entry["class_names"])
     return Task(
@@ -41,7 +41,7 @@ def load(name: str) -> Task:
 
 
 def _images(path: Path, split: str, class_names: tuple[str, ...]) -> Images:
-    """Members ``<split>/<class>/<file>`` of an archive, read into memory at once: it is small."""
+    """Read the members ``<split>/<class>/<file>`` of an archive into memory, all at once because it is small."""
     with zipfile.ZipFile(path) as archive:
         members = sorted(name for name in archive.namelist() if name.startswith(f"{split}/") and not name.endswith("/"))
         encoded = [archive.read(name) for name in members]
