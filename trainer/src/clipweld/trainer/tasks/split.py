@@ -1,4 +1,4 @@
-"""Train and test where a data set has no split of its own, and validation where no test image may be seen."""
+"""Split data sets that have no test split, and set training images aside for validation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TRAIN_SHARE = 0.8
 
 
 def split_by_seed(images: Images, of: str = "a task") -> dict[str, Images]:
-    """80% train, 20% test, drawn within every class by a recorded seed; a class of two images has one in each.
+    """Split images into 80% train and 20% test, drawn per class with SEED; a class of two images has one in each.
 
     Args:
-        of: what they are the images of, for the error.
+        of: what the images belong to, for the error message.
 
     Raises:
-        TaskInvalid: no class has two images, so that none is left to test on.
+        TaskInvalid: no class has two images, so none is left for testing.
     """
     draw = random.Random(SEED)
     by_class = defaultdict(list)
@@ -41,9 +41,9 @@ def split_by_seed(images: Images, of: str = "a task") -> dict[str, Images]:
 
 
 def validation(task: Task) -> Task:
-    """The same task with its training images alone: 80% to learn from, 20% in the place of the test images.
+    """Return the same task with its training images only: 80% to train on, 20% instead of the test images.
 
-    For choosing settings: no test image takes part.
+    This allows choosing settings without using a test image.
 
     Raises:
         TaskInvalid: no class has two training images.

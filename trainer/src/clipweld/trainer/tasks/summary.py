@@ -1,4 +1,4 @@
-"""What a task is made of, in one line, and what about it a user should look at: known before anything long."""
+"""Summarise a task in one line, and warn about likely mistakes in it, before anything that takes long."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from clipweld.trainer.tasks.equal_files import equal_files
 from clipweld.trainer.tasks.task import Images, Task
 from clipweld.trainer.tasks.tree import listed
 
-UNEVEN = 10  # times as many images of one class as of another
-SHOWN = 5  # of renamed folders, kinds of files
+UNEVEN = 10  # warn if one class has more than this many times the images of another
+SHOWN = 5  # of renamed folders, or of kinds of files
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Images per class of a split.
+    """Numbers of images in a split.
 
     Attributes:
-        per_class: of every class, in the order of the task's.
+        per_class: one number per class, in the order of the task's class names.
     """
 
     per_class: tuple[int, ...]
@@ -34,12 +34,13 @@ class Summary:
     """What was loaded.
 
     Attributes:
-        train, used, test: images per class, of the first those that training will draw on; None where no training
-            image is wanted.
+        train, test: images per class.
+        used: the training images per class that training draws. ``train`` and ``used`` are None if the task is only
+            tested.
         left_out: how many entries of a folder were left out, by kind.
         renamed: class folder -> class name, where they differ.
-        notes: what a split is made of, where that isn't plain.
-        warnings: what a user should look at.
+        notes: what a split is made of, if that isn't obvious.
+        warnings: what a user should check.
     """
 
     task: str
@@ -54,11 +55,11 @@ class Summary:
     warnings: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """All of it: one line on what there is, then one for each warning."""
+        """Return the summary as a line, followed by one line per warning."""
         return [self.line(), *(f"warning: {self.task}: {warning}" for warning in self.warnings)]
 
     def line(self) -> str:
-        """All but the warnings."""
+        """Return the summary as one line, without the warnings."""
         where = "" if self.source == self.task else f" ({self.source})"
         parts = [f"{self.task}{where}: {len(self.class_names):,} classes"]
         if self.train and self.used:
@@ -79,10 +80,10 @@ class Summary:
 
 
 def summarise(task: Task, shots: int | None = None) -> Summary:
-    """Count what a task holds, and look for what often is a slip in a user's own folder.
+    """Count a task's images, and look for common mistakes in a user's own folder.
 
     Args:
-        shots: images per class that training draws, 0 for all; None where the task is only tested on.
+        shots: images per class that training draws, 0 for all; None if the task is only tested.
     """
     number = len(task.class_names)
     test = task.load("test")
@@ -120,7 +121,7 @@ def _counts(images: Images, classes: int) -> Counts:
 
 
 def _warnings(names: Sequence[str], train: Counts | None, test: Counts) -> list[str]:
-    """What the numbers of images say."""
+    """Return warnings about the numbers of images."""
     warnings = []
     for split, counts in (("training", train), ("test", test)):
         ranked = sorted((count, name) for count, name in zip(counts.per_class, names, strict=True)) if counts else []
@@ -135,7 +136,7 @@ def _warnings(names: Sequence[str], train: Counts | None, test: Counts) -> list[
 
 
 def _equal(train: Images, test: Images) -> list[str]:
-    """What the splits have in common."""
+    """Return a warning if images are in both splits."""
     equal = equal_files(train.files, test.files)
     if not equal.found:
         return []
