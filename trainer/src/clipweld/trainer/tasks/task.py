@@ -18,7 +18,7 @@ from clipweld.trainer.preprocessing import FORMATS
 from clipweld.trainer.schemas import one_line, printable
 from clipweld.trainer.text import MAX_NAME_BYTES, check_words, prompt_of, task_name
 
-if TYPE_CHECKING:  # heavy: a task is checked before it is imported
+if TYPE_CHECKING:  # slow to import, and not needed to check a task
     from torch import Tensor
 
 SPLITS = ("train", "test")
@@ -29,10 +29,10 @@ class Images:
     """Labelled images that are opened one at a time, on demand.
 
     Attributes:
-        labels: index of the class of every image; known without decoding any.
-        open: index -> PIL image, in whatever mode the file has; open_clip's preprocessing converts.
-        name_of: index -> what to call the image in an error.
-        files: path of every image, where each is a file of a user's own; else empty.
+        labels: class index of every image; known without decoding any.
+        open: index -> PIL image in the file's own mode, which open_clip's preprocessing converts.
+        name_of: index -> name of the image for error messages.
+        files: path of every image, if the task is a user's own folder; else empty.
     """
 
     labels: Sequence[int]
@@ -44,10 +44,10 @@ class Images:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Decode one image.
+        """Decode one image, and return it with its class index.
 
         Raises:
-            UnreadableImage: names the file.
+            UnreadableImage: it can't be decoded; names the file.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -57,10 +57,10 @@ class Images:
         return image, self.labels[index]
 
     def pixels(self, index: int, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
-        """Decode and preprocess one image: float32 (3, S, S).
+        """Decode and preprocess one image to float32 (3, size, size).
 
         Raises:
-            UnreadableImage: names the file.
+            UnreadableImage: it can't be decoded or preprocessed; names the file.
         """
         image, _ = self[index]
         with self._reading(index):
@@ -73,14 +73,14 @@ class Images:
     def _reading(self, index: int) -> Iterator[None]:
         try:
             yield
-        except Exception as exc:  # on damaged files, Pillow's readers raise any
+        except Exception as exc:  # Pillow can raise anything on damaged files
             raise UnreadableImage(
                 f"image {self.name_of(index)} can't be read ({_reason(exc)}); replace or remove the file, or leave it "
                 "out with --skip-unreadable"
             ) from exc
 
     def readable(self, preprocess: Callable[[Image.Image], Tensor], tell: Callable[[str], None]) -> Images:
-        """Return the images that can be read, and report each of the others to ``tell``. Reads all, keeps none."""
+        """Return the images that can be read, and report the others to ``tell``. Decodes all, keeps none in memory."""
 
         def fault(index: int) -> str | None:
             try:
@@ -96,7 +96,7 @@ class Images:
         return self.subset([index for index, found in enumerate(faults) if found is None])
 
     def subset(self, indices: Sequence[int]) -> Images:
-        """The images at these places, in this order."""
+        """Return the images at these indices, in this order."""
         return Images(
             labels=[self.labels[i] for i in indices],
             open=lambda i: self.open(indices[i]),
@@ -105,7 +105,7 @@ class Images:
         )
 
     def few_shot(self, shots: int, seed: int) -> Images:
-        """At most ``shots`` images of every class, drawn by ``seed``; all of them where ``shots`` is 0."""
+        """Return at most ``shots`` images per class, drawn with ``seed``; all of them if ``shots`` is 0."""
         if shots == 0:
             return self
         by_class = defaultdict(list)
@@ -118,7 +118,7 @@ class Images:
 
 
 def _reason(exc: Exception) -> str:
-    """What is wrong with an image, in one line: Pillow's own words name an object by its address."""
+    """Return what is wrong with an image, in one line, as Pillow's message may give only the address of an object."""
     if isinstance(exc, UnidentifiedImageError):
         return f"it is none of the formats {', '.join(FORMATS)}"
     if isinstance(exc, OSError) and exc.strerror:
@@ -133,8 +133,8 @@ class Origin:
     Attributes:
         class_folders: names of the class folders, in the order of the task's classes.
         left_out: how many entries were left out, by kind.
-        notes: what a split is made of, where that isn't plain.
-        warnings: what a user should look at.
+        notes: what a split is made of, if that isn't obvious.
+        warnings: what a user should check.
     """
 
     class_folders: tuple[str, ...]
@@ -149,12 +149,12 @@ class Task:
 
     Attributes:
         name: what the adapter and the served task are called.
-        class_names: one per class, as prompts have them.
+        class_names: one per class, as written in prompts.
         templates: prompts with one ``{}`` for the class name.
         load: split (``train`` or ``test``) -> its images.
-        source: where the images come from, for messages and for the record.
-        origin: of a user's own folder, how it was read.
-        published: whether the class names are a benchmark's, which are taken as they are.
+        source: where the images come from, for messages and records.
+        origin: how a user's own folder was read; None for other tasks.
+        published: whether the class names were published with a benchmark, and so are never refused.
     """
 
     name: str
@@ -174,17 +174,17 @@ class Task:
             raise TaskInvalid(f"task {self.name[:MAX_NAME_BYTES]!r} ({one_line(self.source)}): {exc}") from exc
 
     def prompts(self) -> list[str]:
-        """Every class name in the first template."""
+        """Return the prompt of every class, in the first template."""
         return [prompt_of(self.templates[0], name) for name in self.class_names]
 
 
 def skip_unreadable(task: Task, preprocess: Callable[[Image.Image], Tensor], tell: Callable[[str], None]) -> Task:
     """Return the same task without the images that can't be read, each of which is reported to ``tell``.
 
-    A split is checked when it is first loaded, which takes the time of reading all of it.
+    A split is checked when it is first loaded, which takes as long as reading all of it.
 
     Args:
-        preprocess: the model's, which refuses some that can be decoded.
+        preprocess: the model's preprocessing, which refuses some images that can be decoded.
     """
 
     @functools.cache
