@@ -1,4 +1,4 @@
-"""Short text files that people write by hand, one entry per line, as editors on any system save them."""
+"""Read short text files that people write by hand, one entry per line, as editors on any system save them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from clipweld.trainer.errors import TaskInvalid
 from clipweld.trainer.schemas import MAX_BYTES, one_line, printable
 
-# UTF-32's mark begins with UTF-16's, so it is looked for first.
+# Byte order marks. UTF-32's begins with UTF-16's, so it is tried first.
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -20,12 +20,15 @@ MARKS = {
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
-    """The lines of an optional text file that aren't blank, stripped, in Unicode's composed form (NFC).
+    """Return the lines of an optional text file that aren't blank, stripped, in Unicode's composed form (NFC).
 
-    UTF-8, or whatever a byte order mark says; lines may end as on any system. Empty where there is no such file.
+    The encoding is UTF-8, unless a byte order mark says otherwise. The line ends of any system are accepted.
+
+    Returns:
+        the lines; none if there is no such file.
 
     Raises:
-        TaskInvalid: not a text file of at most MAX_BYTES, without a line, or with one that isn't printable.
+        TaskInvalid: it is not a text file of at most MAX_BYTES, has no lines, or a line isn't printable.
     """
     if not path.exists() and not path.is_symlink():
         return ()
@@ -53,10 +56,10 @@ def read_lines(path: Path) -> tuple[str, ...]:
 
 
 def _decode(content: bytes) -> str:
-    """The text of a file; marks within it, where files were joined, and DOS's end of file (Ctrl-Z) are dropped.
+    """Return the text of a file, without byte order marks (joined files have several) and DOS's end of file (Ctrl-Z).
 
     Raises:
-        UnicodeDecodeError: not in the encoding that its mark says.
+        UnicodeDecodeError: it is not in the encoding of its byte order mark, or not in UTF-8 if it has none.
     """
     encoding = next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), "utf-8")
     return content.decode(encoding).replace("\ufeff", "").rstrip("\x1a")

@@ -1,4 +1,4 @@
-"""Class folders and the image files below them, listed without opening any; what is left out is counted."""
+"""List class folders and the image files below them, without opening a file, and count what is left out."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from clipweld.trainer.errors import TaskInvalid
 from clipweld.trainer.preprocessing import FORMATS
 from clipweld.trainer.schemas import printable
 
-# What systems and shares leave in folders, besides names that begin with a dot.
+# Names, in lower case, that operating systems and network shares create in folders. Names with a leading dot are hidden
+# anyway.
 CLUTTER = {
     "@eadir", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",
     "#recycle", "#snapshot", "@recycle", "@tmp", "@recently-snapshot", "lost+found", "icon\r",
 }  # fmt: skip
-SHOWN = 5  # of many names in one message
+SHOWN = 5  # names in one message
 
 
 @dataclass(frozen=True)
 class Tree:
-    """As torchvision's ImageFolder, which follows links in circles.
+    """Image files by class, as in torchvision's ImageFolder, but links to folders aren't followed: they may form loops.
 
     Attributes:
         classes: names of the class folders in Unicode's composed form (NFC), sorted.
-        files: of all classes, class after class, each folder's sorted.
-        labels: index of the class of every file.
+        files: paths of all images, class by class, sorted within a class.
+        labels: class index of every file.
         left_out: how many entries were left out, by kind.
     """
 
@@ -41,37 +42,37 @@ class Tree:
     left_out: Counter[str]
 
     def empty(self) -> list[str]:
-        """Names of the classes without an image."""
+        """Return the names of the classes without an image."""
         found = set(self.labels)
         return [name for label, name in enumerate(self.classes) if label not in found]
 
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """What the names of images end with: all that Pillow gives the formats that are decoded, in lower case."""
-    read = {*FORMATS, "MPO"}  # a JPEG of several images
+    """Return the suffixes of image files in lower case: all that Pillow knows for the supported formats."""
+    read = {*FORMATS, "MPO"}  # a JPEG file with several images
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in read)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether an entry was left by a system or a program, so that it is neither a class nor an image."""
+    """Return whether an entry was created by a system or a program, and so is neither a class nor an image."""
     return name.startswith(".") or name.casefold() in CLUTTER
 
 
 def folders_in(folder: Path) -> list[str]:
-    """Names of the folders in a folder that aren't hidden, sorted; links to folders count.
+    """Return the names of the folders in a folder that aren't hidden, sorted; includes links to folders.
 
     Raises:
-        TaskInvalid: it can't be read.
+        TaskInvalid: the folder can't be read.
     """
     return sorted(name for name, is_folder in _entries(folder) if is_folder and not is_hidden(name))
 
 
 def class_folders(folder: Path) -> dict[str, str]:
-    """Class names in NFC -> names of their folders, sorted by the former.
+    """Return a mapping of class names in NFC to the names of their folders, sorted by class name.
 
     Raises:
-        TaskInvalid: there are none, two are one name, or one that is no text.
+        TaskInvalid: there are no class folders, two names are equal in NFC, or one is not printable text.
     """
     found: dict[str, str] = {}
     for name in folders_in(folder):
@@ -93,13 +94,14 @@ def class_folders(folder: Path) -> dict[str, str]:
 
 
 def read_tree(folder: Path, known: Sequence[str] = ()) -> Tree:
-    """The images below the class folders; links to folders within them are not followed.
+    """List the images below the class folders; links to folders within them are not followed.
 
     Args:
-        known: files beside them that aren't left out, by their names in lower case.
+        known: names, in lower case, of files beside the class folders that don't count as left out.
 
     Raises:
-        TaskInvalid: no class folders, or one that can't be read or is another.
+        TaskInvalid: there are no class folders, one can't be read, or one is a link to another or to a folder that
+            contains it.
     """
     found = class_folders(folder)
     _check_places(folder, list(found.values()))
@@ -114,13 +116,13 @@ def read_tree(folder: Path, known: Sequence[str] = ()) -> Tree:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Some of many names, for a message."""
+    """Return the first of many names, for a message."""
     shown = ", ".join(map(repr, names[:SHOWN]))
     return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN:,} more"
 
 
 def _check_places(folder: Path, names: list[str]) -> None:
-    """Refuse links among the class folders that make one folder two classes, or the whole tree a class."""
+    """Refuse class folders that link to another class folder, or to a folder that contains them all."""
     around = [(status.st_dev, status.st_ino) for status in map(os.stat, (folder, *folder.resolve().parents))]
     seen = dict.fromkeys(around, "the folder that holds it")
     for name in names:
@@ -132,7 +134,7 @@ def _check_places(folder: Path, names: list[str]) -> None:
 
 
 def beside(folder: Path, known: Sequence[str] = ()) -> Counter[str]:
-    """Count the entries beside the class folders, by kind, except files of these names (in lower case)."""
+    """Count the entries beside the class folders, by kind, except files with a name in ``known`` (in lower case)."""
     left_out: Counter[str] = Counter()
     for name, is_folder in _entries(folder):
         if is_hidden(name):
@@ -143,7 +145,7 @@ def beside(folder: Path, known: Sequence[str] = ()) -> Counter[str]:
 
 
 def image_files(folder: Path, left_out: Counter[str]) -> list[str]:
-    """Image files below a folder, sorted by their folders, then their names; counts the rest in ``left_out``."""
+    """Return the image files below a folder, sorted by folder, then by name; count the rest in ``left_out``."""
 
     def refuse(exc: OSError) -> None:
         raise _unreadable(Path(exc.filename), exc) from exc
@@ -168,10 +170,10 @@ def image_files(folder: Path, left_out: Counter[str]) -> list[str]:
 
 
 def _entries(folder: Path) -> list[tuple[str, bool]]:
-    """Names in a folder, each with whether it is a folder or a link to one.
+    """Return the names in a folder, and whether each is a folder or a link to one.
 
     Raises:
-        TaskInvalid: it can't be read.
+        TaskInvalid: the folder can't be read.
     """
     try:
         with os.scandir(folder) as entries:
@@ -192,13 +194,13 @@ def _is_image(name: str) -> bool:
 
 
 def _kind(name: str) -> str:
-    """What to call a file that is left out: by its suffix."""
+    """Return the kind of a file that is left out: its suffix, if that is plain text."""
     suffix = os.path.splitext(name)[1].lower()
     return suffix if suffix.isascii() and suffix.isprintable() and 1 < len(suffix) <= 10 else "without a known suffix"
 
 
 def _no_text(name: str) -> str:
-    """What is wrong with a folder's name, and the name with its odd characters escaped."""
+    """Return what is wrong with a folder's name, which is quoted with unusual characters escaped."""
     raw = os.fsencode(name)
     try:
         raw.decode("utf-8")
