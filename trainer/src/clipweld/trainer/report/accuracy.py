@@ -1,4 +1,4 @@
-"""Figures of accuracies: the four measures, the matrices behind them, and what accuracy costs in parameters."""
+"""Figures of accuracy: the four measures, the accuracy matrices, and accuracy over the number of parameters kept."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from clipweld.trainer.sequence.folder import SequenceResult
 
 COLOUR_MAP = "viridis"
 DASHES = (0, (4, 3))
-MIN_RANGE = 4.0  # percent points that an axis shows at least
+MIN_RANGE = 4.0  # percentage points that an axis covers at least
 CELL = 0.3  # inches: height of a heat map's cell
 
 
 def comparison(section: Section, space: str, file_name: str) -> Picture:
-    """The four measures of every group: mean, standard deviation and single runs, with zero-shot for reference."""
+    """Draw the four measures of every group: mean, standard deviation and single runs, with zero-shot for reference."""
     groups = section.groups
     styles = looks(groups)
     lasts = ", ".join(f"{group.label} {group.last(space).mean:.1f}%" for group in groups)
@@ -73,7 +73,7 @@ def _mean_and_runs(ax: Axes, row: int, group: Group, space: str, name: str, styl
 
 
 def _percent_axis(ax: Axes, *, defined: bool) -> None:
-    """Room around the points, and never so little of the scale that a tenth of a point looks like much."""
+    """Leave room around the points, and show at least MIN_RANGE, so that a difference of 0.1 doesn't look large."""
     if not defined:
         ax.set_xticks([])
         return
@@ -97,12 +97,12 @@ def _comparison_key(spreads: bool) -> list[Line2D]:
 
 
 def matrices(section: Section, space: str, file_name: str) -> Picture:
-    """The accuracy matrix of one run of each group: what was learned down, what was tested across."""
+    """Draw the accuracy matrix of one run per group: learned tasks down, tested tasks across."""
     runs = {group.label: section.representative(group) for group in section.groups}
     tested = max(len(run.results[space].tested) for run in runs.values())
     across = 2 if len(runs) > 1 and tested <= 12 else 1
     down = math.ceil(len(runs) / across)
-    # A method that learns all tasks at once has two rows only: where a whole line of panels has, the line is lower.
+    # A method that learns all tasks at once has only two rows; a line of only such panels is made lower.
     lengths = [1 + len(run.results[space].matrix) for run in runs.values()]
     rows = [max(lengths[i : i + across]) for i in range(0, len(runs), across)]
     width = WIDTH if across == 2 else min(WIDTH, 2.6 + 0.8 * tested)
@@ -132,11 +132,11 @@ def _order(run: Run) -> str:
 
 
 def heat_map(ax: Axes, title: str, result: SequenceResult, rows: int, cell: float) -> None:
-    """Accuracy on every tested task, zero-shot and after each learned one; framed where a task was just learned.
+    """Draw accuracy on every tested task, zero-shot and after each learned task, whose own cell gets a frame.
 
     Args:
-        rows: how many there is room for.
-        cell: how many inches wide one is.
+        rows: number of rows to leave room for.
+        cell: width of a cell in inches.
     """
     values = np.array([result.zero_shot, *result.matrix])
     stepwise = len(result.matrix) == len(result.tasks)
@@ -161,7 +161,7 @@ def heat_map(ax: Axes, title: str, result: SequenceResult, rows: int, cell: floa
 
 
 def parameters(section: Section, space: str, file_name: str) -> Picture:
-    """Last over the numbers that a task leaves behind."""
+    """Draw Last over the number of parameters kept per task."""
     groups = section.groups
     styles = looks(groups)
     zero_shot = section.zero_shot(space).mean
@@ -188,7 +188,7 @@ def parameters(section: Section, space: str, file_name: str) -> Picture:
 
 
 def short(number: float) -> str:
-    """A count in three digits: 119808 is 120k."""
+    """Return a count in three significant digits: 119808 becomes 120k."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * size:
             return f"{number / size:.3g}{unit}"
@@ -210,7 +210,7 @@ def _parameter_axis(ax: Axes, counts: Sequence[float]) -> None:
 
 
 def _direct_labels(figure: Figure, ax: Axes, groups: Sequence[Group], space: str, styles: dict) -> None:
-    """A label beside every point, moved apart where they would touch; a legend where they still would."""
+    """Put a label beside every point, moved apart so that labels don't touch; if they still do, draw a legend."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     ax.autoscale(False)
@@ -236,7 +236,7 @@ def _direct_labels(figure: Figure, ax: Axes, groups: Sequence[Group], space: str
 
 
 def _near(points: dict[str, np.ndarray], reach: float) -> list[list[str]]:
-    """Labels of points whose x lie within reach of the next one's, each set by height."""
+    """Return clusters of labels, each sorted by height; in a cluster, neighbouring points are within ``reach`` in x."""
     clusters: list[list[str]] = []
     for label in sorted(points, key=lambda name: points[name][0]):
         if clusters and points[label][0] - points[clusters[-1][-1]][0] <= reach:
@@ -247,9 +247,12 @@ def _near(points: dict[str, np.ndarray], reach: float) -> list[list[str]]:
 
 
 def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
-    """Ascending positions at least ``gap`` apart, in least squares nearest to the wanted ones, which ascend too.
+    """Return ascending positions at least ``gap`` apart that are closest to the wanted ones in least squares.
 
-    Pool adjacent violators: what would come too close is shifted as one block.
+    The algorithm is pool adjacent violators: positions that would be too close are shifted as one block.
+
+    Args:
+        wanted: positions, ascending.
     """
     blocks: list[list[float]] = []
     for place, value in enumerate(wanted):

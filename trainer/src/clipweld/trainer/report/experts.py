@@ -1,4 +1,4 @@
-"""What adapters say about the experts: which ones a task used, and how far the tasks keep apart."""
+"""What adapters record about their experts: which ones each task used, and how much the tasks overlap."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Votes:
 
     Attributes:
         layers: (tower, block) of every layer, "image" before "text", in the order the layers are called.
-        shares: by task (layers, rank): each expert's share of its layer's votes; NaN where a layer had none.
-        k_merge: experts a layer that were kept.
+        shares: by task (layers, rank): each expert's share of its layer's votes; NaN if a layer had none.
+        k_merge: number of experts per layer that were kept.
     """
 
     layers: list[tuple[str, int]]
@@ -30,7 +30,7 @@ class Votes:
     k_merge: int
 
     def kept_share(self, task: str) -> float:
-        """Share of the votes that the ``k_merge`` most voted experts got, mean over layers."""
+        """Return the share of the votes for the ``k_merge`` experts with the most votes, mean over layers."""
         return float(np.nanmean(np.sort(self.shares[task], axis=1)[:, -self.k_merge :].sum(axis=1)))
 
     @property
@@ -39,7 +39,7 @@ class Votes:
 
 
 def votes(adapters: Sequence[Adapter]) -> Votes | None:
-    """Draw the votes of a run; None where it has none."""
+    """Collect the votes of a run's adapters; None if there are none."""
     adapters = [adapter for adapter in adapters if any(map(any, adapter.activation_counts.values()))]
     if not adapters:
         return None
@@ -55,13 +55,13 @@ def votes(adapters: Sequence[Adapter]) -> Votes | None:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far the merged columns of B of two tasks point the same way, mean over layers.
+    """How much the merged columns of B of two tasks point in the same direction, mean over layers.
 
     Attributes:
         cosine: (tasks, tasks): mean of |cos(b, b')| over all pairs of columns; on the diagonal over pairs of different
-            columns of one task, NaN where there is one column only.
-        product: (tasks, tasks): mean of |b^T b'| over the same pairs, which is what the AGO loss holds down.
-        chance: what ``cosine`` would be for random directions of the same widths.
+            columns of one task, NaN if there is only one column.
+        product: (tasks, tasks): mean of |b^T b'| over the same pairs, which the AGO loss penalises.
+        chance: expected ``cosine`` of random directions of the same widths.
     """
 
     tasks: list[str]
@@ -71,17 +71,17 @@ class Overlap:
 
     @property
     def mean_cosine(self) -> float:
-        """Over all pairs of different tasks."""
+        """Mean of ``cosine`` over all pairs of different tasks."""
         return float(self.cosine[np.tril_indices(len(self.tasks), -1)].mean())
 
     @property
     def mean_product(self) -> float:
-        """Over all pairs of different tasks."""
+        """Mean of ``product`` over all pairs of different tasks."""
         return float(self.product[np.tril_indices(len(self.tasks), -1)].mean())
 
 
 def overlap(adapters: Sequence[Adapter]) -> Overlap | None:
-    """Between the tasks of a run; None for less than two. Columns that are zero have no direction and are left out."""
+    """Return the overlap between a run's tasks; None for fewer than two. ``cosine`` leaves out columns of zeros."""
     modules = sorted(set.intersection(*(set(adapter.modules()) for adapter in adapters))) if adapters else []
     if len(adapters) < 2 or not modules:
         return None
@@ -102,18 +102,18 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap | None:
 
 
 def chance_cosine(width: int) -> float:
-    """Expected |cos| of two random directions in ``width`` dimensions: G(w/2) / (sqrt(pi) G((w+1)/2))."""
+    """Return the expected |cos| of two random directions in w dimensions: Gamma(w/2) / (sqrt(pi) Gamma((w+1)/2))."""
     return math.exp(math.lgamma(width / 2) - math.lgamma((width + 1) / 2)) / math.sqrt(math.pi)
 
 
 def _block_means(values: np.ndarray, counted: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """Mean of the counted pairs of columns for each pair of tasks; NaN where there are none."""
+    """Return the mean over the counted pairs of columns for each pair of tasks; NaN if none are counted."""
     total, number = (owner @ some @ owner.T for some in (values * counted, counted))
     return np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
 
 
 def _mean(matrices: list[np.ndarray]) -> np.ndarray:
-    """Over the layers that have a value."""
+    """Return the mean over layers, ignoring NaN."""
     stacked = np.stack(matrices)
     there = ~np.isnan(stacked)
     number = there.sum(axis=0)
@@ -127,7 +127,7 @@ def _tower_and_block(path: str) -> tuple[str, int]:
 
 
 def _place(path: str) -> tuple:
-    """Sorts the image tower before the text tower, and layers as they are called."""
+    """Return a key that sorts the image tower before the text tower, and layers in the order they are called."""
     found = LAYER.fullmatch(path)
     if not found:
         return (2, 0, 0, path)
