@@ -1,4 +1,4 @@
-"""How every figure looks, and how it becomes a PNG. Object API and Agg alone: no window, no global figure."""
+"""The style of all figures, and their rendering to PNG by matplotlib's object API: no window, no global figure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clipweld.trainer.report.groups import Group
 
 WIDTH = 10.6  # inches of a figure as wide as the page
 CSS_PX_PER_INCH = 100
-SHARPNESS = 2  # pixels of the PNG for each of the page
+SHARPNESS = 2  # pixels of the PNG per CSS pixel
 GREY = "#5f6b76"
 INK = "#1b1f24"
 STYLE = {
@@ -37,12 +37,12 @@ STYLE = {
     "grid.color": "#e3e7eb",
     "grid.linewidth": 0.8,
     "text.color": INK,
-    "text.parse_math": False,  # a dollar sign in a setting is a dollar sign
+    "text.parse_math": False,  # a dollar sign in a setting doesn't start a formula
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
 }
-# Okabe-Ito, which the colour-blind can tell apart: one colour a method, one marker a group.
+# Okabe-Ito's palette, which colour-blind readers can tell apart: one colour per method, one marker per group.
 COLOURS = {"pool": "#0072B2", "lora": "#E69F00", "finetune": "#009E73", "joint": "#CC79A7"}
 OTHER_COLOURS = ("#D55E00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX<>hp*"
@@ -53,9 +53,9 @@ class Picture:
     """A figure on the page.
 
     Attributes:
-        file_name: of the PNG below ``figures/``.
-        alt: what it shows, for those who don't see it.
-        width, height: on the page, in CSS pixels.
+        file_name: name of the PNG in ``figures/``.
+        alt: the alternative text, which says what the figure shows.
+        width, height: size on the page, in CSS pixels.
     """
 
     file_name: str
@@ -66,12 +66,12 @@ class Picture:
 
     @property
     def data(self) -> str:
-        """The picture itself as a URL."""
+        """The PNG as a data URL."""
         return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
 def draw(file_name: str, alt: str, size: tuple[float, float], paint: Callable[[Figure], None]) -> Picture:
-    """A figure of ``size`` inches, painted in the report's style; settings of matplotlib are left as they were."""
+    """Draw a figure of ``size`` inches in the report's style, without changing matplotlib's global settings."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -84,7 +84,7 @@ def draw(file_name: str, alt: str, size: tuple[float, float], paint: Callable[[F
 
 
 def looks(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
-    """By label: colour and marker of a group; those that differ from their method's reference are hollow."""
+    """Return each group's colour and marker, by label; the marker is filled only for its method's reference group."""
     others = [method for method in dict.fromkeys(group.method for group in groups) if method not in COLOURS]
     colours = COLOURS | {method: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, method in enumerate(others)}
     return {
@@ -98,7 +98,7 @@ def looks(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
 
 
 def wrap(label: str, width: int = 26) -> str:
-    """A label in lines, broken between settings where that is possible."""
+    """Return a label with line breaks, between settings where possible."""
     return "\n".join(textwrap.wrap(label, width, break_long_words=True))
 
 
@@ -113,12 +113,12 @@ def number_cells(ax: Axes, values: np.ndarray, colours: np.ndarray, form: Callab
     luminance = linear[..., :3] @ np.array([0.2126, 0.7152, 0.0722])
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
-            # Black and white stand out equally from a luminance of 0.179 (WCAG 2).
+            # At a luminance of 0.179, black and white have the same contrast (WCAG 2).
             ink = "white" if luminance[row, column] < 0.179 else "black"
             ax.text(column, row, form(value), ha="center", va="center", color=ink, fontsize=size)
 
 
 def hide_frame(ax: Axes) -> None:
-    """No spines and no tick marks: a heat map needs neither."""
+    """Hide spines and tick marks, which a heat map doesn't need."""
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
