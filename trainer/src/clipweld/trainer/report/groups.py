@@ -1,4 +1,4 @@
-"""Runs that may be averaged: the same model, tasks, method and settings, whatever the seed and the order."""
+"""Groups of runs that may be averaged: they share model, tasks, method and settings, but not seed and order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOT_SETTINGS = {"seed", "order_seed"}
 
 @dataclass(frozen=True)
 class Spread:
-    """Values of several runs: their mean and, from two on, their standard deviation (n - 1 in the denominator)."""
+    """Values of several runs: their mean and, for two or more, standard deviation (n - 1 in the denominator)."""
 
     values: tuple[float, ...]
 
@@ -36,7 +36,7 @@ class Spread:
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Of the values that are defined; None where none is."""
+    """Return the spread of the values that are defined; None if there are none."""
     defined = tuple(value for value in values if value is not None)
     return Spread(defined) if defined else None
 
@@ -47,10 +47,10 @@ class Group:
 
     Attributes:
         label: the method, and each setting in which the group differs from the method's reference group.
-        is_reference: the group of its method with the settings that the model has by default; where none has, that
-            which differs least from all others, as what ablations are made of does; of equals the one with most runs,
-            then the one that ends best.
-        runs: by seed and order.
+        is_reference: whether the other groups of the method are compared with this one: it has the model's default
+            settings; if no group has, it differs in the fewest settings from all others, as the starting point of
+            ablations does. Ties go to the group with the most runs, then to the highest final accuracy.
+        runs: sorted by seed, then by order.
     """
 
     method: str
@@ -73,35 +73,35 @@ class Group:
 
     @property
     def repeats(self) -> int:
-        """Runs that share seed and order with another one of the group: they say nothing about the spread."""
+        """Number of runs that repeat the seed and order of another run, so they say nothing about the spread."""
         return len(self.runs) - len({(run.seed, run.order) for run in self.runs})
 
     @property
     def kept_parameters(self) -> float:
-        """Numbers that a task leaves behind, mean over runs."""
+        """Number of parameters kept per task, mean over runs."""
         return mean(run.result.kept_parameters for run in self.runs)
 
     def measure(self, space: str, name: str) -> Spread | None:
-        """A measure over the group's runs, in percent; None where no run defines it."""
+        """Return a measure over the group's runs, in percent; None if no run defines it."""
         return spread(run.measure(space, name) for run in self.runs)
 
     def last(self, space: str) -> Spread:
-        """Accuracy at the end over the group's runs, in percent: the measure that every run defines."""
+        """Return the final accuracy over the group's runs, in percent; every run defines it."""
         return Spread(tuple(run.results[space].last for run in self.runs))
 
     def gain(self, space: str) -> Spread | None:
-        """Transfer minus zero-shot on the same tasks, each run by its own order, in percent points."""
+        """Return Transfer minus zero-shot accuracy on the same tasks, in each run's own order, in percentage points."""
         return spread(run.gain(space) for run in self.runs)
 
     def zero_shot(self, space: str, name: str) -> Spread | None:
-        """What a measure would be if learning had changed nothing, over the group's orders; None for forgetting."""
+        """Return what a measure would be if learning changed nothing, over the group's runs; None for forgetting."""
         runs = [run for run in self.runs if run.measure(space, name) is not None]
         if name == "forgetting" or not runs:
             return None
         return spread(run.zero_shot_transfer(space) if name == "transfer" else run.zero_shot(space) for run in runs)
 
     def against(self, other: Group, space: str, name: str) -> Spread | None:
-        """By how much a measure differs from another group's, over runs of the same seed and order."""
+        """Return a measure minus that of another group, over runs with the same seed and order."""
         theirs = {(run.seed, run.order): run.measure(space, name) for run in other.runs}
         pairs = [(run.measure(space, name), theirs.get((run.seed, run.order))) for run in self.runs]
         return spread(mine - its for mine, its in pairs if mine is not None and its is not None)
@@ -112,8 +112,8 @@ class Section:
     """Groups that may be compared: one model that learned one set of tasks, tested on one kind of images.
 
     Attributes:
-        validation: measured on training images that were held out, not on test images.
-        groups: the pool first; in every method its reference group first.
+        validation: whether accuracy was measured on held-out training images, not on test images.
+        groups: by method, the pool first; within a method, its reference group first.
     """
 
     model: str
@@ -127,7 +127,7 @@ class Section:
 
     @property
     def spaces(self) -> list[str]:
-        """Label spaces that all runs were measured in; the union only where it is one of the same tasks for all."""
+        """Label spaces in which all runs were measured; the union only if all runs tested the same tasks."""
         measured = set.intersection(*(set(run.results) for run in self.runs))
         if len({frozenset(run.result.tested) for run in self.runs}) > 1:
             measured.discard("union")
@@ -140,38 +140,38 @@ class Section:
 
     @cached_property
     def order(self) -> tuple[str, ...]:
-        """The order of tasks that most groups were run in; of equals the given one, then the lowest order seed."""
+        """The order of tasks that most groups used; ties go to the order as given, then to the lowest order seed."""
         shared = Counter(order for group in self.groups for order in group.orders)
         seeds = {run.order: run.order_seed for run in reversed(self.runs)}
         return min(shared, key=lambda order: (-shared[order], seeds[order] is not None, seeds[order] or 0, order))
 
     @property
     def orders(self) -> list[tuple[str, ...]]:
-        """Every order that a method which learns task after task was run in, the reference order first."""
+        """All orders in which methods learned task after task, the reference order first."""
         found = dict.fromkeys(run.order for run in self.runs if len(run.result.matrix) > 1 or len(run.order) == 1)
         return sorted(found or [self.order], key=lambda order: order != self.order)
 
     @property
     def reference(self) -> Group:
-        """The group that the others are held against."""
+        """The group that the others are compared with."""
         return self.groups[0]
 
     def representative(self, group: Group) -> Run:
-        """Return the run shown where a figure has room for one: the reference order, then the lowest seed."""
+        """Return the run to show if a figure has room for one: in the reference order, with the lowest seed."""
         return min(group.runs, key=lambda run: (run.order != self.order, run.seed))
 
     def zero_shot(self, space: str) -> Spread:
-        """Mean over the learned tasks before anything was learned: one value, unless machines disagree."""
+        """Return the mean zero-shot accuracy on the learned tasks: one value, unless it differs between machines."""
         return Spread(tuple(sorted({round(run.zero_shot(space), 4) for run in self.runs})))
 
     def zero_shot_transfer(self, space: str) -> Spread | None:
-        """What Transfer would be if learning changed nothing, one value for each order."""
+        """Return what Transfer would be if learning changed nothing, one value per order."""
         found = {run.order: run.zero_shot_transfer(space) for run in self.runs}
         return spread(found[order] for order in self.orders)
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """Runs by model, kind of test images and set of learned tasks, in the order in which they come."""
+    """Divide runs by model, kind of test images and set of learned tasks, in the order in which they appear."""
     found: dict[tuple, list[Run]] = {}
     for run in runs:
         found.setdefault((run.model, run.pretrained, run.validation, frozenset(run.order)), []).append(run)
@@ -200,13 +200,13 @@ def _groups(runs: Sequence[Run]) -> tuple[Group, ...]:
 
 
 def _by_default(run: Run) -> bool:
-    """Whether a run has the settings that its model and method have when none are given."""
+    """Return whether a run has the default settings of its model and method."""
     default = asdict(train_config(run.model, run.method))
     return all(run.config.get(name) == value for name, value in default.items() if name not in NOT_SETTINGS)
 
 
 def _standing(some: list[Run], candidates: list[list[Run]]) -> tuple:
-    """The higher, the better a reference: see ``Group.is_reference``."""
+    """Return a key that is highest for the best reference, as defined by ``Group.is_reference``."""
     apart = sum(len(_differing(some[0], others[0])) for others in candidates)
     return _by_default(some[0]), -apart, len(some), mean(run.result.last for run in some)
 
@@ -217,7 +217,7 @@ def _label(method: str, run: Run, reference: Run) -> str:
 
 
 def _differing(run: Run, reference: Run) -> list[str]:
-    """Settings in which two runs differ, in the reference's order."""
+    """Return the settings in which two runs differ, in the reference's order."""
     mine, theirs = _settings(run), _settings(reference)
     names = [*theirs, *(name for name in mine if name not in theirs)]
     return [name for name in names if mine.get(name, "unset") != theirs.get(name, "unset")]
