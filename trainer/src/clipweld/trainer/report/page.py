@@ -1,4 +1,4 @@
-"""What the page says: numbers as text, figures where there is something to show, a sentence where there is not."""
+"""The content of the page: numbers as text, and figures, or a sentence if there is nothing to show."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MINUS = "\N{MINUS SIGN}"
 
 @dataclass
 class View:
-    """A section as the template needs it: pictures and texts that are missing are None."""
+    """A section in the form that the template needs; what the runs don't provide is None or empty."""
 
     section: Section
     comparisons: list[dict[str, Any]] = field(default_factory=list)
@@ -48,16 +48,16 @@ class View:
 
 
 def view(section: Section, prefix: str) -> View:
-    """Everything of one section, drawn.
+    """Draw all figures and compute all tables of one section.
 
     Args:
-        prefix: of the figures' file names.
+        prefix: start of the figures' file names.
 
     Raises:
-        AdapterError: an adapter is not what was written.
+        AdapterError: an adapter is corrupted or can't be read.
     """
     shown = View(section)
-    _add_overlaps(shown, prefix)  # first: a broken adapter is met before anything is drawn
+    _add_overlaps(shown, prefix)  # first, so that a corrupted adapter is found before anything is drawn
     _add_votes(shown, prefix)
     for space in section.spaces:
         picture = accuracy.comparison(section, space, f"{prefix}comparison-{space}.png")
@@ -68,7 +68,7 @@ def view(section: Section, prefix: str) -> View:
 
 
 def render(views: list[View]) -> str:
-    """The page."""
+    """Return the page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -81,7 +81,7 @@ def render(views: list[View]) -> str:
 
 
 def as_text(spread: Spread | None, form: str = "{:.1f}") -> str:
-    """``84.5 ± 0.3``; one run has no spread, and no run has no number."""
+    """Return text such as ``84.5 ± 0.3``, without the deviation for a single run; a dash for None."""
     if spread is None:
         return NOTHING
     average = form.format(spread.mean)
@@ -92,7 +92,7 @@ def as_text(spread: Spread | None, form: str = "{:.1f}") -> str:
 
 
 def signed(spread: Spread | None) -> str:
-    """A difference, with its sign."""
+    """Return a difference as text, with its sign."""
     return as_text(spread, "{:+.1f}")
 
 
@@ -105,7 +105,7 @@ def _as_json(value: Any) -> str:
 
 
 def _tables(section: Section, space: str) -> dict[str, Any]:
-    """The measures of every group, and each group held against the reference over the runs they share."""
+    """Return the best groups per measure, and each group's differences from the reference over runs in common."""
     comparable = [
         group for group in section.groups if group.method != "joint" and group.orders == section.reference.orders
     ]
@@ -121,7 +121,7 @@ def _tables(section: Section, space: str) -> dict[str, Any]:
 
 
 def _add_votes(shown: View, prefix: str) -> None:
-    """Of the first pool whose experts are voted for: without a router there is nothing to show."""
+    """Add the votes of the first pool that has any; a pool without a router has none."""
     for group in (group for group in shown.section.groups if group.method == "pool"):
         shown.votes_group, shown.votes_of = group, shown.section.representative(group)
         shown.votes = votes(shown.votes_of.adapters())
@@ -155,13 +155,13 @@ def _overlap_row(group: Group, overlaps: list[Overlap]) -> list[str]:
 
 
 def _three_digits(spread: Spread) -> str:
-    """The mean in three significant digits, the deviation in as many decimals."""
+    """Return the mean in three significant digits, and the deviation with the same number of decimals."""
     decimals = max(0, 2 - math.floor(math.log10(spread.mean))) if spread.mean > 0 else 1
     return f"{spread.mean:.{decimals}f}" + ("" if spread.sd is None else f" ± {spread.sd:.{decimals}f}")
 
 
 def _with_and_without(section: Section, found: dict[str, Any]) -> list[tuple[Group, Run]]:
-    """A pool that learned with AGO, and the one most like it that learned without, of the same seed and order."""
+    """Return a pool's run with AGO, and one without it that is most similar, by settings, then by order and seed."""
     candidates = [group for group in section.groups if group.method == "pool" and group.label in found]
     without = [group for group in candidates if group.config.get("ago") == "off"]
     chosen = [group for group in candidates if group not in without][:1]
@@ -180,7 +180,7 @@ def _with_and_without(section: Section, found: dict[str, Any]) -> list[tuple[Gro
 
 
 def _overlap_notes(section: Section, panels: dict[str, Overlap]) -> list[tuple[str, str]]:
-    """Sentences, each with the command that it names."""
+    """Return sentences about what is missing, each with the command that would produce it, or with an empty text."""
     if not panels and len(section.order) < 2:
         return [("No figure: one task alone overlaps with nothing.", "")]
     if not panels:
