@@ -1,4 +1,4 @@
-"""Figures of the experts: which ones each task used, and how far the tasks overlap."""
+"""Figures of the experts: which ones each task used, and how much the tasks overlap."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from clipweld.trainer.report.experts import Overlap, Votes
 from clipweld.trainer.report.figures import WIDTH, Picture, draw, hide_frame, number_cells, wrap
 
 COLOUR_MAP = "cividis"
-ACROSS = 12  # panels side by side at most
+ACROSS = 12  # most panels side by side
 
 
 def vote_maps(votes: Votes, file_name: str) -> Picture:
-    """A heat map for each task: experts across, layers down, one colour scale for all."""
+    """Draw a heat map per task: experts across, layers down, with one colour scale for all."""
     tasks = list(votes.shares)
     towers = [tower for tower in ("image", "text", "other") if tower in (one for one, _ in votes.layers)]
     layers = {tower: [i for i, (one, _) in enumerate(votes.layers) if one == tower] for tower in towers}
@@ -72,7 +72,7 @@ def vote_maps(votes: Votes, file_name: str) -> Picture:
 
 
 def _votes(ax: Axes, shares: np.ndarray, blocks: Sequence[int], scale: Normalize) -> None:
-    """One tower of one task; blocks are set apart by lines and named once."""
+    """Draw one tower of one task; lines separate the blocks, each of which is labelled once."""
     ax.set_axis_on()
     ax.set_facecolor("#d0d5da")
     ax.imshow(100 * shares, aspect="auto", cmap=COLOUR_MAP, norm=scale, interpolation="nearest")
@@ -87,12 +87,16 @@ def _votes(ax: Axes, shares: np.ndarray, blocks: Sequence[int], scale: Normalize
 
 
 def three_decimals(value: float) -> str:
-    """``.058``, without the 0 that all have."""
+    """Return a number from 0 to 1 such as ``.058``, without the leading 0."""
     return f"{value:.3f}".removeprefix("0")
 
 
 def overlap_maps(overlaps: dict[str, Overlap], file_name: str) -> Picture:
-    """Task by task, mean |cosine| of merged columns of B; the panels, by title, share one colour scale."""
+    """Draw the mean |cosine| of merged columns of B for each pair of tasks; all panels share one colour scale.
+
+    Args:
+        overlaps: panel title -> overlap of a run.
+    """
     highest = max(float(np.nanmax(one.cosine)) for one in overlaps.values())
     tasks = max(len(one.tasks) for one in overlaps.values())
     scale = Normalize(0, highest or 1.0)

@@ -1,4 +1,4 @@
-"""The records that ``trainer sequence`` leaves behind, read and checked."""
+"""Read and check the records that ``trainer sequence`` writes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class Run:
     """One sequence of tasks, learned once.
 
     Attributes:
-        name: its folder, relative to the folder that is reported on.
-        order_seed: what drew the order of the tasks; None where it was given.
-        validation: measured on training images that were held out, not on test images.
-        config: the settings of the run, the number of devices and their precision among them.
-        results: by label space: "task" (an image's classes are those of its own task), and "union" (of all tasks).
+        name: path of its folder, relative to the folder that is reported on.
+        order_seed: seed that shuffled the tasks; None if their order was given.
+        validation: whether accuracy was measured on held-out training images, not on test images.
+        config: the settings of the run, including the number of devices and the precision.
+        results: by label space: "task" (images are classified among the classes of their own task) and "union" (among
+            those of all tasks).
     """
 
     name: str
@@ -41,7 +42,7 @@ class Run:
 
     @property
     def result(self) -> SequenceResult:
-        """In the label space that every record has; what is not accuracy is the same in all."""
+        """The results in the label space "task", which every record has; only accuracies depend on the space."""
         return self.results["task"]
 
     @property
@@ -58,27 +59,27 @@ class Run:
         return self.result.seed
 
     def measure(self, space: str, name: str) -> float | None:
-        """Transfer, average, last or forgetting in percent; None where it is not defined."""
+        """Return transfer, average, last or forgetting in percent; None if it is not defined."""
         return getattr(self.results[space], name)
 
     def zero_shot(self, space: str) -> float:
-        """Mean over the learned tasks before anything was learned."""
+        """Return the mean accuracy on the learned tasks before anything was learned, in percent."""
         return mean(self.results[space].zero_shot[: len(self.order)])
 
     def zero_shot_transfer(self, space: str) -> float | None:
-        """What Transfer would be if learning changed nothing: the mean over all learned tasks but the first."""
+        """Return what Transfer would be if learning changed nothing: the mean over all learned tasks but the first."""
         return mean(self.results[space].zero_shot[1 : len(self.order)]) if len(self.order) > 1 else None
 
     def gain(self, space: str) -> float | None:
-        """Transfer minus zero-shot on the same tasks."""
+        """Return Transfer minus zero-shot accuracy on the same tasks."""
         transfer, before = self.measure(space, "transfer"), self.zero_shot_transfer(space)
         return None if transfer is None or before is None else transfer - before
 
     def adapters(self) -> list[Adapter]:
-        """What the learned tasks left behind, in the order they were learned; empty for methods that leave none.
+        """Load the adapters of the learned tasks, in the order they were learned; methods without adapters have none.
 
         Raises:
-            AdapterError: one is not what was written.
+            AdapterError: an adapter is corrupted or can't be read.
         """
         found = {
             adapter.task: adapter for adapter in map(load_adapter, sorted(self.folder.glob("adapters/*.safetensors")))
@@ -87,7 +88,7 @@ class Run:
 
 
 def read_runs(root: Path) -> list[Run]:
-    """Every run at any depth below a folder, by name.
+    """Read all runs at any depth below a folder, sorted by path.
 
     Raises:
         ReportError: no such folder, no record below it, or a record that can't be read.
@@ -102,7 +103,7 @@ def read_runs(root: Path) -> list[Run]:
 
 def _read(path: Path, root: Path) -> Run:
     try:
-        record = {"precision": None, **read_json_file(Json, path)}  # the first ones don't say theirs
+        record = {"precision": None, **read_json_file(Json, path)}  # which the first records lack
         found = read_json(Finished, json.dumps(record))
         if "task" not in found.results:
             raise ValueError("its results lack the label space 'task'")
@@ -127,8 +128,10 @@ def _read(path: Path, root: Path) -> Run:
 
 
 def _check(found: Finished, result: SequenceResult) -> None:
-    """Raises:
-    ValueError: a result is of other tasks than its run, or its rows are too many, too few or too short.
+    """Check that a result belongs to its run and is complete.
+
+    Raises:
+        ValueError: its method or tasks are not the run's, or it has too many or too few rows, or rows of wrong length.
     """
     if (result.method, result.tasks) != (found.method, found.tasks):
         raise ValueError("its results are not of its method and its tasks")
