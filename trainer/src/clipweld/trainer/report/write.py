@@ -1,4 +1,4 @@
-"""A folder of runs -> ``report.html`` and ``figures/*.png``, each whole or not there at all."""
+"""Write the report on a folder of runs: ``report.html`` and ``figures/*.png``, each file whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from clipweld.trainer.report.groups import sections
 from clipweld.trainer.report.page import render, view
 from clipweld.trainer.report.runs import read_runs
 
-# Every name that a figure of a report can have: what an earlier report left behind is known by it.
+# Matches every file name that a report gives to figures, so that those of an earlier report can be removed.
 FIGURE_NAME = re.compile(r"(section\d+-)?(comparison|accuracy|votes|overlap|parameters)(-\w+)?\.png")
 
 
 def write_report(run: Path) -> Path:
     """Report on every ``sequence.json`` below a folder, and on the adapters beside each.
 
-    Writes ``report.html``, which needs no other file, and the same figures as ``figures/*.png``. Both are drawn before
-    anything is written; figures of an earlier report that this one doesn't have are removed.
+    Writes ``report.html``, which needs no other file, and the same figures as ``figures/*.png``. Everything is drawn
+    before anything is written. Figures that only an earlier report had are removed.
 
     Returns:
         the page's path.
@@ -29,7 +29,7 @@ def write_report(run: Path) -> Path:
     Raises:
         ReportError: no such folder, no record below it, or a record that can't be read.
         OutputError: the page or a figure can't be written.
-        AdapterError: an adapter beside a record is not what was written.
+        AdapterError: an adapter beside a record is corrupted or can't be read.
     """
     run = Path(run)
     found = sections(read_runs(run))
@@ -40,7 +40,7 @@ def write_report(run: Path) -> Path:
 
 
 def _publish(run: Path, page: str, pictures: Sequence[Picture]) -> None:
-    """All files are written beside their places first, then take them; the page, entered first, takes its own last."""
+    """Write all files to temporary paths, then rename them. The page is entered first, so it is renamed last."""
     figures = run / "figures"
     files = {run / "report.html": page.encode()} | {figures / one.file_name: one.png for one in pictures}
     with ExitStack() as stack:

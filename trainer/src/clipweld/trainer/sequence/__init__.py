@@ -1,1 +1,1 @@
-"""Learning several tasks in a row, with our method and with the baselines."""
+"""Learn several tasks one after another, with the expert pool or with a baseline."""

@@ -21,15 +21,15 @@ LEFT_BEHIND = (FINISHED, PROGRESS, "unfinished.safetensors", "adapters", "weight
 
 @dataclass(frozen=True)
 class SequenceResult:
-    """What learning ``tasks`` one after another did to the accuracy on ``tested``, in percent.
+    """How learning ``tasks`` one after another changed the accuracy on ``tested``, in percent.
 
     Attributes:
-        tasks: learned, in this order.
+        tasks: the learned tasks, in this order.
         tested: columns of the matrix: the learned tasks, then those that were only watched.
-        label_space: classified among the class names of the image's own task, or of all that are tested.
-        zero_shot: row 0, before anything was learned.
-        matrix: row i is the accuracy on every tested task after learning task i; one row where all are learned at once.
-        transfer, average, last, forgetting: over the learned tasks; None where one row alone defines nothing.
+        label_space: whether images are classified among the class names of their own task, or of all tested tasks.
+        zero_shot: accuracies before anything was learned.
+        matrix: row i is the accuracy on every tested task after learning task i; one row if all are learned at once.
+        transfer, average, last, forgetting: measures over the learned tasks; None if a single row doesn't define them.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -52,9 +52,9 @@ class SequenceResult:
 
 @dataclass(frozen=True)
 class Identity:
-    """The identity of a run: it is resumed only where all of this is equal.
+    """The identity of a run, which is resumed only if all of this is equal.
 
-    ``method`` is one of ours in what this trainer writes; reports compare records of others too.
+    This trainer writes one of its own methods to ``method``, but reports also accept records of other methods.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -74,7 +74,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Progress(Identity):
-    """``progress.json``: a run that isn't finished, with the words of all its tasks."""
+    """``progress.json``: a run that isn't finished, with the class names and templates of all its tasks."""
 
     class_names: dict[Text, Items[Text]]
     templates: dict[Text, Items[Text]]
@@ -84,7 +84,7 @@ class Progress(Identity):
 
 @dataclass(frozen=True)
 class Finished(Identity):
-    """``sequence.json``: a run that is."""
+    """``sequence.json``: a finished run."""
 
     results: dict[LabelSpace, SequenceResult]
 
@@ -93,7 +93,14 @@ Found = TypeVar("Found", bound=Identity)
 
 
 def read_record(path: Path, kind: type[Found], wanted: dict[str, Any]) -> Found:
-    """A run's record, if it is of this very run and whole."""
+    """Read a run's record.
+
+    Args:
+        wanted: the values that the record's fields must have.
+
+    Raises:
+        CheckpointError: it can't be read, is incomplete, or belongs to another run.
+    """
     try:
         found = read_json_file(kind, path)
         faults = differences({name: getattr(found, name) for name in wanted}, wanted)
@@ -111,8 +118,10 @@ def read_record(path: Path, kind: type[Found], wanted: dict[str, Any]) -> Found:
 
 
 def _check_whole(found: Identity) -> None:
-    """Raises:
-    ValueError: a label space or a task without its accuracies, or more stages than there are.
+    """Check that a record is complete.
+
+    Raises:
+        ValueError: the accuracies of a label space or a task are missing, or there are more stages than the run has.
     """
     spaces = set(LABEL_SPACES)
     if isinstance(found, Finished) and found.results.keys() != spaces:
