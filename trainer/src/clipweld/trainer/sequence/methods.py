@@ -3,8 +3,8 @@
 =========  ==========================================================  ============================================
 method     trains                                                      leaves behind
 =========  ==========================================================  ============================================
-pool       a pool of rank-1 experts per layer, off earlier ones        an adapter: the experts used most
-lora       one plain LoRA of the same rank                             an adapter: all of it
+pool       a pool of rank-1 experts per layer                          an adapter: the most used experts
+lora       one plain LoRA of the same rank                             an adapter: the whole LoRA
 finetune   all weights                                                 the weights
 joint      all weights, on all tasks in turn: the upper bound          the weights
 =========  ==========================================================  ============================================
@@ -69,22 +69,22 @@ class Run:
 
 
 class Learner(Protocol):
-    """One method at work."""
+    """The interface of a method during a run."""
 
     def restore(self, learned: Sequence[Task]) -> None:
-        """Take up what was left behind after these tasks."""
+        """Load what was saved after these tasks."""
 
     def learn(
         self, tasks: Sequence[Task], before: Accuracies, *, resume: bool, on_step: Callable[[Step], None]
     ) -> Learned:
-        """Learn tasks on top of those before, and leave it behind in the run's folder."""
+        """Learn tasks on top of the earlier ones, and save the result in the run's folder."""
 
     def clear(self) -> None:
-        """Remove what is no longer needed, now that the tasks learned last are on record."""
+        """Remove files that are no longer needed, now that the tasks learned last are on record."""
 
 
 class AdapterLearner:
-    """Leaves ``adapters/<task>.safetensors``."""
+    """A learner that saves ``adapters/<task>.safetensors``."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -114,14 +114,14 @@ class AdapterLearner:
         return Learned(fitted.accuracies, fitted.seconds, fitted.trainable_parameters, fitted.adapter.num_parameters)
 
     def clear(self) -> None:
-        """Every adapter is needed."""
+        """Remove nothing: every adapter is needed."""
 
     def _path(self, task: Task) -> Path:
         return self._folder / f"{task.name}.safetensors"
 
 
 class WeightsLearner:
-    """Leaves ``weights/<task learned last>.safetensors``, an open_clip checkpoint."""
+    """A learner that saves ``weights/<task learned last>.safetensors``, an open_clip checkpoint."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -134,7 +134,7 @@ class WeightsLearner:
             self._path = self._path_of(learned)
             try:
                 self._model = with_weights(self._run.base, load_file(self._path))
-            except (SafetensorError, OSError, RuntimeError) as exc:  # RuntimeError: names or shapes are others
+            except (SafetensorError, OSError, RuntimeError) as exc:  # RuntimeError: names or shapes don't match
                 raise CheckpointError(
                     f"{self._path}: not the weights that the run left ({one_line(str(exc))}); restore it, or start "
                     "without --resume"
@@ -168,7 +168,7 @@ class WeightsLearner:
 
 
 class AllWeights:
-    """Every weight of a model in training but the temperature."""
+    """All weights of a model, for training, except the temperature."""
 
     def __init__(self, model: open_clip.CLIP) -> None:
         self._model = model.requires_grad_(True)
@@ -182,10 +182,10 @@ class AllWeights:
         return (parameter for parameter in self._model.parameters() if parameter.requires_grad)
 
     def consolidate(self) -> None:
-        """Everything is kept, so there is nothing to choose."""
+        """Do nothing: all weights are kept, so there is nothing to choose."""
 
     def freeze(self) -> None:
-        """Back to a model that only answers."""
+        """End training: no gradients, evaluation mode."""
         self._model.requires_grad_(False).eval()
 
 

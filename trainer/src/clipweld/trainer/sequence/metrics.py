@@ -1,4 +1,4 @@
-"""What an accuracy matrix says of transfer and forgetting, in percent."""
+"""The measures of an accuracy matrix, in percent: Transfer, Average, Last and Forgetting."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from statistics import mean
 
 
 def transfer(matrix: Sequence[Sequence[float]]) -> float | None:
-    """Accuracy on tasks before they are learned: for each j > 1 the mean over i < j, then the mean over j.
+    """Return the accuracy on tasks before they are learned: for each j > 1 the mean over i < j, then the mean over j.
 
     Args:
-        matrix: ``matrix[i][j]`` is task j's accuracy after learning task i, square.
+        matrix: square; ``matrix[i][j]`` is the accuracy on task j after learning task i.
     """
     if len(matrix) < 2:
         return None
@@ -18,17 +18,17 @@ def transfer(matrix: Sequence[Sequence[float]]) -> float | None:
 
 
 def average(matrix: Sequence[Sequence[float]]) -> float:
-    """Mean over all tasks of the mean over all stages."""
+    """Return the mean over all tasks and all stages."""
     return round(mean(mean(row) for row in matrix), 2)
 
 
 def last(matrix: Sequence[Sequence[float]]) -> float:
-    """Mean of the last row."""
+    """Return the mean of the last row."""
     return round(mean(matrix[-1]), 2)
 
 
 def forgetting(matrix: Sequence[Sequence[float]]) -> float | None:
-    """Mean over all tasks but the last of the best accuracy since it was learned, minus the accuracy at the end."""
+    """Return by how much accuracy fell from its best since a task was learned: the mean over all tasks but the last."""
     if len(matrix) < 2:
         return None
     end = len(matrix) - 1
