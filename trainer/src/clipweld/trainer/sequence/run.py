@@ -1,4 +1,4 @@
-"""Task after task: each is learned on top of the last, and all are tested after each."""
+"""Learn a sequence of tasks, each on top of the previous ones, and test all of them after each."""
 
 from __future__ import annotations
 
@@ -46,23 +46,25 @@ def run_sequence(
     resume: bool = False,
     on_stage: Callable[[Sequence[Task]], Callable[[Step], None]] = lambda tasks: lambda step: None,
 ) -> dict[LabelSpace, SequenceResult]:
-    """Learn tasks one after another, each on top of the last, and test all of them after each.
+    """Learn tasks one after another, each on top of the previous ones, and test all of them after each.
 
-    Writes ``sequence.json`` below ``out``, and what the method leaves behind. Until the run is finished,
-    ``progress.json`` and ``unfinished.safetensors`` say how far it is.
+    Writes ``sequence.json`` below ``out``, and the files that the method leaves behind. Until the run is finished,
+    ``progress.json`` and ``unfinished.safetensors`` hold its progress.
 
     Args:
         method: ``joint`` learns all tasks at once.
         watch: tasks that are tested but never learned.
-        order_seed: shuffles ``tasks``; None leaves them in the order given.
-        resume: go on with the run in ``out`` where it was interrupted; start it where there is none.
-        on_stage: called with the tasks that are learned next; what it returns is called after every step.
+        order_seed: shuffles ``tasks``; None keeps the order given.
+        resume: resume the run in ``out`` if there is one; otherwise start it.
+        on_stage: called with the tasks of each stage before they are learned; what it returns is called after every
+            step.
 
     Raises:
-        ConfigError: a task is listed twice, batches of one image, or ``out`` holds a run and ``resume`` isn't set.
+        ConfigError: a task is listed twice, a batch would have only one image, or ``out`` holds a run and ``resume``
+            isn't set.
         TaskInvalid: two classes of a task are the same tokens.
-        CheckpointError: ``out`` holds a run with other settings.
-        OutputError: ``out`` can't be written; what is there can be resumed.
+        CheckpointError: ``out`` holds a run with other settings, or its files are damaged.
+        OutputError: ``out`` can't be written; the run can be resumed from what is there.
     """
     fabric = fabric or one_device(base)
     config = config if method == "pool" else without_pool(config)
@@ -121,7 +123,7 @@ def _identity(
 
 
 def _begin(out: Path, identity: Identity, base: Backbone, tested: Sequence[Task], fabric: Fabric) -> Progress:
-    """How far the run in a folder is; where there is none, how good the base is."""
+    """Return the progress of the run in a folder; if there is none, that of a new run, for which the base is tested."""
     wanted = asdict(identity) | {
         "class_names": {task.name: list(task.class_names) for task in tested},
         "templates": {task.name: list(task.templates) for task in tested},
@@ -151,7 +153,7 @@ def _learn(
         learned.append(learner.learn(stage, before, resume=resume, on_step=on_stage(stage)))
         if first:
             with output_errors(run.out):
-                run.unfinished.unlink(missing_ok=True)  # before the task is on record: the next can't go on with it
+                run.unfinished.unlink(missing_ok=True)  # before progress is saved: the next task mustn't resume from it
             write_record(run.out / PROGRESS, replace(progress, stages=learned))
             with output_errors(run.out):
                 learner.clear()
