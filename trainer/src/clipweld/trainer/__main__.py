@@ -1,4 +1,4 @@
-"""``python -m clipweld.trainer``: the command line, where the command is not on PATH."""
+"""Run the command line as ``python -m clipweld.trainer``, for systems where ``trainer`` is not on PATH."""
 
 from clipweld.trainer.cli import main
 

@@ -1,4 +1,4 @@
-"""The trainer's command line: a command builds its settings, calls one library function, and prints."""
+"""The trainer's command line: each command builds its settings, calls one library function, and prints the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from clipweld.trainer.extras import missing
 from clipweld.trainer.files import check_surroundings
 from clipweld.trainer.output import console, messages, printing
 
-if TYPE_CHECKING:  # heavy: imported where a command needs them, so that --help is instant
+if TYPE_CHECKING:  # slow to import: commands import what they need, so that --help is instant
     from lightning_fabric import Fabric
 
     from clipweld.trainer.base.backbone import Backbone
@@ -71,7 +71,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _go_on(args: list[str]) -> str:
-    """How to go on with training that was interrupted; nothing of other commands."""
+    """Return how to resume interrupted training; an empty text for other commands."""
     if args[:1] not in (["fit"], ["sequence"]):
         return ""
     again = ["trainer", *args] if "--resume" in args else ["trainer", *args, "--resume"]
@@ -79,7 +79,7 @@ def _go_on(args: list[str]) -> str:
 
 
 def _complain(message: str) -> None:
-    """One line on stderr; of several processes the first one speaks for all, if it can."""
+    """Print one line on stderr; of several processes, the first one does it for all, if it can."""
     if launch.speaks():
         print(f"trainer: {message}", file=sys.stderr)
 
@@ -170,7 +170,7 @@ def sequence(command: commands.Sequence) -> None:
     given = [load_tasks(names, command.data, download=command.download) for names in (command.tasks, command.watch)]
     check_distinct([task for tasks in given for task in tasks])
     check_default_weights(command.model, command.pretrained)
-    from clipweld.trainer.sequence.run import run_sequence  # and torch: what was given is checked by then
+    from clipweld.trainer.sequence.run import run_sequence  # imports torch, so the arguments are checked first
 
     fabric = _fabric(command)
     for tasks, shots in zip(given, (command.train.shots, None), strict=True):
@@ -268,9 +268,9 @@ def bench(command: commands.Bench) -> None:
 
 
 def _fabric(command: commands.WithModel) -> Fabric:
-    """The devices of a command; with several, this process becomes one of them."""
+    """Launch a command's devices; if there are several, this process runs one of them."""
     fabric = launch.fabric(command.accelerator, command.devices, _precision(command))
-    with _stdout_to_stderr():  # gloo greets there, from C++
+    with _stdout_to_stderr():  # gloo prints a message to stdout, from C++
         fabric.launch()
     return fabric
 
@@ -287,7 +287,7 @@ def _precision(command: commands.WithModel | commands.Bench) -> launch.Precision
 
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Keep stdout for results: whatever is printed there goes to stderr, from this process and those it starts."""
+    """Keep stdout for results: send to stderr what this process, or one that it starts, prints to stdout."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -299,14 +299,14 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 def _weights(command: commands.WithModel) -> str | None:
-    """The weights that were named, or those of the command's adapters."""
+    """Return the weights that were given, or those of the command's adapters."""
     from clipweld.trainer.base.model_choice import choose_weights
 
     return choose_weights(command.pretrained, command.model, getattr(command, "adapters", None))
 
 
 def _load(command: commands.WithModel, fabric: Fabric) -> Backbone:
-    """The command's base model, on the fabric's device."""
+    """Load the command's base model onto the fabric's device."""
     from clipweld.trainer.base.backbone import load_backbone
 
     with stderr.status(f"loading {command.model}"):
@@ -319,7 +319,7 @@ def _load(command: commands.WithModel, fabric: Fabric) -> Backbone:
 
 
 def _announce(tasks: list[Task], fabric: Fabric, shots: int | None = None) -> None:
-    """One line for each task on what was loaded, then its warnings; ``shots`` where it is learned."""
+    """Print a line per loaded task, then its warnings; ``shots`` is None if tasks are only tested."""
     from clipweld.trainer.tasks import summarise
 
     if fabric.is_global_zero:
@@ -329,10 +329,10 @@ def _announce(tasks: list[Task], fabric: Fabric, shots: int | None = None) -> No
 
 
 def _announce_prompts(tasks: list[Task], base: Backbone, fabric: Fabric) -> None:
-    """Warnings on how the model reads the tasks' prompts.
+    """Print warnings about how the model reads the tasks' prompts.
 
     Raises:
-        TaskInvalid: it can't tell two classes apart.
+        TaskInvalid: the model can't tell two classes of a task apart.
     """
     from clipweld.trainer.tasks import check_prompts
 
@@ -343,12 +343,12 @@ def _announce_prompts(tasks: list[Task], base: Backbone, fabric: Fabric) -> None
 
 
 def _say(line: str) -> None:
-    """A line on stderr, as it is."""
+    """Print a line on stderr, without wrapping or markup."""
     stderr.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _readable(tasks: list[Task], base: Backbone, command: commands.WithModel) -> list[Task]:
-    """Return the tasks, without unreadable images under ``--skip-unreadable``."""
+    """Return the tasks; if ``--skip-unreadable`` is set, without unreadable images."""
     from clipweld.trainer.tasks import skip_unreadable
 
     if not command.skip_unreadable:
