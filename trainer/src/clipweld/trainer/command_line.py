@@ -1,4 +1,4 @@
-"""What the command lines of trainer and exporter have in common: help, lists, completion, wrong usage."""
+"""What the command lines of trainer and exporter have in common: help, lists, completion, usage errors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Given = Annotated[frozenset[str], Parameter(parse=False)]
 
 
 def application(name: str, description: str, consume_multiple: bool = False) -> App:
-    """A command with subcommands, ``--version``, and ``--install-completion`` for bash, zsh and fish.
+    """Return a command with subcommands, ``--version``, and ``--install-completion`` for bash, zsh and fish.
 
     Args:
-        name: of the console script.
-        description: for its help: a sentence, and an example.
-        consume_multiple: whether lists take several values (``--tasks a b``); a flag that is repeated adds to its list
-            in any case. Not for subcommands with positional lists, which could end up in a flag before them.
+        name: name of the console script.
+        description: text for its help: a sentence and an example.
+        consume_multiple: whether a list takes several values (``--tasks a b``); a repeated flag always adds to its
+            list. Not for subcommands with positional lists, whose values a flag before them would take.
     """
     app = App(
         name=name,
@@ -32,7 +32,7 @@ def application(name: str, description: str, consume_multiple: bool = False) -> 
         default_parameter=Parameter(
             negative="",
             consume_multiple=consume_multiple,
-            allow_repeating=True,  # the last one counts, so that a script can add to a command that it was given
+            allow_repeating=True,  # the last value counts, so a script can append flags to a command
             show_default=shown,
         ),
     )
@@ -42,13 +42,13 @@ def application(name: str, description: str, consume_multiple: bool = False) -> 
 
 
 def run(app: App, args: Sequence[str]) -> Any:
-    """What the subcommand of a command line returns; None after help.
+    """Run the subcommand of a command line and return its result; None after help.
 
-    A subcommand that must distinguish a default from the same value on the command line declares ``given: Given``: the
-    names of the parameters that were on the command line.
+    A subcommand that must distinguish a default from the same value on the command line declares ``given: Given``, and
+    receives the names of the parameters that were on the command line.
 
     Raises:
-        SystemExit: with status 2, after one line on stderr, where the command line can't be understood.
+        SystemExit: with status 2, after one line on stderr, if the command line is not valid.
     """
     try:
         if not args:
@@ -63,21 +63,21 @@ def run(app: App, args: Sequence[str]) -> Any:
 
 
 def wrong_usage(app: App, args: Sequence[str], exc: CycloptsError) -> SystemExit:
-    """Say what is wrong with a command line; the exit with status 2."""
+    """Print what is wrong with a command line, and return the exit with status 2."""
     command = " ".join([*app.name, *(name for name in app.parse_commands(args)[0] if not name.startswith("-"))])
     print(f"{app.name[0]}: {' '.join(str(exc).split())} See {command} --help", file=sys.stderr)
     return SystemExit(2)
 
 
 class WrongUsage(CycloptsError):
-    """Arguments that do not go together."""
+    """Arguments that can't be combined."""
 
     def __init__(self, message: str) -> None:
         super().__init__(msg=message)
 
 
 def shown(default: Any) -> Any:
-    """A default as help shows it: not those that say nothing."""
+    """Return a default as help shows it; None if it says nothing, as False or an empty list."""
     if default is None or default is False or default == ():
         return None
     if isinstance(default, Enum):
