@@ -32,7 +32,7 @@ Hardware = Parameter(group=Group("Hardware", sort_key=2))
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """What can be learned here, and what is missing where.
+    """List the tasks that can be learned here, and what is missing for the others.
 
     Example: trainer tasks
     """
@@ -46,23 +46,24 @@ class Tasks:
 @dataclass(frozen=True, kw_only=True)
 class WithModel:
     model: Annotated[str, Data] = DEFAULT_MODEL
-    """An open_clip ViT model, or 'mini', the small CLIP that ships. Default: that of the adapters."""
+    """An open_clip ViT model, or 'mini', the small CLIP that ships with clipweld. Default: the adapters' model."""
     pretrained: Annotated[str | None, Data] = None
     """Weights: an open_clip tag, a checkpoint file, or 'random'. Default: the adapters', else the model's own (openai;
     mini: shipped)."""
     data: Annotated[Path, Data] = Path("data")
     """Where the MTIL data sets lie."""
     download: Annotated[bool, Data] = False
-    """Fetch a data set that is missing."""
+    """Download missing data sets."""
     skip_unreadable: Annotated[bool, Data] = False
-    """Name images that can't be decoded and leave them out, instead of stopping; looks through all of them first."""
+    """Report images that can't be decoded and leave them out, instead of stopping; decodes all images first."""
     accelerator: Annotated[Accelerator, Hardware] = "auto"
-    """What to run on."""
+    """Kind of device to run on."""
     devices: Annotated[int, Hardware] = 1
-    """How many devices; each sees its own --batch-size images per step. The trainer starts a process for each itself:
+    """Number of devices; each processes --batch-size images per step. The trainer starts a process per device itself:
     srun, mpirun and torchrun are not needed, and their variables are ignored."""
     precision: Annotated[Precision, Hardware] = "auto"
-    """Of the towers in training: bf16-mixed on a GPU that has it, else 32-true. Weights and adapters are float32."""
+    """Precision of the towers in training. auto: bf16-mixed on a GPU that supports it, else 32-true. Weights and
+    adapters are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +76,13 @@ class Fit(WithModel):
     task: str
     """A name that 'trainer tasks' lists, or a folder of images (`train/CLASS/*`, `test/CLASS/*`)."""
     name: str | None = None
-    """What to call the task of a folder. Default: the folder's name."""
+    """Name for the task of a folder. Default: the folder's name."""
     template: tuple[str, ...] = ()
     """Prompts for the task of a folder, such as 'a photo of a {}, a type of bolt'."""
     adapters: Path = Path("adapters")
-    """Adapters learned before are read here, the new one is written here."""
+    """Folder of the adapters: earlier ones are read from it, the new one is written to it."""
     dry_run: bool = False
-    """Say how big and how long it will be, from three steps; learn nothing, write nothing."""
+    """Estimate size, memory and time from three steps; learn nothing, write nothing."""
     resume: bool = False
     """Resume the same command after an interruption."""
     json: bool = False
@@ -97,22 +98,24 @@ class Sequence(WithModel):
     """
 
     tasks: tuple[str, ...]
-    """Tasks or folders to learn, in this order; NAME=FOLDER gives a folder another name. 'mini' stands for the six that
-    ship, mtil-1, mtil-2 and x-tail for benchmarks."""
+    """Tasks or folders to learn, in this order; NAME=FOLDER gives a folder another name. 'mini' is short for the six
+    shipped tasks; mtil-1, mtil-2 and x-tail are short for those of benchmarks."""
     out: Path
     """Folder for the adapters and the accuracy matrix."""
     watch: tuple[str, ...] = ()
-    """Tasks or folders (NAME=FOLDER too) to test but not to learn."""
+    """Tasks or folders (also NAME=FOLDER) to test but not to learn."""
     method: Method = "pool"
-    """The expert pool; or one plain LoRA, all weights task after task, all weights on all tasks at once."""
+    """pool: the expert pool; lora: one plain LoRA; finetune: all weights, task after task; joint: all weights, on all
+    tasks at once."""
     label_space: LabelSpace = "task"
-    """What to print: images classified among the classes of their own task, or of all tasks. Both are written."""
+    """Accuracies to print: images are classified among the classes of their own task, or of all tasks (union). Both are
+    written to --out."""
     validate: bool = False
-    """Learn from 80% of the training images and test on the rest: for choosing settings without a test image."""
+    """Learn from 80% of the training images and test on the rest, to choose settings without using a test image."""
     seeds: tuple[int, ...] = ()
-    """Repeat with these seeds, each in a folder of its own below --out."""
+    """Repeat with each of these seeds, in a separate folder below --out."""
     order_seed: int | None = None
-    """Shuffle the tasks by this seed."""
+    """Shuffle the tasks with this seed."""
     resume: bool = False
     """Resume the same command after an interruption."""
     json: bool = False
@@ -122,7 +125,7 @@ class Sequence(WithModel):
 
 @dataclass(frozen=True)
 class Report:
-    """One page with figures on all sequences below a folder.
+    """Write one page with figures of all sequences below a folder.
 
     Example: trainer report runs/three
     """
@@ -142,17 +145,18 @@ class Evaluate(WithModel):
     """
 
     tasks: tuple[str, ...]
-    """Tasks or folders to test; NAME=FOLDER gives a folder another name. Names of lists, such as 'mini', stand for all
-    of theirs."""
+    """Tasks or folders to test; NAME=FOLDER gives a folder another name. The name of a list, such as 'mini', means all
+    of its tasks."""
     adapters: Path = Path("adapters")
-    """Adapters to merge; an empty folder tests the base model, and so does leaving this out where there is none."""
+    """Folder of the adapters to merge. An empty folder tests the base model; so does the default if it doesn't
+    exist."""
     json: bool = False
     """Print JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Time training steps beside naive ones, and beside the least that this machine could need.
+    """Time training steps, and compare them with naive ones and with a lower bound for this machine.
 
     Example: trainer bench --model mini
     """
@@ -164,11 +168,11 @@ class Bench:
     batch_size: int = 32
     """Images per step."""
     pairs: int = 5
-    """How many steps of each kind, in turn."""
+    """Number of steps of each kind, which alternate."""
     accelerator: Accelerator = "auto"
-    """What to run on."""
+    """Kind of device to run on."""
     precision: Precision = "auto"
-    """Of the pool's step; the naive step is in float32."""
+    """Precision of the pool's step; the naive step is in float32."""
     json: bool = False
     """Print JSON."""
 
@@ -178,15 +182,15 @@ Settings = TypeVar("Settings", bound=Command | TrainConfig)
 
 
 def parse(args: list[str] | None = None) -> Command:
-    """The command of a command line; exits with 2 on one that can't be read.
+    """Return the command of a command line; exit with status 2 if it is not valid.
 
-    A model and a method have their own training defaults, so they are looked up first: ``--help`` shows what will be
-    used.
+    Training defaults depend on the model and the method, so these are looked up first: ``--help`` shows the values that
+    will be used.
 
     Raises:
-        AdapterError: there is no such folder as was named to read adapters from.
-        UnknownModel: open_clip has no model of the name that was given.
-        WrongBase: the adapters are of another model.
+        AdapterError: the folder given to read adapters from doesn't exist.
+        UnknownModel: open_clip has no model of the given name.
+        WrongBase: the adapters belong to another model.
     """
     args = sys.argv[1:] if args is None else list(args)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -223,7 +227,7 @@ def parse(args: list[str] | None = None) -> Command:
 
 
 def _with_defaults(settings: type[Settings], defaults: dict[str, Any]) -> type[Settings]:
-    """The same settings with other defaults, down into the training settings: help shows the class's own."""
+    """Return a class with other defaults, also in its training settings, as help shows the defaults of a class."""
     hints = get_type_hints(settings, include_extras=True)
     changed: list[tuple[str, Any, Any]] = []
     for name, default in defaults.items():
@@ -233,12 +237,12 @@ def _with_defaults(settings: type[Settings], defaults: dict[str, Any]) -> type[S
             changed.append((name, Annotated[training, Training], field(default_factory=training)))
         else:
             changed.append((name, hint, field(default=default)))
-    home = {"__module__": settings.__module__}  # else it would be a type of Python's own
+    home = {"__module__": settings.__module__}  # make_dataclass would set another module
     return make_dataclass(settings.__name__, changed, bases=(settings,), namespace=home, frozen=True, kw_only=True)
 
 
 def _reader(settings: type[Command]) -> Callable[[Command], Command]:
-    """A function that has the fields as its parameters, and returns them."""
+    """Return a function whose parameters are the settings' fields, and which returns the settings."""
 
     def read(command: Command) -> Command:
         return command
