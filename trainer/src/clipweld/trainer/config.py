@@ -1,4 +1,4 @@
-"""The settings of every command: the one source of flags, defaults, help, and the record kept in an adapter."""
+"""The training settings: the single source of flags, defaults, help, and the record kept in an adapter."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from clipweld.trainer.errors import ConfigError
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """One expert pool. Defaults are the published ones (arXiv 2601.22828)."""
+    """The settings of an expert pool. Defaults are the published ones (arXiv 2601.22828)."""
 
     rank: int = 12
-    """Rank-1 experts in every layer's pool."""
+    """Number of rank-1 experts per layer."""
     k_active: int = 8
-    """Experts that serve a batch."""
+    """Number of experts per layer that serve a batch."""
     k_merge: int = 4
-    """Experts that a task leaves behind."""
+    """Number of experts per layer that a task keeps and merges."""
     alpha: float = 1.0
     """An expert is scaled by alpha / rank."""
     dropout: float = 0.2
     """Dropout on a pool's input."""
     router: Literal["learned", "fixed", "none"] = "learned"
-    """How experts are picked: by a router that learns, by one that keeps its random start, or always the first ones."""
+    """How experts are chosen: by a trained router, by a router with fixed random weights, or always the first ones."""
     router_per: Literal["layer", "block"] = "layer"
     """One router per layer, or one shared by the layers of a block."""
     route_on: Literal["cls", "first"] = "cls"
-    """What a text is routed on: its EOT token, as CLIP reads it, or token 0; an image always on its [CLS]."""
+    """Token that a text is routed on: EOT, from which CLIP reads its features (cls), or token 0 (first). An image is
+    always routed on [CLS]."""
 
     def __post_init__(self) -> None:
         _raise_faults(self._faults())
@@ -48,7 +49,7 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(PoolConfig):
-    """How one task is learned. Defaults are the published ones; ``PRESETS`` has those of single models."""
+    """The settings for learning a task. Defaults are the published ones; ``PRESETS`` has those of single models."""
 
     shots: int = 5
     """Training images per class, drawn by the seed; 0 takes all."""
@@ -57,23 +58,23 @@ class TrainConfig(PoolConfig):
     batch_size: int = 32
     """Images per step."""
     lr: float = 2e-3
-    """AdamW's learning rate at the start of a cosine to 1e-6."""
+    """AdamW's learning rate at the start, which falls to 1e-6 along a cosine."""
     consolidate: float = 0.0
-    """Share of the steps, at the end, that train only the experts that will be merged."""
+    """Fraction of the steps, at the end, that train only the experts to be merged."""
     weight_decay: float = 1e-2
     """AdamW's weight decay."""
     ago: Literal["sum", "mean", "off"] = "sum"
-    """How the overlaps with earlier tasks' experts are reduced within a layer."""
+    """How the orthogonality loss combines overlaps with earlier tasks' experts within a layer; off: no such loss."""
     ago_weight: float = 0.1
     """Weight of the orthogonality loss."""
     drift_weight: float = 0.0
-    """Weight of the loss that keeps layers' outputs in place on what earlier tasks feed into them."""
+    """Weight of the loss on changes of the layers' outputs for the inputs of earlier tasks."""
     drift_directions: int = 16
-    """Directions of a layer's input that an adapter carries along for later tasks' drift loss."""
+    """Number of input directions per layer that an adapter stores for the drift loss of later tasks."""
     anchor_weight: float = 0.0
-    """Weight of the loss that holds common words, and the images as words describe them, where they were."""
+    """Weight of the loss that preserves the features of common words, and the similarities of the images to them."""
     seed: int = 42
-    """Draws shots, batches, prompts, dropout and the pools' start."""
+    """Seed for shots, batches, prompts, dropout and the initial pools."""
 
     def _faults(self) -> list[str]:
         positive = {name: getattr(self, name) for name in ("iterations", "batch_size", "lr", "drift_directions")}
@@ -102,7 +103,7 @@ LABEL_SPACES = get_args(LabelSpace)
 # The measures of a sequence of tasks (clipweld.trainer.sequence.metrics).
 MEASURES = ("transfer", "average", "last", "forgetting")
 
-# What differs from the published settings: where all weights are trained, and where a model is better off otherwise.
+# Differences from the published settings: for methods that train all weights, and for models that need other settings.
 ALL_WEIGHTS = {"lr": 1e-5}
 MINI = {"shots": 16, "iterations": 300, "dropout": 0.0}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -125,10 +126,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def train_config(model_name: str, method: str = "pool", **chosen: Any) -> TrainConfig:
-    """The preset of a model and a method with the settings that were chosen (those not None) on top.
+    """Return the preset of a model and a method, overridden by the chosen settings that are not None.
 
     Raises:
-        ConfigError: names every fault at once.
+        ConfigError: settings are not valid; the message names every fault.
     """
     preset = PRESETS.get(model_name, PRESETS[""]).get(method, {})
     config = replace(TrainConfig(**preset), **{name: value for name, value in chosen.items() if value is not None})
@@ -136,7 +137,7 @@ def train_config(model_name: str, method: str = "pool", **chosen: Any) -> TrainC
 
 
 def without_pool(config: TrainConfig) -> TrainConfig:
-    """The same settings for another method than the pool: all experts serve, all are kept, nothing holds back."""
+    """Return the settings for a method without a pool: all experts serve and are kept, without extra losses."""
     return replace(
         config, router="none", k_active=config.rank, k_merge=config.rank, consolidate=0.0, ago="off", drift_weight=0.0,
         anchor_weight=0.0,
