@@ -1,11 +1,11 @@
-"""What can go wrong while learning, as one family.
+"""The trainer's errors.
 
 TrainerError
 ├── ConfigError             settings that contradict each other; names all of them at once
 ├── ModelError
 │   ├── UnknownModel        no open_clip model of this name
 │   ├── UnsupportedModel    an architecture whose layers take no expert pools
-│   └── WeightsError        the weights can't be had, read, or don't fit
+│   └── WeightsError        the weights can't be found or read, or don't fit the model
 ├── TaskError
 │   ├── UnknownTask         no task of this name
 │   ├── TaskDataMissing     the task is known, its images are not here
@@ -20,9 +20,10 @@ TrainerError
 │   └── BrokenChain         trained on top of other adapters
 ├── ReportError             no runs to report on, or a record that can't be read
 ├── FolderBusy              another command writes to the folder
-└── OutputError             a file that can't be written
+├── OutputError             a file that can't be written
+└── BenchError              two training steps to compare don't compute the same
 
-Every message says what, which object, expected, got, and the next step, in one line.
+Every message is one line: what went wrong, with which object, what was expected, what was found, and the next step.
 """
 
 
@@ -35,7 +36,7 @@ class ConfigError(TrainerError):
 
 
 class ModelError(TrainerError):
-    """The backbone can't be had."""
+    """The backbone can't be loaded."""
 
 
 class UnknownModel(ModelError):
@@ -47,7 +48,7 @@ class UnsupportedModel(ModelError):
 
 
 class WeightsError(ModelError):
-    """The weights can't be had, read, or don't fit."""
+    """The weights can't be found or read, or don't fit the model."""
 
 
 class TaskError(TrainerError):
@@ -111,4 +112,4 @@ class OutputError(TrainerError):
 
 
 class BenchError(TrainerError):
-    """What is to be compared doesn't do the same."""
+    """Two training steps to compare don't compute the same."""

@@ -6,14 +6,14 @@ from importlib.util import find_spec
 
 
 def missing(exc: ModuleNotFoundError, extra: str) -> str:
-    """One line: which package is not installed, and what installs it.
+    """Return one line that says which package is not installed, and how to install it.
 
     Args:
-        exc: what importing it raised.
-        extra: the one that the command needs.
+        exc: the error from importing the package.
+        extra: the extra that the command needs.
 
     Raises:
-        ModuleNotFoundError: the same, where it is a bug: a module of clipweld's own, or of a package that is installed.
+        ModuleNotFoundError: ``exc`` itself, if it is a bug: the module belongs to clipweld or to an installed package.
     """
     package = (exc.name or "").partition(".")[0]
     if package in ("", "clipweld") or find_spec(package) is not None:
