@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files whole or not at all, and refuse early what could not be written later."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from clipweld.trainer.os_errors import cause, next_step
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to: it takes the place of ``path`` when the block ends well, else it is removed.
+    """Yield a path beside ``path`` to write to. The file replaces ``path`` if the block succeeds, else it is removed.
 
-    What a killed process leaves behind is one hidden file, which the next write of the same path overwrites.
+    A killed process leaves a single hidden file behind, which the next write to the same path overwrites.
 
     Raises:
-        OutputError: it can't be written; ``path`` is what it was.
+        OutputError: it can't be written; ``path`` is unchanged.
     """
     staged = path.with_name(f".{path.name}.tmp")
     with output_errors(path):
@@ -38,10 +38,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """What the operating system has against writing to ``path``, as an error of ours.
+    """Turn the operating system's errors on writing to ``path`` into OutputError.
 
     Raises:
-        OutputError: in place of any OSError.
+        OutputError: instead of any OSError.
     """
     try:
         yield
@@ -52,14 +52,14 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 def check_surroundings(arguments: Sequence[str]) -> None:
-    """Refuse to start where the libraries below would fail, each with a traceback of its own.
+    """Refuse to start in surroundings where libraries would fail, each with its own traceback.
 
     Args:
-        arguments: of the command line; what follows ``--`` is another program's.
+        arguments: the command line; what follows ``--`` is for another program, and not checked.
 
     Raises:
-        TrainerError: the working folder is gone, there is nowhere for temporary files, or a name is not UTF-8, which
-            is all that torch, ONNX Runtime and safetensors take.
+        TrainerError: the working folder is gone, no folder for temporary files can be written, or a name is not valid
+            UTF-8, which torch, ONNX Runtime and safetensors require.
     """
     try:
         here = os.getcwd()
@@ -79,10 +79,10 @@ def check_surroundings(arguments: Sequence[str]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse now what could not be written after hours.
+    """Check now that a folder can be written, rather than fail after hours.
 
     Raises:
-        OutputError: not even a small file can be written to the folder, or where it would be made.
+        OutputError: a small file can't be written to the folder, or to the one in which it would be created.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     with output_errors(folder), tempfile.TemporaryFile(dir=there) as file:
