@@ -1,4 +1,4 @@
-"""NaN and infinity, found where they arise and named."""
+"""Find NaN and infinity, and name where they first appear."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from clipweld.trainer.errors import NotFinite
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no number of any of them is NaN or infinite: one answer from the device, however many there are."""
-    if get_total_norm(tensors).isfinite():  # a norm is quick, but may overflow where no number does
+    """Return whether all numbers are finite. If they are, the device is usually waited for only once."""
+    if get_total_norm(tensors).isfinite():  # fast, but a norm may overflow although all numbers are finite
         return True
     return all(tensor.isfinite().all() for tensor in tensors)
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity; None where all is well."""
+    """Return the name of the first tensor that holds NaN or infinity; None if there is none."""
     return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def unit(features: Tensor, names: Sequence[str]) -> Tensor:
-    """Features (batch, embed_dim), L2-normalised.
+    """Return features (batch, embed_dim), L2-normalised.
 
     Args:
-        names: what each row is of.
+        names: what each row describes, for the error.
 
     Raises:
-        NotFinite: names the first row without a direction: not finite, of length zero, or of one beyond float32.
+        NotFinite: a row has no direction, because it is not finite, its length is zero, or its length overflows
+            float32; names the first such row.
     """
     lengths = features.norm(dim=-1)
     usable = has_direction(lengths)
@@ -47,20 +48,20 @@ def unit(features: Tensor, names: Sequence[str]) -> Tensor:
 
 
 def has_direction(lengths: Tensor) -> Tensor:
-    """Which vectors of these lengths can be normalised; bool, of the same shape."""
+    """Return which vectors with these lengths can be normalised, as bool of the same shape."""
     return lengths.isfinite() & (lengths > 0)
 
 
 @torch.no_grad()
 def first_fault(model: nn.Module, pixels: Tensor, terms: Callable[[], Mapping[str, Tensor]], fabric: Fabric) -> str:
-    """What is the first to hold NaN or infinity in a training step's forward pass, in words.
+    """Return, in words, what is the first to hold NaN or infinity in a training step's forward pass.
 
-    In the order of use: the weights, the images, each layer's output, the terms of the loss. What any process sees
-    counts, so that every one says the same; all of them call this.
+    The order is that of use: the weights, the images, each layer's output, the terms of the loss. A fault in any
+    process counts, so that all processes return the same; all of them must call this.
 
     Args:
         pixels: the images of this process.
-        terms: runs the forward pass once more; the terms of its loss by name.
+        terms: runs the forward pass again, and returns the terms of its loss by name.
     """
     seen = {f"weight {name}": _holds_fault(weight) for name, weight in model.state_dict().items()}
     seen["the batch's images"] = _holds_fault(pixels)

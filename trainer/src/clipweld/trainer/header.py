@@ -1,4 +1,4 @@
-"""What our safetensors files say besides their tensors, read without the tensors and without torch."""
+"""Read the metadata of our safetensors files, without reading the tensors or importing torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MAX_HEADER = 8 << 20  # bytes: metadata, and the names and shapes of all tensors
 
 
 class ForeignFile(ValueError):
-    """A safetensors file that something else wrote."""
+    """A safetensors file that clipweld did not write."""
 
 
 def read_entry(path: Path) -> str:
-    """The metadata entry of ours, JSON.
+    """Return our metadata entry, which is JSON.
 
     Raises:
-        OSError, SafetensorError, ValueError: not such a file, or one with a header that no file of ours has.
+        OSError, SafetensorError, ValueError: it is not a safetensors file of ours, or its header is too large.
     """
     check_header(path)
     with safe_open(path, "np") as file:
@@ -29,7 +29,7 @@ def read_entry(path: Path) -> str:
 
 
 def read_claims(path: Path) -> dict[str, Any] | None:
-    """What an adapter says of itself, unproven; None where it can't be read: ``load_lineage`` names what is wrong."""
+    """Return an adapter's metadata, unverified; None if it can't be read, for which ``load_lineage`` gives a reason."""
     try:
         claims = read_json(Json, read_entry(path))
     except (SafetensorError, OSError, ValueError):
@@ -38,8 +38,10 @@ def read_claims(path: Path) -> dict[str, Any] | None:
 
 
 def check_header(path: Path) -> None:
-    """Raises:
-    OSError, ValueError: no regular file, or one with a header that no file of ours has.
+    """Check that a file is a regular file with a header of at most MAX_HEADER bytes.
+
+    Raises:
+        OSError, ValueError: it is not, or it can't be read.
     """
     if not path.is_file():
         raise ValueError("it is not a regular file")
@@ -50,8 +52,10 @@ def check_header(path: Path) -> None:
 
 
 def entry_of(metadata: dict[str, str] | None) -> str:
-    """Raises:
-    ForeignFile: there is no entry of ours.
+    """Return our entry in a file's metadata.
+
+    Raises:
+        ForeignFile: there is no such entry.
     """
     if metadata is None or ENTRY not in metadata:
         raise ForeignFile(f"no {ENTRY!r} in its metadata")
