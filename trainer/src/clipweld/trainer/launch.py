@@ -1,7 +1,7 @@
-"""The processes of a command: one, or one a device, which the trainer starts itself.
+"""The processes of a command: one per device, which the trainer starts itself.
 
-Launchers (Slurm, MPI, torchrun) leave variables in a shell that make a library believe that it is one process of many.
-A command is what its arguments say, so those variables are forgotten before anything reads them.
+Launchers (Slurm, MPI, torchrun) set environment variables that make a library believe it is one process of many. Only a
+command's arguments decide what it does, so those variables are removed before anything reads them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from clipweld.trainer.errors import ConfigError
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]  # of those that Fabric has
-# In the environment of the processes that this trainer started: the number of the process that did.
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]  # some of Fabric's
+# Environment variable of the processes that a trainer starts: the ID of the process that started them.
 STARTED_BY = "CLIPWELD_STARTED_BY"
-PATIENCE_S = 3.0  # for the first process to end from an error that all have
+PATIENCE_S = 3.0  # how long to wait for the first process to end with an error that all share
 
 LAUNCHERS = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_", "TORCHELASTIC_", "LSB_", "JSM_", "LT_")
 RANKS = (
@@ -28,7 +28,7 @@ RANKS = (
 
 
 def process_number() -> int:
-    """Which of a command's processes this is: 0 is the one that the user started."""
+    """Return which of a command's processes this is: 0 is the one that the user started."""
     return int(os.environ.get("LOCAL_RANK", 0)) if os.environ.get(STARTED_BY) == str(os.getppid()) else 0
 
 
@@ -40,10 +40,11 @@ def forget_launchers() -> None:
 
 
 def speaks() -> bool:
-    """Whether this process reports its error: the first does, another one where the first has not ended from the same.
+    """Return whether this process should report its error.
 
-    Waits a moment for that. An error that all processes share is then said once, and one that a single process has met
-    is printed before the others are stopped.
+    The first process does. Any other waits up to PATIENCE_S for the first to end, and reports if it has not. So an
+    error that all processes share is printed once, and an error in a single process is printed before the others are
+    stopped.
     """
     started_by, patience = os.getppid(), time.monotonic() + PATIENCE_S
     if process_number() == 0:
@@ -54,10 +55,10 @@ def speaks() -> bool:
 
 
 def fabric(accelerator: str, devices: int, precision: Precision) -> Fabric:
-    """The devices of a command, not launched yet; with several, launching starts the command again for each.
+    """Return the devices of a command, not launched yet. With several, launching starts the command again for each.
 
     Raises:
-        ConfigError: there is no such accelerator here, or fewer devices.
+        ConfigError: this machine has no such accelerator, or fewer devices.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
@@ -69,7 +70,7 @@ def fabric(accelerator: str, devices: int, precision: Precision) -> Fabric:
         os.environ[STARTED_BY] = str(os.getpid())
     try:
         return Fabric(accelerator=accelerator, devices=devices, precision=precision, plugins=LightningEnvironment())
-    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as exc:  # Fabric's for what isn't here
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as exc:  # what Fabric raises for them
         raise ConfigError(
             f"--accelerator {accelerator} --devices {devices}: not here ({one_line(str(exc))}); give others, such as "
             "--accelerator cpu --devices 1"

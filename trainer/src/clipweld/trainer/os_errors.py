@@ -1,4 +1,4 @@
-"""An error of the operating system in words: its cause, whose it is, and what to do about it, by its number."""
+"""The operating system's errors in words: the cause, the path concerned, and what to do, looked up by errno."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ _STEPS = {
 
 
 def cause(exc: OSError, place: Path | None = None) -> str:
-    """The system's own words, and the path they are about where that is far from the place which the caller names."""
+    """Return the system's message, with the path that it is about unless that is ``place`` or close to it.
+
+    Args:
+        place: the path that the caller's own message names.
+    """
     words = exc.strerror or str(exc)
     if not isinstance(exc.filename, (str, bytes, os.PathLike)):
         return words
@@ -38,5 +42,5 @@ def cause(exc: OSError, place: Path | None = None) -> str:
 
 
 def next_step(exc: OSError) -> str:
-    """What would help, in the imperative: more room only where room is what lacks."""
+    """Return what the user can do about an error, in the imperative."""
     return _STEPS.get(exc.errno or 0, "find out why")
