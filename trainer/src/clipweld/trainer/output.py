@@ -1,4 +1,4 @@
-"""What the command lines print, wherever their streams go: a file, a pipe, a full disk, nowhere."""
+"""Standard streams for the command lines, wherever they lead: to a file, a pipe, a full disk, or nowhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Output(io.TextIOWrapper):
 
     def fail(self, exc: OSError) -> None:
         """Turn a failure into an error or an exit status."""
-        if isinstance(exc, BrokenPipeError):  # whoever read it has read enough
+        if isinstance(exc, BrokenPipeError):  # the reader has closed the pipe
             raise SystemExit(1) from exc
         raise OutputError(
             f"standard output: can't be written ({exc.strerror}); {next_step(exc)}, or print elsewhere"
@@ -56,9 +56,10 @@ class _Messages(_Output):
 
 @contextmanager
 def messages() -> Iterator[None]:
-    """Have standard streams that are closed lead nowhere, and standard error never stop the block.
+    """Open closed standard streams on the null device, and ignore errors of standard error in the block.
 
-    A closed one would be the next file that is opened: what is printed would end up in it.
+    Without this, the next file that is opened would get the number of a closed stream, and what is printed would end up
+    in that file.
     """
     before = sys.stdin, sys.stdout, sys.stderr
     for number in range(3):
@@ -79,10 +80,10 @@ def messages() -> Iterator[None]:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Have all that the block prints arrive where standard output goes; what it has no characters for is escaped.
+    """Report errors of standard output in the block, and escape characters that its encoding lacks.
 
     Raises:
-        OutputError: it can't be written there, to a full disk for example.
+        OutputError: standard output can't be written, for example because the disk is full.
     """
     before = sys.stdout
     try:
@@ -94,7 +95,7 @@ def printing() -> Iterator[None]:
 
 
 def print_json(value: Any, indent: int | None = None) -> None:
-    """Print JSON, escaped where standard output has other characters only."""
+    """Print JSON, as ASCII if standard output can't encode it otherwise."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "ascii")
@@ -104,12 +105,16 @@ def print_json(value: Any, indent: int | None = None) -> None:
 
 
 def console() -> Console:
-    """Standard output for tables, whose lines are drawn with the characters that it has."""
+    """Return a console on standard output, which draws tables with the characters that its encoding has."""
     return Console(file=sys.stdout)
 
 
 def _wrapped(kind: type[_Output], stream: Any, stack: ExitStack) -> Any:
-    """A stream of another kind onto the same place; the stream itself where it is none of the system's."""
+    """Return a stream of class ``kind`` with the same destination, or ``stream`` itself if it has no buffer below it.
+
+    Args:
+        stack: flushes and detaches the new stream at its end.
+    """
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     output = kind(
@@ -133,13 +138,13 @@ def _open_if_closed(number: int) -> None:
 
 
 def _widen() -> None:
-    """Give libraries a width in which they can lay out help and tables: in one column, some never finish."""
+    """Set a width in which libraries can lay out help and tables: if it is a single column, some never finish."""
     if shutil.get_terminal_size().columns < NARROWEST or not os.environ.get("COLUMNS", "80").strip("0").isdigit():
         os.environ["COLUMNS"] = str(max(NARROWEST, shutil.get_terminal_size().columns))
 
 
 def _to_nowhere(number: int) -> None:
-    """For what is still buffered."""
+    """Redirect a file descriptor to the null device, so that flushing what is still buffered can't fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, number)
     os.close(nowhere)
