@@ -1,12 +1,12 @@
-"""From an image file to what the image tower takes: open_clip's transform, on the image as a person sees it.
+"""Prepare image files for the image tower: open_clip's transform, on the image as a person sees it.
 
-Before that transform, two things that open_clip leaves undone: an image is turned and mirrored as its Exif orientation
-says, always, and 16 bits of grey become 8 by keeping the high byte. 32-bit and signed grey is refused: nothing says
-which value is white. The rest is Pillow's ``convert("RGB")`` after resizing, as in open_clip: transparency is dropped
-and not blended. The client does the same (docs/images.md).
+Before the transform, two steps are done that open_clip omits: an image is always turned and mirrored by its Exif
+orientation, and 16-bit grey is reduced to 8 bits by keeping the high byte. 32-bit and signed grey is refused, because
+nothing says which value is white. The rest is Pillow's ``convert("RGB")`` after resizing, as in open_clip: transparency
+is dropped, not blended. The client does the same (docs/images.md).
 
-A file is one of `FORMATS`, an image has at most ``PIL.Image.MAX_IMAGE_PIXELS`` pixels (89 million) before and after
-resizing, and a file at most 8 bytes for each of that many pixels (716 MB). A JPEG has at most 100 scans.
+A file must have one of the `FORMATS` and at most 8 bytes per pixel of the largest image (716 MB). An image has at most
+``PIL.Image.MAX_IMAGE_PIXELS`` pixels (89 million), before and after resizing. A JPEG has at most 100 scans.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
-if TYPE_CHECKING:  # heavy: files are opened without it
+if TYPE_CHECKING:  # slow to import, and not needed to open files
     from open_clip.transform import PreprocessCfg
     from torchvision.transforms import Compose
 
-# What pictures come in. Pillow knows more, among them EPS: programs, which it has Ghostscript run.
+# Pillow knows more formats, among them EPS, whose files are programs that it passes to Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-MAX_SCANS = 100  # of a JPEG, each of which takes as long as a whole image; cameras and editors write about ten
-# JPEG's markers, but for those without a segment: stuffing, TEM, and where decoding can restart.
+MAX_SCANS = 100  # of a JPEG; each takes as long to decode as a whole image, and cameras and editors write about ten
+# JPEG's markers, except those without a segment: stuffing, TEM, and restart markers.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
-# What undoes each Exif orientation but 1, which is upright.
+# The transposition that undoes each Exif orientation; 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,8 +46,8 @@ def open_image(path: str | Path) -> Image.Image:
     """Open an image file; its pixels are not decoded yet.
 
     Raises:
-        OSError: it can't be read, or is no image of a known format.
-        ValueError: not a regular file, too large, or too many pixels or scans.
+        OSError: it can't be read, or is not an image of a known format.
+        ValueError: it is not a regular file, is too large, or has too many pixels or scans.
     """
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):
@@ -63,10 +63,10 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def check_pixels(image: Image.Image) -> Image.Image:
-    """The image, if it is not empty nor larger than Pillow's limit.
+    """Return the image, if it is not empty and within Pillow's limit of pixels.
 
     Raises:
-        ValueError: says by how much.
+        ValueError: it is not; the message gives its size and the limit.
     """
     if not 0 < image.width * image.height <= _max_pixels():
         raise ValueError(f"{image.width} x {image.height} pixels, expected 1 to {_max_pixels():,}")
@@ -74,9 +74,9 @@ def check_pixels(image: Image.Image) -> Image.Image:
 
 
 def preprocessing(config: PreprocessCfg) -> Compose:
-    """open_clip's transform on `as_seen`, PIL image -> float32 tensor (3, size, size).
+    """Return open_clip's transform, applied to `as_seen`: PIL image -> float32 tensor (3, size, size).
 
-    ValueError for what would be too large, or has no known range.
+    The transform raises ValueError for an image that is too large, or whose grey values have no known range.
     """
     from open_clip.transform import image_transform_v2
     from torchvision.transforms import Compose
@@ -87,12 +87,12 @@ def preprocessing(config: PreprocessCfg) -> Compose:
 
 
 def as_seen(image: Image.Image) -> Image.Image:
-    """The image upright by its Exif orientation, with 8 bits a channel.
+    """Return the image upright by its Exif orientation, with 8 bits per channel.
 
     Raises:
         ValueError: 32-bit or signed grey.
     """
-    image.load()  # of a TIFF, this applies the orientation, and forgets it
+    image.load()  # for a TIFF, this also applies the orientation and removes its tag
     turn, image = _turn(image), _eight_bits(image)
     return image if turn is None else image.transpose(turn)
 
@@ -100,14 +100,14 @@ def as_seen(image: Image.Image) -> Image.Image:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged Exif raises any; the pixels are whole
+    except Exception:  # damaged Exif can raise anything; the pixels are intact
         return None
     return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """High bytes of 16-bit grey, as Pillow itself takes them of 16-bit colours; other images as they are."""
-    # Before Pillow 11, 16-bit PNG files have mode I, too; PPM files have it still, scaled to 16 bits.
+    """Return the high bytes of 16-bit grey, as Pillow does for 16-bit colours; other images unchanged."""
+    # Before Pillow 11, 16-bit PNG files also have mode I; PPM files still have it, scaled to 16 bits.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values, tags = np.asarray(image), getattr(image, "tag_v2", {})
         high = values >> (4 if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 8)
@@ -120,7 +120,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _scans(data: bytes) -> int:
-    """Return how many scans a JPEG has; its other segments, and bytes after its end, don't count."""
+    """Return the number of scans in a JPEG; other segments, and bytes after its end, don't count."""
     scans, place = 0, 2
     while (marker := _MARKER.search(data, place)) and marker[0] != b"\xff\xd9":
         scans += marker[0] == b"\xff\xda"
@@ -129,7 +129,7 @@ def _scans(data: bytes) -> int:
 
 
 def _check_resized(image: Image.Image, size: int) -> Image.Image:
-    """The image, if it stays within the limit when its shortest side becomes ``size``."""
+    """Return the image, if it is within the limit also after its shortest side is resized to ``size``."""
     shortest, longest = sorted(check_pixels(image).size)
     if size * (size * longest // shortest) > _max_pixels():
         raise ValueError(
