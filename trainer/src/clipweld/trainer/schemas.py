@@ -1,4 +1,4 @@
-"""JSON that anyone may have written: read by a schema, or refused in one line before it costs memory."""
+"""Read untrusted JSON by a schema, or refuse it with a one-line error before it takes much memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Annotated, Any, TypeVar, cast
 from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-MAX_BYTES = 2 << 20  # twenty thousand class names and more
-MAX_VALUES = 100_000  # a list of one number costs fifty times its three bytes
-MAX_NAMES = 5_000  # of one object: layers, tasks
-MAX_ERRORS = 100  # pydantic describes each in a kilobyte
-LONGEST = 300  # characters of a foreign text in a message
+MAX_BYTES = 2 << 20  # enough for more than twenty thousand class names
+MAX_VALUES = 100_000  # in memory, a list of one number takes fifty times its three bytes
+MAX_NAMES = 5_000  # of one object, such as of layers or tasks
+MAX_ERRORS = 100  # pydantic's description of each takes a kilobyte
+LONGEST = 300  # characters of a quoted text in a message
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -26,10 +26,10 @@ Item = TypeVar("Item")
 
 
 def printable(text: str) -> str:
-    """Text of one line that a terminal shows as it is.
+    """Return the text, if it is a single line that a terminal shows as it is.
 
     Raises:
-        ValueError: blank, or with line breaks or control characters.
+        ValueError: it is blank, or has line breaks or control characters.
     """
     if not text.strip() or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text):
         raise ValueError("text must be one line, not blank, without control characters")
@@ -47,14 +47,14 @@ Setting = None | bool | int | float | Text
 
 
 def read_json(kind: type[Record], text: str | bytes) -> Record:
-    """What JSON says, every type and bound checked.
+    """Parse JSON, and check every type and bound.
 
     Args:
         kind: the schema: a dataclass or TypedDict with STRICT, or a plain type.
 
     Raises:
-        ValueError: larger than MAX_BYTES, of more than MAX_VALUES, not JSON, with more than MAX_NAMES in one object, or
-            not of this kind; one line says where.
+        ValueError: it has more than MAX_BYTES or MAX_VALUES, is not JSON, has an object with more than MAX_NAMES, or
+            doesn't match the schema; the message is one line that says where.
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"JSON of {len(text):,} bytes, at most {MAX_BYTES:,} are read")
@@ -64,7 +64,7 @@ def read_json(kind: type[Record], text: str | bytes) -> Record:
     value = from_json(text)
     if (names := _widest(value)) > MAX_NAMES:
         raise ValueError(f"an object of {names:,} names, at most {MAX_NAMES:,} are read")
-    _check_fields(kind, value)  # first: each error of pydantic's takes a kilobyte, and it collects them all
+    _check_fields(kind, value)  # first, because pydantic would collect an error of a kilobyte for each
     schema: TypeAdapter[Record] = _schema(cast("Hashable", kind))
     try:
         return schema.validate_json(text)
@@ -80,8 +80,8 @@ def read_json_file(kind: type[Record], path: Path) -> Record:
     """Read a file as ``read_json`` reads text.
 
     Raises:
-        OSError: it can't be read, or is no regular file.
-        ValueError: as of ``read_json``.
+        OSError: it can't be read, or is not a regular file.
+        ValueError: as for ``read_json``.
     """
     if not path.is_file():
         raise FileNotFoundError(2, "not a regular file" if path.exists() else "no such file", str(path))
@@ -98,7 +98,7 @@ def _check_fields(kind: Any, value: Any) -> None:
 
 
 def _widest(value: Any) -> int:
-    """How many names the largest object in it has."""
+    """Return the number of names in the largest object within a value."""
     if isinstance(value, dict):
         return max(len(value), _widest(list(value.values())))
     return max(map(_widest, value), default=0) if isinstance(value, list) else 0
@@ -110,13 +110,13 @@ def _schema(kind: Any) -> TypeAdapter[Any]:
 
 
 def one_line(text: str) -> str:
-    """Shorten a foreign text, such as an error that quotes a file, to fit into one line of ours."""
+    """Return a text from elsewhere, such as an error that quotes a file, as one short printable line."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
 
 
 def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's content, as records name it."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while block := opened.read(1 << 20):
