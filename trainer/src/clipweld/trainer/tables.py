@@ -1,4 +1,4 @@
-"""What the trainer's commands print for people: a table or a few lines of each result."""
+"""Print the results of the trainer's commands for people, as tables and short lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from clipweld.trainer.config import MEASURES
 from clipweld.trainer.output import console
 
-if TYPE_CHECKING:  # heavy: the help needs none of it
+if TYPE_CHECKING:  # slow to import, and not needed for help
     from clipweld.trainer.adapters.adapter import Adapter
     from clipweld.trainer.base.backbone import Backbone
     from clipweld.trainer.learning.bench import BenchResult
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # heavy: the help needs none of it
 
 
 def show_tasks(known: Sequence[Availability]) -> None:
-    """Print what can be learned here, one row per task."""
+    """Print a table of the tasks that can be learned here, one row per task."""
     table = Table("task", "classes", "train", "test", "where", "missing", title="What can be learned here")
     for entry in known:
         counts = ("", "", "") if entry.missing else (f"{n:,}" for n in (entry.classes, entry.train, entry.test))
@@ -35,7 +35,7 @@ def show_tasks(known: Sequence[Availability]) -> None:
 
 
 def show_fitted(fitted: Fitted, lineage: Sequence[Adapter], path: Path) -> None:
-    """Accuracies before and after a task was learned."""
+    """Print accuracies before and after a task was learned."""
     learned = fitted.adapter
     table = Table("task", "before", "after", "change", title=f"Accuracy on test images, % (learned: {learned.task})")
     for adapter in (*lineage, learned):
@@ -56,7 +56,7 @@ def show_fitted(fitted: Fitted, lineage: Sequence[Adapter], path: Path) -> None:
 
 
 def show_dry_run(found: DryRun, task: str, base: Backbone, iterations: int) -> None:
-    """What learning a task would take."""
+    """Print what learning a task would take: parameters, memory and time."""
     table = Table("trained", "numbers", title=f"{task} on {base.model_name}")
     for name, count in (*found.parts.items(), ("all", found.trainable_parameters)):
         table.add_row(name.replace("_", " "), f"{count:,}")
@@ -79,7 +79,7 @@ def show_accuracies(model_name: str, learned: Sequence[str], accuracies: dict[st
 
 
 def show_bench(found: BenchResult) -> None:
-    """Steps of each kind, and the floor."""
+    """Print time and memory of each kind of step, and the lower bound ("floor")."""
     title = f"A training step of {found.model}, {found.batch_size} images, {found.device}"
     table = Table("step", "seconds", "images/s", "memory, GB", "time / pool's", title=title)
     for name, seconds, memory, ratio in (
@@ -101,7 +101,7 @@ def show_bench(found: BenchResult) -> None:
 
 
 def show_matrix(result: SequenceResult) -> None:
-    """One run: the accuracy matrix and its four measures."""
+    """Print the accuracy matrix of a run, and its four measures."""
     among = "the classes of their own task" if result.label_space == "task" else "the classes of all tasks"
     title = f"{result.method}, seed {result.seed}: accuracy on test images among {among}, %"
     table = Table("after learning", *result.tested, title=title)
@@ -115,7 +115,7 @@ def show_matrix(result: SequenceResult) -> None:
 
 
 def show_spread(results: Sequence[SequenceResult]) -> None:
-    """Mean and standard deviation over seeds."""
+    """Print the mean and standard deviation over seeds."""
     table = Table("over seeds", "mean", "standard deviation")
     for name in MEASURES:
         values = [getattr(result, name) for result in results]
