@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors with one metadata entry of ours, and the hash over all that such a file says."""
+"""Read and write safetensors files with one metadata entry of ours, and hash their content."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from clipweld.trainer.header import check_header, entry_of
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, whole or not at all.
+    """Write a safetensors file, whole or not at all.
 
     Raises:
-        OutputError: it can't be written; ``path`` is what it was.
+        OutputError: it can't be written; ``path`` is unchanged.
     """
     with replacing(path) as staged:
         staged.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def read_tensors(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """What ``write_tensors`` wrote: the metadata entry of ours, and the tensors, mapped from the file.
+    """Read what ``write_tensors`` wrote: our metadata entry, and the tensors, mapped from the file.
 
     Raises:
-        ForeignFile: a safetensors file without an entry of ours.
-        OSError, SafetensorError, ValueError: not such a file, or one with a header that no file of ours has.
+        ForeignFile: it is a safetensors file without our entry.
+        OSError, SafetensorError, ValueError: it is not a safetensors file, or its header is too large.
     """
     check_header(path)
     with safe_open(path, "pt") as file:
@@ -39,12 +39,12 @@ def read_tensors(path: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def canonical(said: dict[str, Any]) -> str:
-    """JSON that is the same text whenever it says the same."""
+    """Return JSON that is the same text for equal values."""
     return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def content_sha256(said: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Hash over all that a file says: its metadata, and names, shapes and numbers of its tensors."""
+    """Return a hash over a file's metadata, and the names, shapes and numbers of its tensors."""
     digest = hashlib.sha256(canonical(said).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())

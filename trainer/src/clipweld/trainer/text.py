@@ -1,8 +1,8 @@
-"""The words of a task: what it and its classes are called, and its prompts.
+"""The words of a task: its name, the names of its classes, and its prompts.
 
-A template's article directly before ``{}`` goes where the class name brings its own: "a photo of a {}" with "the number
-seven" is "a photo of the number seven". Nothing else is changed ("a apple" stays, as in CLIP). The client words labels
-by the same rule.
+A template's article directly before ``{}`` is dropped if the class name has its own: "a photo of a {}" with "the number
+seven" becomes "a photo of the number seven". Nothing else is changed ("a apple" stays, as in CLIP). The client follows
+the same rule for its labels.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from collections.abc import Sequence
 
 from clipweld.trainer.schemas import printable
 
-MAX_NAME_BYTES = 200  # adapters are files of their task's name
+MAX_NAME_BYTES = 200  # an adapter's file is named after its task
 _OWN_ARTICLE = re.compile(r"\s*(?:an?|the)\s+\S", re.IGNORECASE)
 _ARTICLE_BEFORE_NAME = re.compile(r"(?<![\w'-])(?:an?|the)\s+\{\}", re.IGNORECASE)
 
 
 def prompt_of(template: str, class_name: str) -> str:
-    """The template with the class name in it, under one article."""
+    """Put a class name into a template, with only one article."""
     if _OWN_ARTICLE.match(class_name):
         template = _ARTICLE_BEFORE_NAME.sub("{}", template)
     return template.replace("{}", class_name)
 
 
 def task_name(name: str) -> str:
-    """A name that is also a file's, and never a path.
+    """Return the name, if it can be a file name and can't be a path.
 
     Raises:
-        ValueError: other characters, or too long.
+        ValueError: it has other characters, or is too long.
     """
     if not re.fullmatch(r"\w[\w .-]*", name) or len(name.encode()) > MAX_NAME_BYTES:
         raise ValueError(
@@ -39,8 +39,11 @@ def task_name(name: str) -> str:
 
 
 def check_words(class_names: Sequence[str], templates: Sequence[str]) -> None:
-    """Raises:
-    ValueError: fewer than two classes, one that is listed twice, or prompts without exactly one ``{}``.
+    """Check class names and templates.
+
+    Raises:
+        ValueError: there are fewer than two classes or no templates, a class name is listed twice, a template doesn't
+            have exactly one ``{}``, or a text isn't printable.
     """
     if len(class_names) < 2:
         raise ValueError(f"it has {len(class_names)} class; it takes two or more")
