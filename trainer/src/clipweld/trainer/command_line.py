@@ -77,7 +77,7 @@ class WrongUsage(CycloptsError):
 
 
 def shown(default: Any) -> Any:
-    """Return a default as help shows it; None if it says nothing, as False or an empty list."""
+    """Return a default as help shows it; None if it says nothing, such as False."""
     if default is None or default is False or default == ():
         return None
     if isinstance(default, Enum):

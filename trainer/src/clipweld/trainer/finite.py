@@ -15,7 +15,7 @@ from clipweld.trainer.errors import NotFinite
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Return whether all numbers are finite. If they are, the device is usually waited for only once."""
+    """Return whether all numbers are finite; if so, this usually waits for the device only once for all tensors."""
     if get_total_norm(tensors).isfinite():  # fast, but a norm may overflow although all numbers are finite
         return True
     return all(tensor.isfinite().all() for tensor in tensors)

@@ -29,7 +29,7 @@ def read_entry(path: Path) -> str:
 
 
 def read_claims(path: Path) -> dict[str, Any] | None:
-    """Return an adapter's metadata, unverified; None if it can't be read, for which ``load_lineage`` gives a reason."""
+    """Return an adapter's metadata, unverified; None if it can't be read, in which case ``load_lineage`` says why."""
     try:
         claims = read_json(Json, read_entry(path))
     except (SafetensorError, OSError, ValueError):

@@ -70,7 +70,7 @@ def fabric(accelerator: str, devices: int, precision: Precision) -> Fabric:
         os.environ[STARTED_BY] = str(os.getpid())
     try:
         return Fabric(accelerator=accelerator, devices=devices, precision=precision, plugins=LightningEnvironment())
-    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as exc:  # what Fabric raises for them
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as exc:  # raised for missing devices
         raise ConfigError(
             f"--accelerator {accelerator} --devices {devices}: not here ({one_line(str(exc))}); give others, such as "
             "--accelerator cpu --devices 1"

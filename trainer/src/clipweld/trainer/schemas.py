@@ -64,7 +64,7 @@ def read_json(kind: type[Record], text: str | bytes) -> Record:
     value = from_json(text)
     if (names := _widest(value)) > MAX_NAMES:
         raise ValueError(f"an object of {names:,} names, at most {MAX_NAMES:,} are read")
-    _check_fields(kind, value)  # first, because pydantic would collect an error of a kilobyte for each
+    _check_fields(kind, value)  # first, because pydantic would collect an error of a kilobyte per field
     schema: TypeAdapter[Record] = _schema(cast("Hashable", kind))
     try:
         return schema.validate_json(text)

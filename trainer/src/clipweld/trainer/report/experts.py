@@ -30,7 +30,7 @@ class Votes:
     k_merge: int
 
     def kept_share(self, task: str) -> float:
-        """Return the share of the votes for the ``k_merge`` experts with the most votes, mean over layers."""
+        """Return what share of the votes the ``k_merge`` experts with the most votes got, mean over layers."""
         return float(np.nanmean(np.sort(self.shares[task], axis=1)[:, -self.k_merge :].sum(axis=1)))
 
     @property

@@ -1,4 +1,4 @@
-"""Groups of runs that may be averaged: they share model, tasks, method and settings, but not seed and order."""
+"""Groups of runs that may be averaged: they share model, tasks, method and settings; seed and order may differ."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ class Group:
 
     Attributes:
         label: the method, and each setting in which the group differs from the method's reference group.
-        is_reference: whether the other groups of the method are compared with this one: it has the model's default
-            settings; if no group has, it differs in the fewest settings from all others, as the starting point of
-            ablations does. Ties go to the group with the most runs, then to the highest final accuracy.
+        is_reference: whether the other groups of the method are labelled by their differences from this one. It is the
+            group with the model's default settings; if there is none, the group that differs in the fewest settings
+            from all others, as the starting point of ablations does. Ties go to the group with the most runs, then to
+            the highest final accuracy.
         runs: sorted by seed, then by order.
     """
 

@@ -161,7 +161,7 @@ def _three_digits(spread: Spread) -> str:
 
 
 def _with_and_without(section: Section, found: dict[str, Any]) -> list[tuple[Group, Run]]:
-    """Return a pool's run with AGO, and one without it that is most similar, by settings, then by order and seed."""
+    """Return a pool's run with AGO, and the most similar one without it: by settings, then by order, then by seed."""
     candidates = [group for group in section.groups if group.method == "pool" and group.label in found]
     without = [group for group in candidates if group.config.get("ago") == "off"]
     chosen = [group for group in candidates if group not in without][:1]
@@ -180,7 +180,7 @@ def _with_and_without(section: Section, found: dict[str, Any]) -> list[tuple[Gro
 
 
 def _overlap_notes(section: Section, panels: dict[str, Overlap]) -> list[tuple[str, str]]:
-    """Return sentences about what is missing, each with the command that would produce it, or with an empty text."""
+    """Return sentences about what is missing, each with the command that would produce it; the command may be empty."""
     if not panels and len(section.order) < 2:
         return [("No figure: one task alone overlaps with nothing.", "")]
     if not panels:

@@ -3,7 +3,7 @@
 =========  ==========================================================  ============================================
 method     trains                                                      leaves behind
 =========  ==========================================================  ============================================
-pool       a pool of rank-1 experts per layer                          an adapter: the most used experts
+pool       rank-1 experts per layer, kept apart from earlier tasks'    an adapter: the most used experts
 lora       one plain LoRA of the same rank                             an adapter: the whole LoRA
 finetune   all weights                                                 the weights
 joint      all weights, on all tasks in turn: the upper bound          the weights

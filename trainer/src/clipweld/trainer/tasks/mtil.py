@@ -87,7 +87,7 @@ class _Source:
 
 
 def _sun397(root: str, split: None, download: bool) -> datasets.SUN397:
-    """Build SUN397 in the order of file names: torchvision's is the file system's, and the split depends on it."""
+    """Build SUN397 sorted by file name, as the split depends on the order, and torchvision uses the file system's."""
     dataset = datasets.SUN397(root, download=False)
     images = sorted(zip(dataset._image_files, dataset._labels, strict=True))
     dataset._image_files, dataset._labels = [list(column) for column in zip(*images, strict=True)] or ([], [])
