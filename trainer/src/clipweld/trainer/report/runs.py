@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from clipweld.trainer.adapters.adapter import Adapter, load_adapter
+from clipweld.trainer.adapters.folder import adapter_files
 from clipweld.trainer.errors import ReportError
 from clipweld.trainer.schemas import Json, one_line, read_json, read_json_file
 from clipweld.trainer.sequence.folder import Finished, SequenceResult
@@ -81,9 +82,7 @@ class Run:
         Raises:
             AdapterError: an adapter is corrupted or can't be read.
         """
-        found = {
-            adapter.task: adapter for adapter in map(load_adapter, sorted(self.folder.glob("adapters/*.safetensors")))
-        }
+        found = {adapter.task: adapter for adapter in map(load_adapter, adapter_files(self.folder / "adapters"))}
         return [found[task] for task in self.order if task in found]
 
 

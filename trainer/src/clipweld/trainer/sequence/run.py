@@ -77,8 +77,9 @@ def run_sequence(
         raise ConfigError(f"{out} holds a run already; --resume goes on with it, or give another --out")
     if (out / FINISHED).exists():
         finished = read_record(out / FINISHED, Finished, asdict(identity)).results
-        if fabric.is_global_zero:
-            (out / PROGRESS).unlink(missing_ok=True)
+        if fabric.is_global_zero and (out / PROGRESS).exists():
+            with output_errors(out):
+                (out / PROGRESS).unlink()
         return finished
     check_writable(out)
     progress = _begin(out, identity, base, tested, fabric)
