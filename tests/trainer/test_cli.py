@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def test_help_shows_the_defaults_of_the_given_model(capsys):
     assert "--shots INT" in shown["mini"]
     assert "[default: 500]" in shown["ViT-B-16"]
     assert "[default: 500]" not in shown["mini"]
+
+
+@pytest.mark.parametrize("command", ["fit", "sequence"])
+def test_help_shows_the_groups_of_rare_flags_last(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    titles = re.findall(r"╭─ ([A-Z][a-z ]+) ─", capsys.readouterr().out)
+    assert titles == ["Options", "Model and data", "Hardware", "Training"]
 
 
 @pytest.mark.parametrize("arguments", [["fit"], ["fit", "--task"], ["unfit"], ["fit", "--task", "x", "--lr", "high"]])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from clipweld.trainer import __version__
 
@@ -27,7 +27,7 @@ def application(name: str, description: str, consume_multiple: bool = False) -> 
         name=name,
         help=description,
         help_format="markdown",
-        group_parameters="Options",
+        group_parameters=Group("Options", sort_key=0),  # before the groups of rare flags
         version=f"clipweld {__version__}",
         default_parameter=Parameter(
             negative="",
