@@ -1,5 +1,6 @@
 """Make the small CLIP from packages: `python -m evidence.mini_recipe build --work DIR --minutes 60 --out DIR`."""
 
+import dataclasses
 import json
 import logging
 import warnings
@@ -53,6 +54,7 @@ def train(
     threads: Annotated[int, Parameter(help="CPU threads.")] = 2,
     seed: Annotated[int, Parameter(help="Seed of weights, captions and augmentation.")] = 0,
     start_from: Annotated[Path | None, Parameter(help="Weights to start from, with half the learning rates.")] = None,
+    variant: Annotated[Path | None, Parameter(help="JSON file of another model and mix of pictures.")] = None,
 ) -> None:
     """Pre-train on the pairs. Run it again to resume from the last checkpoint."""
     from safetensors.torch import load_file
@@ -62,6 +64,9 @@ def train(
     _start_logging()
     model_cfg = json.loads((measure.MINI / "mini.json").read_text(encoding="utf-8"))
     config = train.TrainConfig(minutes=minutes, threads=threads, seed=seed)
+    if variant is not None:
+        other = json.loads(variant.read_text(encoding="utf-8"))
+        model_cfg, config = other["model"], dataclasses.replace(config, shares=other["shares"])
     if start_from is not None:
         config = config.going_on()
     start = load_file(start_from) if start_from else None

@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from evidence.mini_recipe.text import CONTEXT, Vocabulary, draw_caption
 
 log = logging.getLogger(__name__)
 VOCABULARY = 49408  # tokens of open_clip's SimpleTokenizer
+# How often each kind of picture is drawn.
 SHARES = {"emoji": 0.40, "clipart": 0.22, "icon": 0.09, "outline": 0.14, "glyph": 0.15}
 SIDED = ("left", "right", "clock", "number", "letter", "music", "note", "text", "sign", "symbol", "keyboard")
 
@@ -38,6 +40,7 @@ class TrainConfig:
         small_until: the fraction of the time with `small_size` pixels and `small_batch` (fewer tokens, more steps).
         ema: decay of the moving average of the weights.
         threads: CPU threads.
+        shares: how often each kind of picture is drawn; they add up to 1.
     """
 
     minutes: float = 60.0
@@ -54,6 +57,7 @@ class TrainConfig:
     ema: float = 0.995
     threads: int = 2
     checkpoint_every_s: float = 120.0
+    shares: Mapping[str, float] = dataclasses.field(default_factory=lambda: SHARES)
 
     def going_on(self) -> "TrainConfig":
         """Return the settings for weights that are already trained: half the learning rates, always full size."""
@@ -70,8 +74,8 @@ class PairTable:
         labels: the numbers of each pair's names and categories, padded with -1; int64, (pairs, most).
     """
 
-    def __init__(self, pairs: list[Pair], rng: random.Random) -> None:
-        self._pairs, self._rng = pairs, rng
+    def __init__(self, pairs: list[Pair], rng: random.Random, shares: Mapping[str, float] = SHARES) -> None:
+        self._pairs, self._rng, self._shares = pairs, rng, shares
         self.words = sorted({word for pair in pairs for word in (*pair.names, *pair.categories)})
         number = {word: index for index, word in enumerate(self.words)}
         self.label_number = number
@@ -86,7 +90,7 @@ class PairTable:
         self._weights = self._sampling_weights()
 
     def _sampling_weights(self) -> torch.Tensor:
-        """Weigh the pairs so that each kind has its share in `SHARES`.
+        """Weigh the pairs so that each kind has its share in the settings.
 
         Within a kind, the weight of a name with n pictures is proportional to sqrt(n).
         """
@@ -96,7 +100,7 @@ class PairTable:
         kinds = [pair.kind for pair in self._pairs]
         for kind in set(kinds):
             mask = torch.tensor([one == kind for one in kinds])
-            weights[mask] *= SHARES[kind] / weights[mask].sum()
+            weights[mask] *= self._shares[kind] / weights[mask].sum()
         return weights
 
     def draw(self, count: int, size: int, bare_rate: float) -> tuple[torch.Tensor, list[str], torch.Tensor]:
@@ -192,7 +196,7 @@ class Training:
         torch.manual_seed(config.seed)
         self.config, self.folder = config, folder
         self.rng = random.Random(config.seed)
-        self.table = PairTable(pairs, self.rng)
+        self.table = PairTable(pairs, self.rng, config.shares)
         self.vocabulary = Vocabulary(self.table.words)
         text_cfg = {**model_cfg["text_cfg"], "vocab_size": len(self.vocabulary.token_ids)}
         if text_cfg["context_length"] != CONTEXT:

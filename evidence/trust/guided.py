@@ -22,7 +22,7 @@ with atheris.instrument_imports(
         "clipweld.trainer.tensors",
     ]
 ):
-    from clipweld.trainer.adapters.adapter import FORMAT, load_adapter, save_adapter
+    from clipweld.trainer.adapters.adapter import load_adapter, save_adapter
 with atheris.instrument_imports(
     include=[
         "clipweld.exporter.store.repository",
@@ -52,7 +52,7 @@ def main() -> None:
     (corpus / "manifest").write_bytes(b"\1" + store.repository.manifest_file(1).read_bytes())
     runs = next(int(flag.partition("=")[2]) for flag in sys.argv if flag.startswith("-runs="))
 
-    (corpus / "metadata").write_bytes(b"\2" + json.dumps({"format": FORMAT, **whole.metadata()}).encode())
+    (corpus / "metadata").write_bytes(b"\2" + json.dumps(whole.metadata()).encode())
     tensors = {name: tensor.numpy() for name, tensor in whole.tensors.items()}
 
     def sealed(text: bytes) -> bytes:

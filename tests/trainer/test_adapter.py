@@ -1,4 +1,6 @@
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,24 @@ def test_an_adapter_is_unchanged_by_saving_and_loading(adapter, tmp_path):
     assert loaded.metadata() == adapter.metadata()
     for name, tensor in adapter.tensors.items():
         assert torch.equal(loaded.tensors[name], tensor)
+
+
+def test_an_adapter_of_format_3_can_still_be_read(tmp_path):
+    """Written before adapters recorded how far things not learned have moved."""
+    old = Path(__file__).with_name("format_3.safetensors")
+    found = load_adapter(old)
+    assert found.moved is None
+    assert found.sha256 == "c004c6a55a5d9e7a9fe3a6cd5f4c7c9c5dc72a5dc24502545a9a18680947dc59"
+    save_adapter(found, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == old.read_bytes()
+
+
+@pytest.mark.parametrize("number", [2, 5, None, "4", [4], True])
+def test_other_formats_are_refused(tmp_path, number):
+    text = json.dumps({"format": number, "sha256": "ab" * 32})
+    save_file({"m.lora_A": torch.ones(1, 1)}, tmp_path / "a.safetensors", {"clipweld": text})
+    with pytest.raises(AdapterCorrupt, match="this clipweld reads 3 and 4"):
+        load_adapter(tmp_path / "a.safetensors")
 
 
 def test_saving_an_adapter_twice_gives_the_same_bytes_and_no_other_files(adapter, tmp_path):
@@ -137,6 +157,8 @@ def sealed(adapter, path, **changes):
         ({"accuracy": {"after": {"digits": 101.0}}}, "less than or equal to 100"),
         ({"config": {"lr": [1]}}, "config.lr"),
         ({"activation_counts": {"m": [-1]}}, "activation_counts.m.0"),
+        ({"moved": {"words_mean": 0.1}}, "moved.words_p95"),
+        ({"moved": {"words_mean": -1.0, "words_p95": 0.0, "images_kl": 0.0}}, "moved.words_mean"),
     ],
 )
 def test_invalid_metadata_is_refused_even_with_a_matching_hash(adapter, tmp_path, changes, says):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from clipweld.exporter.store.repository import Repository
-from clipweld.trainer.adapters.adapter import FORMAT, Adapter, load_adapter, save_adapter
+from clipweld.trainer.adapters.adapter import Adapter, Moved, load_adapter, save_adapter
 from clipweld.trainer.adapters.merge import delta_weight
 from clipweld.trainer.tasks import find_learned
 from evidence.trust.mutations import (
@@ -38,6 +38,7 @@ def tiny_adapter() -> Adapter:
         accuracy={"before": {"birds": 10.0}, "after": {"birds": 90.5}}, config={"lr": 0.1, "source": "birds"},
         activation_counts={"m": [3, 4]},
         tensors={name: torch.randn(shape, generator=drawn) for name, shape in shapes.items()},
+        moved=Moved(words_mean=0.25, words_p95=0.5, images_kl=0.125),
     )  # fmt: skip
 
 
@@ -71,7 +72,7 @@ class Adapters(Reader):
         return len(content)
 
     def _seal(self, metadata: Any, tensors: dict[str, np.ndarray], draw: random.Random) -> bytes:
-        return sealed_file({"format": FORMAT, **metadata} if isinstance(metadata, dict) else metadata, tensors, draw)
+        return sealed_file(metadata, tensors, draw)
 
     def _large(self, draw: random.Random) -> bytes:
         """Return a file of up to megabytes, whose content takes more space in memory than on disk."""
@@ -94,7 +95,7 @@ class Adapters(Reader):
             raise OtherMeaning("it was damaged, and is another adapter")
         header, _ = split_safetensors(self._file.read_bytes())
         said = json.loads(header["__metadata__"]["clipweld"])
-        del said["sha256"], said["format"]
+        del said["sha256"]
         if said != json.loads(json.dumps(found.metadata())):
             raise OtherMeaning("its metadata is not what the file says")
         if not (self.folder / f"{found.task}.safetensors").resolve().parent == self.folder.resolve():

@@ -152,6 +152,7 @@ def _fit(command: commands.Fit, task: Task) -> None:
             "adapter": str(path),
             "sha256": fitted.adapter.sha256,
             "accuracy": fitted.adapter.accuracy,
+            "moved": fitted.adapter.moved,
             "trainable_parameters": fitted.trainable_parameters,
             "kept_parameters": fitted.adapter.num_parameters,
             "seconds": round(fitted.seconds, 2),

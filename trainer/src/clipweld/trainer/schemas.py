@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -46,11 +46,12 @@ Json = dict[str, Any]
 Setting = None | bool | int | float | Text
 
 
-def read_json(kind: type[Record], text: str | bytes) -> Record:
+def read_json(kind: type[Record] | Mapping[int, type[Record]], text: str | bytes) -> Record:
     """Parse JSON, and check every type and bound.
 
     Args:
-        kind: the schema: a dataclass or TypedDict with STRICT, or a plain type.
+        kind: the schema: a dataclass or TypedDict with STRICT, or a plain type; or one for each value of the JSON's
+            ``format``.
 
     Raises:
         ValueError: it has more than MAX_BYTES or MAX_VALUES, is not JSON, has an object with more than MAX_NAMES, or
@@ -64,6 +65,8 @@ def read_json(kind: type[Record], text: str | bytes) -> Record:
     value = from_json(text)
     if (names := _widest(value)) > MAX_NAMES:
         raise ValueError(f"an object of {names:,} names, at most {MAX_NAMES:,} are read")
+    if isinstance(kind, Mapping):
+        kind = _by_format(kind, value)
     _check_fields(kind, value)  # first, because pydantic would collect an error of a kilobyte per field
     schema: TypeAdapter[Record] = _schema(cast("Hashable", kind))
     try:
@@ -87,6 +90,17 @@ def read_json_file(kind: type[Record], path: Path) -> Record:
         raise FileNotFoundError(2, "not a regular file" if path.exists() else "no such file", str(path))
     with path.open("rb") as file:
         return read_json(kind, file.read(MAX_BYTES + 1))
+
+
+def _by_format(kinds: Mapping[int, type[Record]], value: Any) -> type[Record]:
+    number = value.get("format") if isinstance(value, dict) else None
+    if type(number) is not int or number not in kinds:
+        raise ValueError(
+            one_line(
+                f"format {number!r}; this clipweld reads {' and '.join(map(str, kinds))}, later ones may read more"
+            )
+        )
+    return kinds[number]
 
 
 def _check_fields(kind: Any, value: Any) -> None:

@@ -47,6 +47,14 @@ def show_fitted(fitted: Fitted, lineage: Sequence[Adapter], path: Path) -> None:
         )
         table.add_row(adapter.task, *cells, style="bold" if adapter is learned else None)
     console().print(table)
+    if learned.moved is not None:
+        console().print(
+            "Not learned, and moved: the logits of 1,000 common words fell by {words_mean:.2f} on average, 95% of them "
+            "by {words_p95:.2f} at most; how words describe the images diverges by {images_kl:.2f} nats.".format(
+                **learned.moved
+            ),
+            soft_wrap=True,
+        )
     console().print(
         f"{path}: {learned.num_parameters:,} numbers kept of {fitted.trainable_parameters:,} trained, "
         f"{fitted.seconds:.0f} s. Next: exporter merge --to onnx --model {learned.model_name}",

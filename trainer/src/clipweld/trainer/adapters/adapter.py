@@ -1,7 +1,7 @@
 """The adapter file, which holds one learned task.
 
 It is a safetensors file. Its tensors are float32 and named by open_clip's module paths: ``<module>.lora_A``
-(k_merge, d_in) and ``<module>.lora_B`` (d_out, k_merge) of the experts to merge, and optionally ``<module>.inputs``.
+(k_merge, d_in) and ``<module>.lora_B`` (d_out, k_merge) of the experts to merge, and ``<module>.inputs``.
 The metadata entry ``clipweld`` holds JSON: all other fields of ``Adapter``, and the SHA-256 over both. Adapters are
 content-addressed, like commits: each names its parents, the hashes of all adapters merged before it, in order.
 """
@@ -19,8 +19,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import safetensors
 import torch
-from pydantic import AfterValidator, FailFast, Field
+from pydantic import AfterValidator, FailFast, Field, with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from clipweld.trainer.adapters.folder import adapter_files, check_file, check_name
 from clipweld.trainer.errors import AdapterCorrupt, AdapterError, BrokenChain, WrongBase
@@ -29,8 +30,25 @@ from clipweld.trainer.schemas import STRICT, Count, Items, Percent, Setting, Sha
 from clipweld.trainer.tensors import canonical, content_sha256, read_tensors, write_tensors
 from clipweld.trainer.text import check_words, task_name
 
-FORMAT = 3  # SealedMetadata takes no other
 TENSOR = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.(lora_A|lora_B|inputs)")
+
+
+Distance = Annotated[float, Field(ge=0)]
+
+
+@with_config(STRICT)
+class Moved(TypedDict):
+    """How far things that were not learned have moved.
+
+    Attributes:
+        words_mean: by how much the logit of a common word fell against its own features before, mean over the words.
+        words_p95: the same, 95th percentile.
+        images_kl: KL divergence in nats of how words describe an image, before to after, mean over the task's images.
+    """
+
+    words_mean: Distance
+    words_p95: Distance
+    images_kl: Distance
 
 
 @dataclass(frozen=True)
@@ -65,21 +83,26 @@ class Adapter(Metadata):
     """One learned task.
 
     Attributes:
-        tensors: float32 ``<module>.lora_A (k_merge, d_in)`` and ``<module>.lora_B (d_out, k_merge)``; if trained with a
-            drift loss, also ``<module>.inputs (directions, d_in)``, from which later tasks compute theirs
-            (``method.drift``).
+        tensors: float32 ``<module>.lora_A (k_merge, d_in)`` and ``<module>.lora_B (d_out, k_merge)``, and
+            ``<module>.inputs (directions, d_in)``, from which later tasks compute their drift loss
+            (``method.drift``). Format 3 has inputs only if the task itself was trained with a drift loss.
+        moved: how far things not learned have moved (``learning.movement``); None in format 3.
     """
 
     tensors: dict[str, Tensor] = field(repr=False)
+    moved: Moved | None = None
 
     def metadata(self) -> dict:
-        """Return all fields but the tensors, ready for JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
+        """Return the format and all fields but the tensors, ready for JSON."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
+        if self.moved is None:
+            return {"format": 3, **{name: value for name, value in said.items() if name != "moved"}}
+        return {"format": 4, **said}
 
     @cached_property
     def sha256(self) -> str:
         """SHA-256 over metadata and tensors: the adapter's identity."""
-        return content_sha256({"format": FORMAT, **self.metadata()}, self.tensors)
+        return content_sha256(self.metadata(), self.tensors)
 
     def modules(self) -> list[str]:
         """Return the paths of the adapted layers, sorted."""
@@ -110,7 +133,7 @@ def check_readable(adapter: Adapter) -> None:
         AdapterError: the metadata is too large to be read again.
     """
     try:
-        read_json(SealedMetadata, _seal(adapter))
+        read_json(FORMATS, _seal(adapter))
     except ValueError as exc:
         raise AdapterError(
             f"task {adapter.task!r}: its adapter could not be read again ({exc}); take fewer or shorter class names, "
@@ -124,8 +147,22 @@ class SealedMetadata(Metadata):
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
+    moved: Moved
+    format: Literal[4]
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class SealedMetadata3(Metadata):
+    """The same of format 3, which didn't say how far things not learned had moved."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+
     format: Literal[3]
     sha256: Sha256
+
+
+FORMATS: dict[int, type[SealedMetadata] | type[SealedMetadata3]] = {3: SealedMetadata3, 4: SealedMetadata}
 
 
 def load_adapter(path: Path | str) -> Adapter:
@@ -140,7 +177,7 @@ def load_adapter(path: Path | str) -> Adapter:
     check_file(path)
     try:
         text, tensors = read_tensors(path)
-        sealed = read_json(SealedMetadata, text)
+        sealed = read_json(FORMATS, text)
         check_words(sealed.class_names, sealed.templates)
         _check_tensors(tensors)
     except ForeignFile as exc:
@@ -154,7 +191,11 @@ def load_adapter(path: Path | str) -> Adapter:
         raise AdapterCorrupt(
             f"adapter {path}: truncated or not an adapter ({one_line(str(exc))}); restore it or fit the task again"
         ) from exc
-    adapter = Adapter(**{f.name: getattr(sealed, f.name) for f in fields(Metadata)}, tensors=tensors)
+    adapter = Adapter(
+        **{f.name: getattr(sealed, f.name) for f in fields(Metadata)},
+        tensors=tensors,
+        moved=sealed.moved if isinstance(sealed, SealedMetadata) else None,
+    )
     if adapter.sha256 != sealed.sha256:
         raise AdapterCorrupt(
             f"adapter {path}: content does not match its own SHA-256 {sealed.sha256[:8]}; it was altered: "
@@ -275,4 +316,4 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
 
 
 def _seal(adapter: Adapter) -> str:
-    return canonical({"format": FORMAT, **adapter.metadata(), "sha256": adapter.sha256})
+    return canonical({**adapter.metadata(), "sha256": adapter.sha256})

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from clipweld.trainer.adapters.adapter import Adapter, check_readable
+from clipweld.trainer.adapters.adapter import Adapter, Moved, check_readable
 from clipweld.trainer.adapters.folder import check_new
 from clipweld.trainer.adapters.merge import merge
 from clipweld.trainer.base.backbone import Backbone, with_weights
@@ -28,6 +28,7 @@ from clipweld.trainer.errors import NotFinite
 from clipweld.trainer.finite import all_finite, first_fault, first_not_finite
 from clipweld.trainer.learning.checkpoint import Checkpoint, Trainee
 from clipweld.trainer.learning.evaluate import Accuracies, evaluate
+from clipweld.trainer.learning.movement import movement
 from clipweld.trainer.method import PoolSet, attach_pools, contrastive_loss, detach_pools, orthogonality_loss
 from clipweld.trainer.method.anchors import WordAnchors
 from clipweld.trainer.method.drift import drift_loss, past_inputs, principal_inputs
@@ -128,15 +129,17 @@ def fit(
             )  # fmt: skip
             checkpoint = checkpoint_of(unfinished, [batches], base, config, fabric, parents)
             seconds = train([batches], objective, checkpoint, resume=resume, on_step=on_step)
-            tensors = pools.merged_tensors()
-            if config.drift_weight:
-                tensors |= principal_inputs(task, model, pools, batches, config.drift_directions)
+            inputs = principal_inputs(task, model, pools, batches, config.drift_directions)
         finally:
             detach_pools(pools)
-    adapter = replace(adapter, activation_counts=pools.activation_counts(), tensors=tensors)
+    adapter = replace(adapter, activation_counts=pools.activation_counts(), tensors=pools.merged_tensors() | inputs)
     merged = with_weights(base, merge(weights, [adapter]))
     accuracies = evaluate(merged, test_on, fabric)
-    adapter = replace(adapter, accuracy={"before": before["task"], "after": accuracies["task"]})
+    adapter = replace(
+        adapter,
+        accuracy={"before": before["task"], "after": accuracies["task"]},
+        moved=movement(model, merged, batches),  # the model's pools are detached: it is the one before the task
+    )
     return Fitted(adapter, merged, accuracies, pools.num_trainable, seconds)
 
 
@@ -158,6 +161,7 @@ def untrained(
         config={**asdict(config), "source": task.source, **base.own_preprocessing},
         activation_counts=pools.activation_counts(),
         tensors={},
+        moved=Moved(words_mean=0.0, words_p95=0.0, images_kl=0.0),
     )
 
 

@@ -30,6 +30,19 @@ CHUNK = 256
 LOGIT_SCALE = 100.0
 
 
+def word_tokens(backbone: Backbone) -> Tensor:
+    """Return the tokens of all words: int64 (words, context_length)."""
+    prompts = [prompt_of(TEMPLATE, word) for word in open_clip.IMAGENET_CLASSNAMES]
+    return backbone.tokenizer(prompts).to(backbone.device)
+
+
+@torch.no_grad()
+def encode_words(backbone: Backbone, tokens: Tensor) -> Tensor:
+    """Return a model's features (words, embed_dim) of words, L2-normalised."""
+    model = backbone.model.eval()
+    return F.normalize(torch.cat([encode_text(model, cut_to_longest(c)) for c in tokens.split(CHUNK)]), dim=-1)
+
+
 class WordAnchors:
     """Features of words and images as a model computed them before a task.
 
@@ -43,11 +56,9 @@ class WordAnchors:
     @torch.no_grad()
     def __init__(self, backbone: Backbone, batches: Batches, seed: int) -> None:
         self._seed = seed
-        prompts = [prompt_of(TEMPLATE, word) for word in open_clip.IMAGENET_CLASSNAMES]
-        self._tokens = backbone.tokenizer(prompts).to(backbone.device)
+        self._tokens = word_tokens(backbone)
+        self._words = encode_words(backbone, self._tokens)
         model = (backbone.model if batches.few_shot else copy.deepcopy(backbone.model)).eval()
-        features = [encode_text(model, cut_to_longest(chunk)) for chunk in self._tokens.split(CHUNK)]
-        self._words = F.normalize(torch.cat(features), dim=-1)
         self._model = model
         self._images = None
         if batches.few_shot:

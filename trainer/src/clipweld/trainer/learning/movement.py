@@ -1,0 +1,65 @@
+"""How far a task has moved what was not learned: a number to watch where no other task's test images are at hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipweld.trainer.adapters.adapter import Moved
+from clipweld.trainer.base.backbone import Backbone
+from clipweld.trainer.base.batches import Batches
+from clipweld.trainer.errors import NotFinite
+from clipweld.trainer.method.anchors import LOGIT_SCALE, encode_words, word_tokens
+
+CHUNK = 128
+MAX_IMAGES = 1024
+
+
+@torch.no_grad()
+def movement(before: Backbone, after: Backbone, batches: Batches) -> Moved:
+    """Compare two models on the thousand common words of the anchor loss, and on a task's images.
+
+    Logits are at CLIP's scale of 100. A word's logit is that of its features after with its own features before: it
+    falls by ``100 * (1 - cosine)``. Images are described by each model in its own words, softmax over all of them.
+
+    Args:
+        before, after: the model before and after the task.
+        batches: the task's training images, of which at most ``MAX_IMAGES`` are used.
+
+    Raises:
+        NotFinite: features of either model are NaN or infinite.
+    """
+    old, new = (encode_words(model, word_tokens(model)) for model in (before, after))
+    fallen = LOGIT_SCALE * (1 - (old * new).sum(dim=-1)).clamp(min=0)
+    diverged = torch.cat(
+        [
+            F.kl_div(_described(after, pixels, new), _described(before, pixels, old), log_target=True, reduction="none")
+            for pixels in _pixels(batches)
+        ]
+    )
+    moved: Moved = {
+        "words_mean": fallen.mean().item(),
+        "words_p95": fallen.quantile(0.95).item(),
+        "images_kl": max(0.0, diverged.sum(dim=-1).mean().item()),
+    }
+    if not all(math.isfinite(moved[name]) for name in ("words_mean", "words_p95", "images_kl")):
+        raise NotFinite(
+            f"task {batches.task.name!r}: after learning it, features of common words or of its images are NaN or "
+            "infinite; learn it again with a lower --lr"
+        )
+    return moved
+
+
+def _pixels(batches: Batches) -> Iterator[Tensor]:
+    for chunk in torch.arange(min(len(batches), MAX_IMAGES)).split(CHUNK):
+        yield batches.pixels(chunk.tolist())
+
+
+def _described(model: Backbone, pixels: Tensor, words: Tensor) -> Tensor:
+    """Return the logarithm of the distribution of each image over all words: (images, words)."""
+    features = F.normalize(model.model.encode_image(pixels.to(model.device)), dim=-1)
+    return (LOGIT_SCALE * features @ words.T).log_softmax(dim=-1)
