@@ -40,9 +40,9 @@ def test_help_shows_the_defaults_of_the_given_model(capsys):
         with pytest.raises(SystemExit):
             main(["fit", "--model", model, "--help"])
         shown[model] = capsys.readouterr().out
-    assert "--shots INT" in shown["mini"]
-    assert "[default: 500]" in shown["ViT-B-16"]
-    assert "[default: 500]" not in shown["mini"]
+    assert "--lr FLOAT" in shown["mini"]
+    assert "[default: 0.002]" in shown["ViT-B-16"]
+    assert "[default: 0.002]" not in shown["mini"]
 
 
 @pytest.mark.parametrize("command", ["fit", "sequence"])

@@ -16,7 +16,6 @@ from clipweld.trainer import cli
 from clipweld.trainer.base import hub
 from clipweld.trainer.base.model_choice import DEFAULT_MODEL
 from clipweld.trainer.cli import main
-from clipweld.trainer.config import train_config
 from clipweld.trainer.errors import WeightsError
 from clipweld.trainer.learning.fit import Step
 
@@ -125,8 +124,8 @@ def test_long_training_is_announced_after_a_few_steps(capsys, monkeypatch, secon
     clock = iter(seconds * number for number in range(300))
     monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     progress = cli.Progress(console=cli.stderr, auto_refresh=False)
-    follow = cli._follow(progress, "bolts", train_config("mini").iterations)
+    follow = cli._follow(progress, "bolts")
     for number in range(1, 9):
-        follow(Step(number, 1.0, 0.5, 16.0))
+        follow(Step(number, 300, 1.0, 0.5, 16.0))
     said = capsys.readouterr().err
     assert said == ("" if says is None else f"learning bolts will take {says}\n")

@@ -10,13 +10,14 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from clipweld.trainer import __version__, commands, launch, tables
+from clipweld.trainer.config import shots_of
 from clipweld.trainer.errors import OutputError, TrainerError
 from clipweld.trainer.extras import missing
 from clipweld.trainer.files import check_surroundings
@@ -115,11 +116,12 @@ def _fit(command: commands.Fit, task: Task) -> None:
     from clipweld.trainer.adapters.adapter import load_lineage
     from clipweld.trainer.base.backbone import check_preprocessing
     from clipweld.trainer.learning.dry_run import dry_run
+    from clipweld.trainer.learning.fit import for_tasks
     from clipweld.trainer.learning.learn import adapter_path, learn_into
     from clipweld.trainer.tasks import find_learned
 
     fabric = _fabric(command)
-    _announce([task], fabric, command.train.shots)
+    _announce([task], fabric, command)
     base = _load(command, fabric)
     _announce_prompts([task], base, fabric)
     lineage = load_lineage(command.adapters, base.fingerprint)
@@ -131,17 +133,25 @@ def _fit(command: commands.Fit, task: Task) -> None:
         )
     (task,) = _readable([task], base, command)
     earlier = _readable([found for adapter in lineage if (found := find_learned(adapter, command.data))], base, command)
+    train = for_tasks(command.train, [task], base, fabric)
+    if fabric.is_global_zero:
+        images, shots = task.load("train"), cast("int", train.shots)
+        used = len(images.few_shot(shots, train.seed))
+        _say(
+            f"{task.name}: {used:,} of {len(images):,} training images, {train.iterations:,} steps of "
+            f"{train.batch_size * fabric.world_size}"
+        )
     if command.dry_run:
-        cost = dry_run(task, base, lineage, command.train, fabric)
+        cost = dry_run(task, base, lineage, train, fabric)
         if fabric.is_global_zero and command.json:
             print(json.dumps(dataclasses.asdict(cost), indent=2))
         elif fabric.is_global_zero:
-            tables.show_dry_run(cost, task.name, base, command.train.iterations)
+            tables.show_dry_run(cost, task.name, base, cast("int", train.iterations))
         return
     with _progress(fabric) as progress:
         fitted = learn_into(
-            command.adapters, task, base, lineage, command.train, test_on=[*earlier, task], fabric=fabric,
-            resume=command.resume, on_step=_follow(progress, task.name, command.train.iterations),
+            command.adapters, task, base, lineage, train, test_on=[*earlier, task], fabric=fabric,
+            resume=command.resume, on_step=_follow(progress, task.name),
         )  # fmt: skip
     if not fabric.is_global_zero:
         return
@@ -174,8 +184,8 @@ def sequence(command: commands.Sequence) -> None:
     from clipweld.trainer.sequence.run import run_sequence  # imports torch, so the arguments are checked first
 
     fabric = _fabric(command)
-    for tasks, shots in zip(given, (command.train.shots, None), strict=True):
-        _announce([validation(task) for task in tasks] if command.validate else tasks, fabric, shots)
+    for tasks, learns in zip(given, (command, None), strict=True):
+        _announce([validation(task) for task in tasks] if command.validate else tasks, fabric, learns)
     base = _load(command, fabric)
     _announce_prompts([task for tasks in given for task in tasks], base, fabric)
     learn, watch = (_readable(tasks, base, command) for tasks in given)
@@ -189,7 +199,7 @@ def sequence(command: commands.Sequence) -> None:
 
             def on_stage(tasks: Sequence[Task], progress: Progress = progress) -> Callable[[Step], None]:
                 names = ", ".join(task.name for task in tasks)
-                return _follow(progress, names, command.train.iterations * len(tasks))
+                return _follow(progress, names)
 
             with held(out) if fabric.is_global_zero else contextlib.nullcontext():
                 found = run_sequence(
@@ -319,12 +329,14 @@ def _load(command: commands.WithModel, fabric: Fabric) -> Backbone:
     return backbone
 
 
-def _announce(tasks: list[Task], fabric: Fabric, shots: int | None = None) -> None:
-    """Print a line per loaded task, then its warnings; ``shots`` is None if tasks are only tested."""
+def _announce(tasks: list[Task], fabric: Fabric, learns: commands.Fit | commands.Sequence | None = None) -> None:
+    """Print a line per loaded task, then its warnings; ``learns`` is None if the tasks are only tested."""
     from clipweld.trainer.tasks import summarise
 
     if fabric.is_global_zero:
         for task in tasks:
+            folder = task.origin is not None
+            shots = None if learns is None else shots_of(learns.train, learns.model, is_folder=folder)
             for line in summarise(task, shots).lines():
                 _say(line)
 
@@ -373,18 +385,18 @@ def _progress(fabric: Fabric) -> Progress:
     )
 
 
-def _follow(progress: Progress, name: str, iterations: int) -> Callable[[Step], None]:
+def _follow(progress: Progress, name: str) -> Callable[[Step], None]:
     """Add a progress bar and return its per-step callback, which announces a long run after the first few steps."""
-    bar = progress.add_task(f"learning {escape(name)}", total=iterations, said="testing what is known")
+    bar = progress.add_task(f"learning {escape(name)}", total=None, said="testing what is known")
     ends: list[float] = []
 
     def follow(step: Step) -> None:
         said = f"contrastive loss {step.contrastive:.3f}  {step.images_per_s:.0f} images/s"
-        progress.update(bar, completed=step.number, said=said)
+        progress.update(bar, completed=step.number, total=step.iterations, said=said)
         if len(ends) <= TIMED_STEPS:
             ends.append(time.monotonic())
             if len(ends) == TIMED_STEPS + 1:
-                left_s = (iterations - step.number) * (ends[-1] - ends[0]) / TIMED_STEPS
+                left_s = (step.iterations - step.number) * (ends[-1] - ends[0]) / TIMED_STEPS
                 if left_s > LONG_S and not progress.disable:
                     minutes = f"{left_s / 60:.0f} minutes"
                     stderr.print(f"learning {name} will take about {minutes} more", soft_wrap=True, markup=False)

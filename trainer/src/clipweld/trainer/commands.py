@@ -81,6 +81,8 @@ class Fit(WithModel):
     """Prompts for the task of a folder, such as 'a photo of a {}, a type of bolt'."""
     adapters: Path = Path("adapters")
     """Folder of the adapters: earlier ones are read from it, the new one is written to it."""
+    published: bool = False
+    """Take the paper's own settings (arXiv 2601.22828) as defaults: no loss protects what other tasks use."""
     dry_run: bool = False
     """Estimate size, memory and time from three steps; learn nothing, write nothing."""
     resume: bool = False
@@ -110,6 +112,8 @@ class Sequence(WithModel):
     label_space: LabelSpace = "task"
     """Accuracies to print: images are classified among the classes of their own task, or of all tasks (union). Both are
     written to --out."""
+    published: bool = False
+    """Take the paper's own settings (arXiv 2601.22828) as defaults: no loss protects what other tasks use."""
     validate: bool = False
     """Learn from 80% of the training images and test on the rest, to choose settings without using a test image."""
     seeds: tuple[int, ...] = ()
@@ -196,6 +200,7 @@ def parse(args: list[str] | None = None) -> Command:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--model", nargs="?")
     finder.add_argument("--method", nargs="?")
+    finder.add_argument("--published", nargs="?", const="true", default="false")
     finder.add_argument("--adapters", nargs="?", const="adapters", default="adapters")
     found = finder.parse_known_args(args)[0]
     reads_adapters = args[:1] in (["fit"], ["evaluate"]) and not {"-h", "--help"} & set(args)
@@ -203,10 +208,11 @@ def parse(args: list[str] | None = None) -> Command:
         check_named(Path(found.adapters))
     model = choose_model(found.model, Path(found.adapters) if reads_adapters else None)
     method = found.method if found.method in get_args(Method) else "pool"
+    published = str(found.published).lower() == "true"
     chosen: dict[type[Command], dict[str, Any]] = {
         Tasks: {},
-        Fit: {"model": model, "train": train_config(model)},
-        Sequence: {"model": model, "train": train_config(model, method)},
+        Fit: {"model": model, "train": train_config(model, published=published)},
+        Sequence: {"model": model, "train": train_config(model, method, published=published)},
         Evaluate: {"model": model},
         Report: {},
         Bench: {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -51,10 +52,11 @@ class PoolConfig:
 class TrainConfig(PoolConfig):
     """The settings for learning a task. Defaults are the published ones; ``PRESETS`` has those of single models."""
 
-    shots: int = 5
-    """Training images per class, drawn by the seed; 0 takes all."""
-    iterations: int = 500
-    """Optimiser steps."""
+    shots: int | None = None
+    """Training images per class, drawn by the seed; 0 takes all. Default: all of a folder's; 5 of a benchmark task's
+    (mini: 16)."""
+    iterations: int | None = None
+    """Optimiser steps. Default: 500 (mini: 300); for many images enough to see each 4 times, at most 5,000."""
     batch_size: int = 32
     """Images per step."""
     lr: float = 2e-3
@@ -79,7 +81,9 @@ class TrainConfig(PoolConfig):
     def _faults(self) -> list[str]:
         positive = {name: getattr(self, name) for name in ("iterations", "batch_size", "lr", "drift_directions")}
         faults = [
-            f"{name} {value} must be a number above 0" for name, value in positive.items() if not 0 < value < math.inf
+            f"{name} {value} must be a number above 0"
+            for name, value in positive.items()
+            if value is not None and not 0 < value < math.inf
         ]
         not_negative = {
             name: getattr(self, name)
@@ -88,7 +92,7 @@ class TrainConfig(PoolConfig):
         faults += [
             f"{name} {value} must be a number from 0 on"
             for name, value in not_negative.items()
-            if not 0 <= value < math.inf
+            if value is not None and not 0 <= value < math.inf
         ]
         if not 0 <= self.consolidate < 1:
             faults.append(f"consolidate {self.consolidate} must lie in [0, 1)")
@@ -103,21 +107,26 @@ LABEL_SPACES = get_args(LabelSpace)
 # The measures of a sequence of tasks (clipweld.trainer.sequence.metrics).
 MEASURES = ("transfer", "average", "last", "forgetting")
 
-# Differences from the published settings: for methods that train all weights, and for models that need other settings.
+# Training images per class of a benchmark task, and the fewest steps, by model.
+FEW_SHOTS = {"": 5, "mini": 16}
+FEWEST_STEPS = {"": 500, "mini": 300}
+# Steps for many images: enough to see each so often, up to a bound.
+EPOCHS = 4
+MOST_STEPS = 5000
+
+# What the paper trained with, where it differs from TrainConfig's defaults: its router got no gradient, and texts were
+# routed on token 0.
+PUBLISHED = {"shots": 5, "iterations": 500, "router": "fixed", "route_on": "first"}
+# Both losses against forgetting are relative (to a layer's output, to CLIP's scale of logits), so one weight serves
+# all models.
+PROTECTED = {"drift_weight": 1600.0, "anchor_weight": 4.0}
+# Differences from TrainConfig's defaults: for every method, and for models that need other settings.
 ALL_WEIGHTS = {"lr": 1e-5}
-MINI = {"shots": 16, "iterations": 300, "dropout": 0.0}
+MINI = {"dropout": 0.0}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "": {"finetune": ALL_WEIGHTS, "joint": ALL_WEIGHTS},
+    "": {"pool": PROTECTED, "finetune": ALL_WEIGHTS, "joint": ALL_WEIGHTS},
     "mini": {
-        "pool": {
-            **MINI,
-            "lr": 1e-2,
-            "router": "none",
-            "consolidate": 0.5,
-            "ago": "off",
-            "drift_weight": 1600.0,
-            "anchor_weight": 4.0,
-        },
+        "pool": {**MINI, **PROTECTED, "lr": 1e-2, "router": "none", "consolidate": 0.5, "ago": "off"},
         "lora": {**MINI, "lr": 2.5e-4},
         "finetune": {**MINI, "lr": 1e-4},
         "joint": {**MINI, "lr": 3e-4},
@@ -125,23 +134,56 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def train_config(model_name: str, method: str = "pool", **chosen: Any) -> TrainConfig:
+def train_config(model_name: str, method: str = "pool", *, published: bool = False, **chosen: Any) -> TrainConfig:
     """Return the preset of a model and a method, overridden by the chosen settings that are not None.
+
+    Args:
+        published: take the paper's own settings in place of the preset.
 
     Raises:
         ConfigError: settings are not valid; the message names every fault.
     """
-    preset = PRESETS.get(model_name, PRESETS[""]).get(method, {})
+    if published and method != "pool":
+        raise ConfigError(f"--published: the paper's settings are the pool's, expected --method pool, not {method}")
+    preset = PUBLISHED if published else PRESETS.get(model_name, PRESETS[""]).get(method, {})
     config = replace(TrainConfig(**preset), **{name: value for name, value in chosen.items() if value is not None})
-    return config if method == "pool" else without_pool(config)
+    return of_method(config, method)
 
 
-def without_pool(config: TrainConfig) -> TrainConfig:
-    """Return the settings for a method without a pool: all experts serve and are kept, without extra losses."""
-    return replace(
-        config, router="none", k_active=config.rank, k_merge=config.rank, consolidate=0.0, ago="off", drift_weight=0.0,
-        anchor_weight=0.0,
+def of_method(config: TrainConfig, method: str) -> TrainConfig:
+    """Return the settings that a method can use.
+
+    In ``lora`` all experts serve and are kept. ``finetune`` and ``joint`` have no experts, and no losses on them.
+    """
+    if method == "pool":
+        return config
+    one_lora = replace(
+        config, router="none", k_active=config.rank, k_merge=config.rank, consolidate=0.0, ago="off"
     )  # fmt: skip
+    return one_lora if method == "lora" else replace(one_lora, drift_weight=0.0, anchor_weight=0.0)
+
+
+def with_steps(config: TrainConfig, model_name: str, images: int, devices: int = 1) -> TrainConfig:
+    """Return the settings with a number of steps, chosen from the number of training images where none is given."""
+    if config.iterations is not None:
+        return config
+    epochs = math.ceil(EPOCHS * images / (config.batch_size * devices))
+    fewest = FEWEST_STEPS.get(model_name, FEWEST_STEPS[""])
+    return replace(config, iterations=min(max(fewest, epochs), MOST_STEPS))
+
+
+def shots_of(config: TrainConfig, model_name: str, *, is_folder: bool) -> int:
+    """Return the number of training images per class, 0 for all."""
+    if config.shots is not None:
+        return config.shots
+    return 0 if is_folder else FEW_SHOTS.get(model_name, FEW_SHOTS[""])
+
+
+def on_benchmark(settings: Mapping[str, Any], model_name: str) -> dict[str, Any]:
+    """Return recorded settings with the values that None stands for on a benchmark's few-shot tasks."""
+    few_shot = {"shots": FEW_SHOTS, "iterations": FEWEST_STEPS}
+    defaults = {name: values.get(model_name, values[""]) for name, values in few_shot.items()}
+    return {**settings, **{name: value for name, value in defaults.items() if settings.get(name, 0) is None}}
 
 
 def _raise_faults(faults: list[str]) -> None:

@@ -6,19 +6,24 @@ its own share.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from clipweld.trainer.base.backbone import Backbone
-from clipweld.trainer.config import TrainConfig
+from clipweld.trainer.config import TrainConfig, shots_of
 from clipweld.trainer.errors import ConfigError
 from clipweld.trainer.tasks import Task
 from clipweld.trainer.text import prompt_of
+
+# A training set is kept in memory, decoded and preprocessed, if it is few-shot or takes no more than this.
+KEPT_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def check_batch_size(config: TrainConfig, world_size: int) -> None:
 
 
 class Batches:
-    """The training batches of one task; few-shot images are decoded once and kept.
+    """The training batches of one task. Few images are decoded once and kept, many are decoded again in every epoch.
 
     Images are drawn without replacement until all have been seen, then shuffled again. One template is drawn per batch.
     Images of one class share a prompt, which is encoded once.
@@ -71,19 +76,23 @@ class Batches:
         self._seed = config.seed
         self._size = config.batch_size
         self._rank, self._world_size = rank, world_size
-        self._images = task.load("train").few_shot(config.shots, config.seed)
-        self.few_shot = config.shots > 0
+        shots = shots_of(config, backbone.model_name, is_folder=task.origin is not None)
+        self._images = task.load("train").few_shot(shots, config.seed)
+        self.in_memory = shots > 0 or len(self._images) * 12 * backbone.image_size**2 <= KEPT_BYTES
         self._kept: dict[int, Tensor] = {}
+        self._order = functools.lru_cache(maxsize=2)(self._permutation)
+        self._ahead: dict[int, list[Future[Tensor]]] = {}
+        self._readers = ThreadPoolExecutor()  # starts its threads when images are read ahead
 
     def drawn(self) -> str:
         """Return the number of training images and the start of a SHA-256 over them, to detect other images.
 
-        Few-shot images are identified by their pixels, which are in memory anyway; full sets by their paths.
+        Images that are kept are identified by their pixels, which are in memory anyway; others by their paths.
         """
         digest = hashlib.sha256()
         for index, label in enumerate(self._images.labels):
-            digest.update(f"{label} {'' if self.few_shot else self._images.name_of(index)}\n".encode())
-            if self.few_shot:
+            digest.update(f"{label} {'' if self.in_memory else self._images.name_of(index)}\n".encode())
+            if self.in_memory:
                 digest.update(self.pixels([index]).numpy().data)
         return f"{len(self)} drawn, SHA-256 {digest.hexdigest()[:16]}"
 
@@ -92,16 +101,20 @@ class Batches:
         return len(self._images)
 
     def __getitem__(self, number: int) -> Batch:
-        """Return the batch of a step, counted from 1."""
-        total = self._size * self._world_size
-        chosen = self._drawn((number - 1) * total, total)
-        share = chosen[self._rank * self._size : (self._rank + 1) * self._size]
+        """Return the batch of a step, counted from 1. If images are not kept, those of the next step are read ahead."""
+        chosen, share = self._chosen(number)
+        if self.in_memory:
+            pixels = self.pixels(share)
+        else:
+            reading = self._ahead.pop(number, None) or self._read(share)
+            self._ahead = {number + 1: self._read(self._chosen(number + 1)[1])}
+            pixels = torch.stack([image.result() for image in reading])
         labels = torch.tensor([self._images.labels[index] for index in chosen])
         classes, text_of = labels.unique(return_inverse=True)
         template = random.Random(f"template {self._seed} {number}").choice(self.task.templates)
         prompts = [prompt_of(template, self.task.class_names[label]) for label in classes]
         tokens = self._backbone.tokenizer(prompts)
-        return Batch(share, *(t.to(self._backbone.device) for t in (self.pixels(share), labels, tokens, text_of)))
+        return Batch(share, *(t.to(self._backbone.device) for t in (pixels, labels, tokens, text_of)))
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """Return training images by index, preprocessed: float32 (batch, 3, image_size, image_size), on the CPU."""
@@ -110,16 +123,22 @@ class Batches:
             image = self._kept.get(index)
             if image is None:
                 image = self._images.pixels(index, self._backbone.preprocess)
-                if self.few_shot:
+                if self.in_memory:
                     self._kept[index] = image
             decoded.append(image)
         return torch.stack(decoded)
 
-    def _drawn(self, start: int, count: int) -> list[int]:
-        """Return ``count`` indices from position ``start`` of an endless sequence of permutations."""
-        chosen: list[int] = []
-        while len(chosen) < count:
+    def _read(self, indices: Sequence[int]) -> list[Future[Tensor]]:
+        return [self._readers.submit(self._images.pixels, index, self._backbone.preprocess) for index in indices]
+
+    def _chosen(self, number: int) -> tuple[list[int], list[int]]:
+        """Return the indices of a step's images: those of all processes, and this process's share of them."""
+        total = self._size * self._world_size
+        start, chosen = (number - 1) * total, list[int]()
+        while len(chosen) < total:
             epoch, offset = divmod(start + len(chosen), len(self))
-            order = random.Random(f"order {self._seed} {epoch}").sample(range(len(self)), len(self))
-            chosen += order[offset : offset + count - len(chosen)]
-        return chosen
+            chosen += self._order(epoch)[offset : offset + total - len(chosen)]
+        return chosen, chosen[self._rank * self._size : (self._rank + 1) * self._size]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        return random.Random(f"order {self._seed} {epoch}").sample(range(len(self)), len(self))

@@ -23,7 +23,7 @@ from clipweld.trainer.adapters.merge import merge
 from clipweld.trainer.base.backbone import Backbone, with_weights
 from clipweld.trainer.base.batches import Batch, Batches, check_batch_size
 from clipweld.trainer.base.cls_block import cut_to_longest, encode_text
-from clipweld.trainer.config import TrainConfig
+from clipweld.trainer.config import TrainConfig, shots_of, with_steps
 from clipweld.trainer.errors import NotFinite
 from clipweld.trainer.finite import all_finite, first_fault, first_not_finite
 from clipweld.trainer.learning.checkpoint import Checkpoint, Trainee
@@ -42,12 +42,15 @@ class Step:
     """What one optimiser step reports.
 
     Attributes:
+        number: counted from 1.
+        iterations: number of all steps.
         loss: the minimised sum: CLIP's contrastive loss and the weighted losses against forgetting.
         contrastive: CLIP's loss alone.
         images_per_s: over all devices.
     """
 
     number: int
+    iterations: int
     loss: float
     contrastive: float
     images_per_s: float
@@ -111,6 +114,7 @@ def fit(
     check_prompts(task, base.tokenizer)
     fabric = fabric or one_device(base)
     check_batch_size(config, fabric.world_size)
+    config = for_tasks(config, [task], base, fabric)
     weights = start.model.state_dict() if start else merge(base.model.state_dict(), lineage)
     model = with_weights(base, weights)
     parents = tuple(parent.sha256 for parent in lineage)
@@ -141,6 +145,14 @@ def fit(
         moved=movement(model, merged, batches),  # the model's pools are detached: it is the one before the task
     )
     return Fitted(adapter, merged, accuracies, pools.num_trainable, seconds)
+
+
+def for_tasks(config: TrainConfig, tasks: Sequence[Task], base: Backbone, fabric: Fabric) -> TrainConfig:
+    """Return the settings with images per class and steps chosen for tasks that are learned at once."""
+    shots = [shots_of(config, base.model_name, is_folder=task.origin is not None) for task in tasks]
+    most = max(len(task.load("train").few_shot(own, config.seed)) for task, own in zip(tasks, shots, strict=True))
+    same = shots[0] if len(set(shots)) == 1 else None
+    return with_steps(replace(config, shots=same), base.model_name, most, fabric.world_size)
 
 
 def untrained(
@@ -228,6 +240,7 @@ def train(
 
     Args:
         batches: those of each task.
+        objective: its settings have a number of steps (``for_tasks``).
 
     Returns:
         training time in seconds, including the time before an interruption.
@@ -242,7 +255,7 @@ def train(
     adamw = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     optimizer = cast("torch.optim.Optimizer", fabric.setup_optimizers(adamw))
     steps_before, seconds_before = checkpoint.load(trainee, adamw) if checkpoint and resume else (0, 0.0)
-    iterations = config.iterations * len(batches)
+    iterations = cast("int", config.iterations) * len(batches)
     started = time.perf_counter()
     model.model.train()
     for number in range(steps_before + 1, iterations + 1):
@@ -270,7 +283,7 @@ def train(
             broken = first_not_finite(trained(trainee, adamw)) or "the square of a gradient"
             raise not_finite(number, "after its update the first", broken, config, fabric)
         rate = len(batch.labels) / (time.perf_counter() - step_started)
-        on_step(Step(number, mean_loss, float(parts["contrastive"].detach()), rate))
+        on_step(Step(number, iterations, mean_loss, float(parts["contrastive"].detach()), rate))
         if checkpoint and fabric.is_global_zero:
             seconds = seconds_before + time.perf_counter() - started
             checkpoint.save_when_due(number, seconds, trainee, adamw)

@@ -58,10 +58,10 @@ class WordAnchors:
         self._seed = seed
         self._tokens = word_tokens(backbone)
         self._words = encode_words(backbone, self._tokens)
-        model = (backbone.model if batches.few_shot else copy.deepcopy(backbone.model)).eval()
+        model = (backbone.model if batches.in_memory else copy.deepcopy(backbone.model)).eval()
         self._model = model
         self._images = None
-        if batches.few_shot:
+        if batches.in_memory:
             chunks = torch.arange(len(batches)).split(CHUNK)
             pixels = (batches.pixels(chunk.tolist()).to(backbone.device) for chunk in chunks)
             self._images = torch.cat([self._encode(chunk) for chunk in pixels])

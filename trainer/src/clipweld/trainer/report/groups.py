@@ -10,7 +10,7 @@ from functools import cached_property
 from statistics import mean, stdev
 from typing import Any
 
-from clipweld.trainer.config import LABEL_SPACES, METHODS, train_config
+from clipweld.trainer.config import LABEL_SPACES, METHODS, on_benchmark, train_config
 from clipweld.trainer.report.runs import Run
 
 NOT_SETTINGS = {"seed", "order_seed"}
@@ -202,8 +202,9 @@ def _groups(runs: Sequence[Run]) -> tuple[Group, ...]:
 
 def _by_default(run: Run) -> bool:
     """Return whether a run has the default settings of its model and method."""
-    default = asdict(train_config(run.model, run.method))
-    return all(run.config.get(name) == value for name, value in default.items() if name not in NOT_SETTINGS)
+    default = on_benchmark(asdict(train_config(run.model, run.method)), run.model)
+    mine = _settings(run)
+    return all(mine.get(name) == value for name, value in default.items() if name not in NOT_SETTINGS)
 
 
 def _standing(some: list[Run], candidates: list[list[Run]]) -> tuple:
@@ -225,4 +226,5 @@ def _differing(run: Run, reference: Run) -> list[str]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.config.items() if name not in NOT_SETTINGS}
+    settings = on_benchmark(run.config, run.model)
+    return {name: value for name, value in settings.items() if name not in NOT_SETTINGS}

@@ -29,7 +29,7 @@ from clipweld.trainer.base.backbone import Backbone, with_weights
 from clipweld.trainer.config import TrainConfig
 from clipweld.trainer.errors import CheckpointError
 from clipweld.trainer.learning.evaluate import Accuracies, evaluate
-from clipweld.trainer.learning.fit import Objective, Step, batches_of, checkpoint_of, fit, train
+from clipweld.trainer.learning.fit import Objective, Step, batches_of, checkpoint_of, fit, for_tasks, train
 from clipweld.trainer.schemas import STRICT, one_line
 from clipweld.trainer.tasks import Task
 from clipweld.trainer.tensors import write_tensors
@@ -144,12 +144,13 @@ class WeightsLearner:
         self, tasks: Sequence[Task], before: Accuracies, *, resume: bool, on_step: Callable[[Step], None]
     ) -> Learned:
         run = self._run
+        config = for_tasks(run.config, tasks, run.base, run.fabric)
         self._model = with_weights(run.base, self._model.model.state_dict())
         weights = AllWeights(self._model.model)
         try:
-            batches = [batches_of(task, self._model, run.config, run.fabric) for task in tasks]
-            objective = Objective(self._model, weights, run.config, run.fabric)
-            checkpoint = checkpoint_of(run.unfinished, batches, run.base, run.config, run.fabric, parents=())
+            batches = [batches_of(task, self._model, config, run.fabric) for task in tasks]
+            objective = Objective(self._model, weights, config, run.fabric)
+            checkpoint = checkpoint_of(run.unfinished, batches, run.base, config, run.fabric, parents=())
             seconds = train(batches, objective, checkpoint, resume=resume, on_step=on_step)
         finally:
             weights.freeze()

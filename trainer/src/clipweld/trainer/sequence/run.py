@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 
 from clipweld.trainer.base.backbone import Backbone
 from clipweld.trainer.base.batches import check_batch_size
-from clipweld.trainer.config import LABEL_SPACES, LabelSpace, Method, TrainConfig, without_pool
+from clipweld.trainer.config import LABEL_SPACES, LabelSpace, Method, TrainConfig, of_method
 from clipweld.trainer.errors import ConfigError
 from clipweld.trainer.files import check_writable, output_errors
 from clipweld.trainer.learning.evaluate import Accuracies, evaluate
@@ -67,7 +67,7 @@ def run_sequence(
         OutputError: ``out`` can't be written; the run can be resumed from what is there.
     """
     fabric = fabric or one_device(base)
-    config = config if method == "pool" else without_pool(config)
+    config = of_method(config, method)
     if order_seed is not None:
         tasks = random.Random(order_seed).sample(tasks, len(tasks))
     tested = [*tasks, *watch]
