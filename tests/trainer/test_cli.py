@@ -89,6 +89,9 @@ def test_fit_then_fit_again_then_evaluate(capsys, tmp_path):
     evaluated = json.loads(capsys.readouterr().out)
     assert evaluated["learned"] == ["emoji", "clipart"]
     assert evaluated["accuracy"]["emoji"] == second.accuracy["after"]["emoji"]
+    assert evaluated["accuracy_classes"]["emoji"] == second.accuracy["after_classes"]["emoji"]
+    low, high = evaluated["intervals"]["emoji"]
+    assert low < evaluated["accuracy"]["emoji"] < high
     assert sorted(p.name for p in (tmp_path / "adapters").iterdir()) == ["clipart.safetensors", "emoji.safetensors"]
 
 
@@ -115,7 +118,8 @@ def test_sequence_prints_and_saves_the_matrix(capsys, tmp_path):
 
 RESULT = {
     "method", "tasks", "tested", "label_space", "seed", "zero_shot", "matrix", "transfer", "average", "last",
-    "forgetting", "trainable_parameters", "kept_parameters", "seconds_per_task",
+    "forgetting", "trainable_parameters", "kept_parameters", "seconds_per_task", "images", "class_zero_shot",
+    "class_matrix",
 }  # fmt: skip
 
 

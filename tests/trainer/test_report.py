@@ -36,7 +36,16 @@ HOSTILE = "<b>$x$ & co</b>"
 
 
 def write_run(
-    folder, method="pool", order=("digits", "flags"), *, seed=0, matrix=None, union=True, sources=(), **config
+    folder,
+    method="pool",
+    order=("digits", "flags"),
+    *,
+    seed=0,
+    matrix=None,
+    union=True,
+    classes=False,
+    sources=(),
+    **config,
 ):
     """Write a record as ``trainer sequence`` does; accuracy is by default 60% on learned tasks, zero-shot on others."""
     order_seed = config.pop("order_seed", None)
@@ -58,6 +67,8 @@ def write_run(
         "kept_parameters": {"pool": 1000, "lora": 3000}.get(method, 100_000),
         "seconds_per_task": [1.5] * len(matrix),
     }
+    if classes:
+        result["class_matrix"] = [[cell - 7 for cell in row] for row in matrix]
     settings = {**asdict(train_config("mini", method, seed=seed, ago="sum", router="learned")), **config}
     results = {"task": result, "union": {**result, "label_space": "union"}} if union else {"task": result}
     record = {
@@ -68,6 +79,17 @@ def write_run(
     folder.mkdir(parents=True)
     (folder / "sequence.json").write_text(json.dumps(record))
     return folder
+
+
+def test_last_over_classes_is_shown_where_the_record_has_it(tmp_path):
+    write_run(tmp_path / "new", classes=True)
+    write_run(tmp_path / "old", "lora")
+    (section,) = sections(read_runs(tmp_path))
+    pool, lora = section.groups
+    assert pool.last_classes("task").values == (pool.last("task").mean - 7,)
+    assert lora.last_classes("task") is None
+    write_report(tmp_path)
+    assert "Last over classes" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def make_adapter(task, seed=0, rank=6, experts=2, counted=True):

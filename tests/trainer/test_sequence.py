@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from statistics import mean
 
 import pytest
 import torch
@@ -155,4 +156,9 @@ def test_union_classifies_among_all_class_names_and_a_shared_name_is_one_class(m
             answers = (encode_images(mini, images, range(16)) @ weights.T).argmax(-1).tolist()
         right = [names[answer] == task.class_names[label] for answer, label in zip(answers, images.labels, strict=True)]
         assert found["union"][task.name] == 100 * sum(right) / 16
+        of_classes = [
+            mean(hit for hit, label in zip(right, images.labels, strict=True) if label == one)
+            for one in sorted(set(images.labels))
+        ]
+        assert found["union_classes"][task.name] == pytest.approx(100 * mean(of_classes), abs=0.01)
     assert all(found["union"][name] <= found["task"][name] for name in found["task"])

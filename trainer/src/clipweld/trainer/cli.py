@@ -21,6 +21,7 @@ from clipweld.trainer.config import shots_of
 from clipweld.trainer.errors import OutputError, TrainerError
 from clipweld.trainer.extras import missing
 from clipweld.trainer.files import check_surroundings
+from clipweld.trainer.intervals import wilson
 from clipweld.trainer.output import console, messages, printing
 
 if TYPE_CHECKING:  # slow to import: commands import what they need, so that --help is instant
@@ -162,6 +163,10 @@ def _fit(command: commands.Fit, task: Task) -> None:
             "adapter": str(path),
             "sha256": fitted.adapter.sha256,
             "accuracy": fitted.adapter.accuracy,
+            "intervals": {
+                name: [round(bound, 2) for bound in wilson(percent, fitted.tested[name])]
+                for name, percent in fitted.accuracies["task"].items()
+            },
             "moved": fitted.adapter.moved,
             "trainable_parameters": fitted.trainable_parameters,
             "kept_parameters": fitted.adapter.num_parameters,
@@ -253,14 +258,26 @@ def evaluate(command: commands.Evaluate) -> None:
     lineage = load_lineage(command.adapters, base.fingerprint)
     found = [as_learned(task, lineage) for task in found]
     check_preprocessing(base, lineage)
-    accuracies = evaluate_tasks(with_weights(base, merge(base.model.state_dict(), lineage)), found, fabric)["task"]
+    accuracies = evaluate_tasks(with_weights(base, merge(base.model.state_dict(), lineage)), found, fabric)
     if not fabric.is_global_zero:
         return
     learned = [adapter.task for adapter in lineage]
     if command.json:
-        print(json.dumps({"model": base.model_name, "learned": learned, "accuracy": accuracies}, indent=2))
+        intervals = {
+            task.name: [round(bound, 2) for bound in wilson(accuracies["task"][task.name], len(task.load("test")))]
+            for task in found
+        }
+        summary = {
+            "model": base.model_name,
+            "learned": learned,
+            "accuracy": accuracies["task"],
+            "intervals": intervals,
+            "accuracy_classes": accuracies["task_classes"],
+        }
+        print(json.dumps(summary, indent=2))
     else:
-        tables.show_accuracies(base.model_name, learned, accuracies)
+        tested = {task.name: len(task.load("test")) for task in found}
+        tables.show_accuracies(base.model_name, learned, accuracies, tested)
 
 
 def bench(command: commands.Bench) -> None:

@@ -104,6 +104,8 @@ METHODS = get_args(Method)
 # Which class names compete for an image: those of its own task, or those of all tested tasks.
 LabelSpace = Literal["task", "union"]
 LABEL_SPACES = get_args(LabelSpace)
+# Accuracy over a task's images in each label space, and the mean of its classes' accuracies.
+Measured = Literal["task", "union", "task_classes", "union_classes"]
 # The measures of a sequence of tasks (clipweld.trainer.sequence.metrics).
 MEASURES = ("transfer", "average", "last", "forgetting")
 

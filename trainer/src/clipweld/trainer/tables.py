@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clipweld.trainer.config import MEASURES
+from clipweld.trainer.intervals import bootstrap, wilson
 from clipweld.trainer.output import console
 
 if TYPE_CHECKING:  # slow to import, and not needed for help
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # slow to import, and not needed for help
     from clipweld.trainer.base.backbone import Backbone
     from clipweld.trainer.learning.bench import BenchResult
     from clipweld.trainer.learning.dry_run import DryRun
+    from clipweld.trainer.learning.evaluate import Accuracies
     from clipweld.trainer.learning.fit import Fitted
     from clipweld.trainer.sequence.folder import SequenceResult
     from clipweld.trainer.tasks import Availability
@@ -37,15 +39,25 @@ def show_tasks(known: Sequence[Availability]) -> None:
 def show_fitted(fitted: Fitted, lineage: Sequence[Adapter], path: Path) -> None:
     """Print accuracies before and after a task was learned."""
     learned = fitted.adapter
-    table = Table("task", "before", "after", "change", title=f"Accuracy on test images, % (learned: {learned.task})")
+    table = Table(
+        "task",
+        "before",
+        "after",
+        "95% interval",
+        "change",
+        "over classes",
+        title=f"Test accuracy, % ({learned.task} learned)",
+    )
     for adapter in (*lineage, learned):
-        before, after = (learned.accuracy[when].get(adapter.task) for when in ("before", "after"))
-        cells = (
-            (f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
-            if before is not None and after is not None
-            else ("no images here", "", "")
+        name = adapter.task
+        before, after, over_classes = (
+            learned.accuracy[when].get(name) for when in ("before", "after", "after_classes")
         )
-        table.add_row(adapter.task, *cells, style="bold" if adapter is learned else None)
+        cells: tuple[str, ...] = ("no images here",)
+        if before is not None and after is not None and over_classes is not None:
+            bounds = interval(after, fitted.tested[name])
+            cells = (f"{before:.1f}", f"{after:.1f}", bounds, f"{after - before:+.1f}", f"{over_classes:.1f}")
+        table.add_row(name, *cells, style="bold" if adapter is learned else None)
     console().print(table)
     if learned.moved is not None:
         console().print(
@@ -78,11 +90,19 @@ def show_dry_run(found: DryRun, task: str, base: Backbone, iterations: int) -> N
     )
 
 
-def show_accuracies(model_name: str, learned: Sequence[str], accuracies: dict[str, float]) -> None:
-    """Print test accuracies, one row per task."""
-    table = Table("task", "accuracy %", title=f"{model_name}, learned: {', '.join(learned) or 'nothing'}")
-    for name, value in accuracies.items():
-        table.add_row(name, f"{value:.1f}")
+def interval(percent: float, images: int) -> str:
+    """Return the 95% interval of an accuracy as text."""
+    low, high = wilson(percent, images)
+    return f"{low:.1f} to {high:.1f}"
+
+
+def show_accuracies(model_name: str, learned: Sequence[str], accuracies: Accuracies, tested: Mapping[str, int]) -> None:
+    """Print test accuracies, one row per task; ``tested`` has the number of test images."""
+    columns = ("task", "accuracy %", "95% interval", "mean over classes %")
+    table = Table(*columns, title=f"{model_name}, learned: {', '.join(learned) or 'nothing'}")
+    for name, value in accuracies["task"].items():
+        over_classes = accuracies["task_classes"][name]
+        table.add_row(name, f"{value:.1f}", interval(value, tested[name]), f"{over_classes:.1f}")
     console().print(table)
 
 
@@ -117,6 +137,11 @@ def show_matrix(result: SequenceResult) -> None:
     for name, row in zip(("nothing", *learned), (result.zero_shot, *result.matrix), strict=True):
         table.add_row(name, *(f"{cell:.1f}" for cell in row))
     console().print(table)
+    if result.class_matrix and result.class_zero_shot:
+        table = Table("after learning", *result.tested, title="The same, mean over classes, %")
+        for name, row in zip(("nothing", *learned), (result.class_zero_shot, *result.class_matrix), strict=True):
+            table.add_row(name, *(f"{cell:.1f}" for cell in row))
+        console().print(table)
     for name in MEASURES:
         value = getattr(result, name)
         console().print(f"{name.capitalize():<11}{'not defined by one row' if value is None else f'{value:.1f}'}")
@@ -124,10 +149,13 @@ def show_matrix(result: SequenceResult) -> None:
 
 def show_spread(results: Sequence[SequenceResult]) -> None:
     """Print the mean and standard deviation over seeds."""
-    table = Table("over seeds", "mean", "standard deviation")
+    table = Table("over seeds", "mean", "standard deviation", "95% interval of the mean")
     for name in MEASURES:
         values = [getattr(result, name) for result in results]
         if None not in values:
-            spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "one seed"
-            table.add_row(name.capitalize(), f"{statistics.mean(values):.2f}", spread)
+            spread, bounds = "one seed", ""
+            if len(values) > 1:
+                spread = f"{statistics.stdev(values):.2f}"
+                bounds = " to ".join(f"{bound:.2f}" for bound in bootstrap(values))
+            table.add_row(name.capitalize(), f"{statistics.mean(values):.2f}", spread, bounds)
     console().print(table)

@@ -33,6 +33,7 @@ from clipweld.trainer.text import check_words, task_name
 TENSOR = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.(lora_A|lora_B|inputs)")
 
 
+When = Literal["before", "after", "before_classes", "after_classes"]
 Distance = Annotated[float, Field(ge=0)]
 
 
@@ -59,7 +60,8 @@ class Metadata:
         base_fingerprint: SHA-256 of the base weights below the lineage (``Backbone.fingerprint``).
         parents: ``sha256`` of every adapter merged before this one, oldest first.
         scaling: factor of every expert, alpha / rank.
-        accuracy: ``{"before": {task: percent}, "after": {task: percent}}`` on this and every earlier task.
+        accuracy: ``{"before": {task: percent}, "after": {task: percent}}`` on this and every earlier task, over images;
+            in format 4 also ``before_classes`` and ``after_classes``, the means over classes.
         config: the resolved settings of the run.
         activation_counts: by layer, the votes for each expert of its pool in training, merged or not.
     """
@@ -73,7 +75,7 @@ class Metadata:
     parents: Annotated[tuple[Sha256, ...], FailFast()]
     scaling: Annotated[float, Field(gt=0)]
     seed: Count
-    accuracy: dict[Literal["before", "after"], dict[Text, Percent]]
+    accuracy: dict[When, dict[Text, Percent]]
     config: dict[Text, Setting]
     activation_counts: dict[Text, Items[Count]]
 

@@ -60,7 +60,7 @@ def dry_run(
         torch.cuda.reset_peak_memory_stats(base.device)
     few = replace(config, iterations=STEPS, consolidate=0.0)
     fitted = fit(
-        task, base, lineage, few, test_on=[], before={"task": {}, "union": {}}, fabric=fabric,
+        task, base, lineage, few, test_on=[], before={"task": {}, "task_classes": {}}, fabric=fabric,
         on_step=lambda step: seconds.append(config.batch_size / step.images_per_s),
     )  # fmt: skip
     return DryRun(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from clipweld.trainer.base.backbone import Backbone, encode_classes
-from clipweld.trainer.config import LABEL_SPACES, LabelSpace
+from clipweld.trainer.config import Measured
 from clipweld.trainer.errors import NotFinite
 from clipweld.trainer.finite import has_direction
 from clipweld.trainer.tasks import Images, Task
@@ -19,12 +19,15 @@ from clipweld.trainer.tasks.prompts import as_read
 
 BATCH_SIZE = 128
 
-Accuracies = dict[LabelSpace, dict[str, float]]
+Accuracies = dict[Measured, dict[str, float]]
 
 
 @torch.inference_mode()
 def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = None) -> Accuracies:
     """Return the top-1 accuracy in percent on each task's test images, for both label spaces.
+
+    ``task`` and ``union`` are accuracies over images; ``task_classes`` and ``union_classes`` are means over classes, in
+    which a class with few images counts as much as one with many. Classes without test images don't count.
 
     In the union, class names that several tasks share count as one class, and so do names with the same tokens, because
     the model can't tell them apart.
@@ -42,18 +45,22 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
     names = [name for task in tasks for name in task.class_names]
     read = dict(zip(names, as_read(backbone.tokenizer, names), strict=True)) if names else {}
     union = torch.cat(classes) if classes else torch.empty(0, backbone.embed_dim)
-    accuracies: Accuracies = {space: {} for space in LABEL_SPACES}
+    accuracies: Accuracies = {measured: {} for measured in get_args(Measured)}
     for task, own in zip(tasks, classes, strict=True):
         images = task.load("test")
-        correct, unusable = torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        labels = torch.tensor(images.labels)
+        correct, unusable = torch.zeros(2, len(own), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         for start in range(rank * BATCH_SIZE, len(images), world_size * BATCH_SIZE):
             indices = range(start, min(start + BATCH_SIZE, len(images)))
             features = encode_images(backbone, images, indices)
             unusable += int((~has_direction(features.norm(dim=-1))).sum())
             truth = [task.class_names[images.labels[index]] for index in indices]
             in_task, in_union = ((features @ w.T).argmax(dim=-1).tolist() for w in (own, union))
-            correct[0] += sum(task.class_names[a] == name for a, name in zip(in_task, truth, strict=True))
-            correct[1] += sum(read[names[a]] == read[name] for a, name in zip(in_union, truth, strict=True))
+            hits = [
+                [task.class_names[a] == name for a, name in zip(in_task, truth, strict=True)],
+                [read[names[a]] == read[name] for a, name in zip(in_union, truth, strict=True)],
+            ]
+            correct.index_add_(1, labels[indices.start : indices.stop], torch.tensor(hits, dtype=torch.int64))
         if fabric:
             correct, unusable = (
                 cast("Tensor", fabric.all_reduce(count, reduce_op="sum")) for count in (correct, unusable)
@@ -63,8 +70,11 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
                 f"task {task.name!r}: the features of {int(unusable)} of {len(images)} test images are NaN, infinite "
                 "or zero; the weights can't be used: take others, or learn again with a lower --lr"
             )
-        for space, right in zip(LABEL_SPACES, correct.tolist(), strict=True):
-            accuracies[space][task.name] = round(100 * right / len(images), 2)
+        there = labels.bincount(minlength=len(own))
+        over_classes = (100 * correct / there)[:, there > 0].mean(dim=1).tolist()
+        over_images = [100 * right / len(images) for right in correct.sum(dim=1).tolist()]
+        for measured, value in zip(get_args(Measured), over_images + over_classes, strict=True):
+            accuracies[measured][task.name] = round(value, 2)
     return accuracies
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from clipweld.trainer.adapters.adapter import Adapter, Moved, check_readable
+from clipweld.trainer.adapters.adapter import Adapter, Moved, When, check_readable
 from clipweld.trainer.adapters.folder import check_new
 from clipweld.trainer.adapters.merge import merge
 from clipweld.trainer.base.backbone import Backbone, with_weights
@@ -64,6 +64,7 @@ class Fitted:
         adapter: the adapter of the task.
         backbone: the model with this adapter and all earlier ones merged.
         accuracies: of that model, on the tasks of ``test_on``.
+        tested: number of test images of these tasks.
         trainable_parameters: number of trained values.
         seconds: training time without evaluation, including the time before an interruption.
     """
@@ -71,6 +72,7 @@ class Fitted:
     adapter: Adapter
     backbone: Backbone
     accuracies: Accuracies
+    tested: dict[str, int]
     trainable_parameters: int
     seconds: float
 
@@ -141,10 +143,11 @@ def fit(
     accuracies = evaluate(merged, test_on, fabric)
     adapter = replace(
         adapter,
-        accuracy={"before": before["task"], "after": accuracies["task"]},
+        accuracy=recorded(before, accuracies),
         moved=movement(model, merged, batches),  # the model's pools are detached: it is the one before the task
     )
-    return Fitted(adapter, merged, accuracies, pools.num_trainable, seconds)
+    tested = {of.name: len(of.load("test")) for of in test_on}
+    return Fitted(adapter, merged, accuracies, tested, pools.num_trainable, seconds)
 
 
 def for_tasks(config: TrainConfig, tasks: Sequence[Task], base: Backbone, fabric: Fabric) -> TrainConfig:
@@ -169,12 +172,22 @@ def untrained(
         parents=parents,
         scaling=config.alpha / config.rank,
         seed=config.seed,
-        accuracy={"before": before["task"], "after": {}},
+        accuracy=recorded(before, {"task": {}, "task_classes": {}}),
         config={**asdict(config), "source": task.source, **base.own_preprocessing},
         activation_counts=pools.activation_counts(),
         tensors={},
         moved=Moved(words_mean=0.0, words_p95=0.0, images_kl=0.0),
     )
+
+
+def recorded(before: Accuracies, after: Accuracies) -> dict[When, dict[str, float]]:
+    """Return the accuracies that an adapter records: among the classes of an image's own task."""
+    return {
+        "before": before["task"],
+        "after": after["task"],
+        "before_classes": before["task_classes"],
+        "after_classes": after["task_classes"],
+    }
 
 
 @dataclass(frozen=True)

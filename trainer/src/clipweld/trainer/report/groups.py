@@ -90,6 +90,11 @@ class Group:
         """Return the final accuracy over the group's runs, in percent; every run defines it."""
         return Spread(tuple(run.results[space].last for run in self.runs))
 
+    def last_classes(self, space: str) -> Spread | None:
+        """Return the final accuracy over the group's runs, mean over classes, in percent; None in old records."""
+        matrices = [(len(run.order), run.results[space].class_matrix) for run in self.runs]
+        return spread(mean(matrix[-1][:learned]) for learned, matrix in matrices if matrix)
+
     def gain(self, space: str) -> Spread | None:
         """Return Transfer minus zero-shot accuracy on the same tasks, in each run's own order, in percentage points."""
         return spread(run.gain(space) for run in self.runs)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
-from clipweld.trainer.config import LABEL_SPACES, LabelSpace
+from clipweld.trainer.config import LABEL_SPACES, LabelSpace, Measured
 from clipweld.trainer.errors import CheckpointError
 from clipweld.trainer.files import replacing
 from clipweld.trainer.learning.checkpoint import differences
@@ -29,6 +29,9 @@ class SequenceResult:
         label_space: whether images are classified among the class names of their own task, or of all tested tasks.
         zero_shot: accuracies before anything was learned.
         matrix: row i is the accuracy on every tested task after learning task i; one row if all are learned at once.
+        images: number of test images of every tested task.
+        class_zero_shot, class_matrix: the same as ``zero_shot`` and ``matrix``, as means over classes. They and
+            ``images`` are None in records of earlier versions.
         transfer, average, last, forgetting: measures over the learned tasks; None if a single row doesn't define them.
     """
 
@@ -48,6 +51,9 @@ class SequenceResult:
     trainable_parameters: int
     kept_parameters: int
     seconds_per_task: Items[float]
+    images: Items[Count] | None = None
+    class_zero_shot: Items[Percent] | None = None
+    class_matrix: Items[Items[Percent]] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,13 +129,12 @@ def _check_whole(found: Identity) -> None:
     Raises:
         ValueError: the accuracies of a label space or a task are missing, or there are more stages than the run has.
     """
-    spaces = set(LABEL_SPACES)
-    if isinstance(found, Finished) and found.results.keys() != spaces:
+    if isinstance(found, Finished) and found.results.keys() != set(LABEL_SPACES):
         raise ValueError(f"its results are not of {' and '.join(LABEL_SPACES)}")
     if isinstance(found, Progress):
         tested = {*found.tasks, *found.watch}
         for accuracies in (found.zero_shot, *(stage.accuracies for stage in found.stages)):
-            if accuracies.keys() != spaces or any(own.keys() != tested for own in accuracies.values()):
+            if accuracies.keys() != set(get_args(Measured)) or any(own.keys() != tested for own in accuracies.values()):
                 raise ValueError("its accuracies are not those of all tasks in both label spaces")
         if len(found.stages) > (1 if found.method == "joint" else len(found.tasks)):
             raise ValueError(f"{len(found.stages)} stages of {len(found.tasks)} tasks")

@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 
 from clipweld.trainer.base.backbone import Backbone
 from clipweld.trainer.base.batches import check_batch_size
-from clipweld.trainer.config import LABEL_SPACES, LabelSpace, Method, TrainConfig, of_method
+from clipweld.trainer.config import LABEL_SPACES, LabelSpace, Measured, Method, TrainConfig, of_method
 from clipweld.trainer.errors import ConfigError
 from clipweld.trainer.files import check_writable, output_errors
 from clipweld.trainer.learning.evaluate import Accuracies, evaluate
@@ -165,6 +165,7 @@ def _result(
     space: LabelSpace, identity: Identity, tested: Sequence[Task], zero_shot: Accuracies, learned: Sequence[Learned]
 ) -> SequenceResult:
     """Collect the results of all stages in one label space."""
+    over_classes: Measured = "task_classes" if space == "task" else "union_classes"
     rows = [[stage.accuracies[space][task.name] for task in tested] for stage in learned]
     square = [row[: len(identity.tasks)] for row in rows]
     return SequenceResult(
@@ -182,4 +183,7 @@ def _result(
         trainable_parameters=learned[-1].trainable_parameters,
         kept_parameters=learned[-1].kept_parameters,
         seconds_per_task=[round(stage.seconds, 2) for stage in learned],
+        images=[len(task.load("test")) for task in tested],
+        class_zero_shot=[zero_shot[over_classes][task.name] for task in tested],
+        class_matrix=[[stage.accuracies[over_classes][task.name] for task in tested] for stage in learned],
     )
