@@ -138,7 +138,7 @@ def _check(found: Finished, result: SequenceResult) -> None:
         raise ValueError("the tested tasks do not begin with the learned ones")
     if len(result.matrix) not in (1, len(result.tasks)):
         raise ValueError(f"{len(result.matrix)} rows of accuracies for {len(result.tasks)} learned tasks")
-    if result.class_matrix is not None and len(result.class_matrix) != len(result.matrix):
+    if result.class_matrix and len(result.class_matrix) != len(result.matrix):
         raise ValueError(f"{len(result.class_matrix)} rows of means over classes, {len(result.matrix)} of accuracies")
-    if any(len(row) != len(result.tested) for row in (result.zero_shot, *result.matrix, *(result.class_matrix or ()))):
+    if any(len(row) != len(result.tested) for row in (result.zero_shot, *result.matrix, *result.class_matrix)):
         raise ValueError(f"a row of accuracies is not as long as the {len(result.tested)} tested tasks")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -31,7 +31,7 @@ class SequenceResult:
         matrix: row i is the accuracy on every tested task after learning task i; one row if all are learned at once.
         images: number of test images of every tested task.
         class_zero_shot, class_matrix: the same as ``zero_shot`` and ``matrix``, as means over classes. They and
-            ``images`` are None in records of earlier versions.
+            ``images`` are empty in records of earlier versions.
         transfer, average, last, forgetting: measures over the learned tasks; None if a single row doesn't define them.
     """
 
@@ -51,9 +51,9 @@ class SequenceResult:
     trainable_parameters: int
     kept_parameters: int
     seconds_per_task: Items[float]
-    images: Items[Count] | None = None
-    class_zero_shot: Items[Percent] | None = None
-    class_matrix: Items[Items[Percent]] | None = None
+    images: Items[Count] = field(default_factory=list)
+    class_zero_shot: Items[Percent] = field(default_factory=list)
+    class_matrix: Items[Items[Percent]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
