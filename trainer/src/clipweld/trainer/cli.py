@@ -168,6 +168,7 @@ def _fit(command: commands.Fit, task: Task) -> None:
                 for name, percent in fitted.accuracies["task"].items()
             },
             "moved": fitted.adapter.moved,
+            "coefficients": fitted.adapter.coefficients,
             "trainable_parameters": fitted.trainable_parameters,
             "kept_parameters": fitted.adapter.num_parameters,
             "seconds": round(fitted.seconds, 2),

@@ -67,6 +67,12 @@ def show_fitted(fitted: Fitted, lineage: Sequence[Adapter], path: Path) -> None:
             ),
             soft_wrap=True,
         )
+    if learned.config["coefficients"] == "chosen":
+        console().print(
+            "Merged of the update, as a held-out fifth of the images suggests: {image:.0%} into the image tower, "
+            "{text:.0%} into the text tower.".format(**learned.coefficients),
+            soft_wrap=True,
+        )
     console().print(
         f"{path}: {learned.num_parameters:,} numbers kept of {fitted.trainable_parameters:,} trained, "
         f"{fitted.seconds:.0f} s. Next: exporter merge --to onnx --model {learned.model_name}",

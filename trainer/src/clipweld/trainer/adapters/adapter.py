@@ -35,6 +35,7 @@ TENSOR = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.(lora_A|lora_B|inputs)")
 
 When = Literal["before", "after", "before_classes", "after_classes"]
 Distance = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @with_config(STRICT)
@@ -50,6 +51,14 @@ class Moved(TypedDict):
     words_mean: Distance
     words_p95: Distance
     images_kl: Distance
+
+
+@with_config(STRICT)
+class Coefficients(TypedDict):
+    """The share of an update that is merged into each tower, from 0 to 1."""
+
+    image: Share
+    text: Share
 
 
 @dataclass(frozen=True)
@@ -89,16 +98,20 @@ class Adapter(Metadata):
             ``<module>.inputs (directions, d_in)``, from which later tasks compute their drift loss
             (``method.drift``). Format 3 has inputs only if the task itself was trained with a drift loss.
         moved: how far things not learned have moved (``learning.movement``); None in format 3.
+        coefficients: by tower, what was multiplied into ``lora_B`` after training (``learning.coefficients``); 1 in
+            format 3.
     """
 
     tensors: dict[str, Tensor] = field(repr=False)
     moved: Moved | None = None
+    coefficients: Coefficients = field(default_factory=lambda: Coefficients(image=1.0, text=1.0))
 
     def metadata(self) -> dict:
         """Return the format and all fields but the tensors, ready for JSON."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
         if self.moved is None:
-            return {"format": 3, **{name: value for name, value in said.items() if name != "moved"}}
+            del said["moved"], said["coefficients"]
+            return {"format": 3, **said}
         return {"format": 4, **said}
 
     @cached_property
@@ -150,13 +163,14 @@ class SealedMetadata(Metadata):
     __pydantic_config__: ClassVar[Any] = STRICT
 
     moved: Moved
+    coefficients: Coefficients
     format: Literal[4]
     sha256: Sha256
 
 
 @dataclass(frozen=True)
 class SealedMetadata3(Metadata):
-    """The same of format 3, which didn't say how far things not learned had moved."""
+    """The same of format 3, which lacks the fields ``moved`` and ``coefficients``."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
@@ -193,11 +207,9 @@ def load_adapter(path: Path | str) -> Adapter:
         raise AdapterCorrupt(
             f"adapter {path}: truncated or not an adapter ({one_line(str(exc))}); restore it or fit the task again"
         ) from exc
-    adapter = Adapter(
-        **{f.name: getattr(sealed, f.name) for f in fields(Metadata)},
-        tensors=tensors,
-        moved=sealed.moved if isinstance(sealed, SealedMetadata) else None,
-    )
+    kind = Adapter if isinstance(sealed, SealedMetadata) else Metadata
+    said = {f.name: getattr(sealed, f.name) for f in fields(kind) if f.name != "tensors"}
+    adapter = Adapter(**said, tensors=tensors)
     if adapter.sha256 != sealed.sha256:
         raise AdapterCorrupt(
             f"adapter {path}: content does not match its own SHA-256 {sealed.sha256[:8]}; it was altered: "

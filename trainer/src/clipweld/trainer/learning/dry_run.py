@@ -16,8 +16,9 @@ from lightning_fabric import Fabric
 from clipweld.trainer.adapters.adapter import Adapter
 from clipweld.trainer.base.backbone import Backbone
 from clipweld.trainer.config import TrainConfig
-from clipweld.trainer.learning.fit import fit
+from clipweld.trainer.learning.fit import UNTESTED, fit
 from clipweld.trainer.method import PoolSet, attach_pools, detach_pools
+from clipweld.trainer.method.injection import tower_of
 from clipweld.trainer.tasks import Task
 
 STEPS = 3
@@ -58,9 +59,9 @@ def dry_run(
     seconds: list[float] = []
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
-    few = replace(config, iterations=STEPS, consolidate=0.0)
+    few = replace(config, iterations=STEPS, consolidate=0.0, coefficients="full")
     fitted = fit(
-        task, base, lineage, few, test_on=[], before={"task": {}, "task_classes": {}}, fabric=fabric,
+        task, base, lineage, few, test_on=[], before=UNTESTED, fabric=fabric,
         on_step=lambda step: seconds.append(config.batch_size / step.images_per_s),
     )  # fmt: skip
     return DryRun(
@@ -78,8 +79,7 @@ def parts_of(pools: PoolSet) -> dict[str, int]:
     parts = dict.fromkeys(("image_experts", "image_routers", "text_experts", "text_routers"), 0)
     for name, tensor in pools.state().items():
         if tensor.requires_grad:
-            tower = "image" if name.startswith("visual.") else "text"
-            parts[f"{tower}_{'routers' if '.router.' in name else 'experts'}"] += tensor.numel()
+            parts[f"{tower_of(name)}_{'routers' if '.router.' in name else 'experts'}"] += tensor.numel()
     return parts
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from clipweld.trainer.adapters.adapter import Adapter, Moved, When, check_readable
+from clipweld.trainer.adapters.adapter import Adapter, Coefficients, Moved, When, check_readable
 from clipweld.trainer.adapters.folder import check_new
 from clipweld.trainer.adapters.merge import merge
 from clipweld.trainer.base.backbone import Backbone, with_weights
@@ -27,6 +27,7 @@ from clipweld.trainer.config import TrainConfig, shots_of, with_steps
 from clipweld.trainer.errors import NotFinite
 from clipweld.trainer.finite import all_finite, first_fault, first_not_finite
 from clipweld.trainer.learning.checkpoint import Checkpoint, Trainee
+from clipweld.trainer.learning.coefficients import best_coefficients, held_out
 from clipweld.trainer.learning.evaluate import Accuracies, evaluate
 from clipweld.trainer.learning.movement import movement
 from clipweld.trainer.method import PoolSet, attach_pools, contrastive_loss, detach_pools, orthogonality_loss
@@ -35,6 +36,7 @@ from clipweld.trainer.method.drift import drift_loss, past_inputs, principal_inp
 from clipweld.trainer.tasks import Task, check_prompts
 
 MIN_LR = 1e-6
+UNTESTED: Accuracies = {"task": {}, "task_classes": {}}
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def fit(
 
     Raises:
         TaskAlreadyLearned: the lineage has an adapter of this task.
-        TaskInvalid: two of its classes have the same tokens.
+        TaskInvalid: two of its classes have the same tokens; or coefficients are to be chosen, and no class has two
+            images.
         ConfigError: a batch has one image only.
         AdapterError: the adapter's metadata would be too large to be read again (``check_readable``).
         CheckpointError: ``unfinished`` is a checkpoint of another task or with other settings.
@@ -121,6 +124,14 @@ def fit(
     model = with_weights(base, weights)
     parents = tuple(parent.sha256 for parent in lineage)
     before = evaluate(model, test_on, fabric) if before is None else before
+    coefficients = Coefficients(image=1.0, text=1.0)
+    if config.coefficients == "chosen":
+        part = held_out(task, cast("int", config.shots), config.seed)
+        whole = replace(config, coefficients="full", shots=0)
+        probe = fit(
+            part, base, lineage, whole, test_on=[], start=model, before=UNTESTED, fabric=fabric, on_step=on_step
+        )  # fmt: skip
+        coefficients = fabric.broadcast(best_coefficients(probe.adapter, model, part))
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         pools = attach_pools(model.model, config)
@@ -135,6 +146,7 @@ def fit(
             )  # fmt: skip
             checkpoint = checkpoint_of(unfinished, [batches], base, config, fabric, parents)
             seconds = train([batches], objective, checkpoint, resume=resume, on_step=on_step)
+            pools.scale(**coefficients)
             inputs = principal_inputs(task, model, pools, batches, config.drift_directions)
         finally:
             detach_pools(pools)
@@ -145,6 +157,7 @@ def fit(
         adapter,
         accuracy=recorded(before, accuracies),
         moved=movement(model, merged, batches),  # the model's pools are detached: it is the one before the task
+        coefficients=coefficients,
     )
     tested = {of.name: len(of.load("test")) for of in test_on}
     return Fitted(adapter, merged, accuracies, tested, pools.num_trainable, seconds)
@@ -172,7 +185,7 @@ def untrained(
         parents=parents,
         scaling=config.alpha / config.rank,
         seed=config.seed,
-        accuracy=recorded(before, {"task": {}, "task_classes": {}}),
+        accuracy=recorded(before, UNTESTED),
         config={**asdict(config), "source": task.source, **base.own_preprocessing},
         activation_counts=pools.activation_counts(),
         tensors={},

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import open_clip
+import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -57,9 +59,20 @@ class PoolSet:
             tensors[f"{module}.lora_B"] = lora_B.detach().float().cpu().contiguous()
         return tensors
 
+    @torch.no_grad()
+    def scale(self, image: float, text: float) -> None:
+        """Multiply the update of each tower by a coefficient."""
+        for module, pool in self.pools.items():
+            pool.lora_B.mul_(image if tower_of(module) == "image" else text)
+
     def activation_counts(self) -> dict[str, list[int]]:
         """Return by layer the number of votes for each expert of its pool."""
         return {module: pool.router.activation_counts.tolist() for module, pool in self.pools.items()}
+
+
+def tower_of(module: str) -> Literal["image", "text"]:
+    """Return the tower of a layer, by its path."""
+    return "image" if module.startswith("visual.") else "text"
 
 
 def attach_pools(model: open_clip.CLIP, config: PoolConfig) -> PoolSet:
