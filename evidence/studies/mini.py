@@ -25,6 +25,7 @@ from rich.console import Console
 
 from clipweld.trainer.config import METHODS, Method
 from evidence import command_line
+from evidence.studies.tables import table
 
 SEEDS = (0, 1, 2)
 ORDERS = (0, 1, 2)
@@ -92,7 +93,24 @@ ABLATIONS: dict[Length, dict[str, str]] = {
     },
 }
 
-Part = Literal["search", "methods", "ablations", "orders"]
+# What earns the gain: the losses without the pool, the pool without the losses, the default of all other models, the
+# paper's settings, and how many experts are kept.
+ATTRIBUTION: dict[str, tuple[Method, str]] = {
+    "lora-both-losses": ("lora", "--lr 0.01 --anchor-weight 4 --drift-weight 1600"),
+    "pool-no-losses": ("pool", "--anchor-weight 0 --drift-weight 0"),
+    "router-and-ago": ("pool", "--router learned --ago sum"),
+    "default-of-other-models": (
+        "pool",
+        "--router learned --ago sum --lr 0.002 --dropout 0.2 --consolidate 0 --iterations 500",
+    ),
+    "published": ("pool", "--published --shots 16 --iterations 300"),
+    "coefficients": ("pool", "--coefficients chosen"),
+    "k-merge-6": ("pool", "--k-merge 6"),
+    "k-merge-8": ("pool", "--k-merge 8"),
+    "k-merge-12": ("pool", "--k-active 12 --k-merge 12"),
+}
+
+Part = Literal["search", "methods", "ablations", "orders", "attribution"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +121,25 @@ class Study:
     """Folder for all runs; run 'trainer report' on its sub-folders to draw them."""
     lengths: tuple[Length, ...] = ("long", "short")
     """The presets' 300 steps per task (long), or a third of them (short)."""
-    parts: tuple[Part, ...] = ("search", "methods", "ablations", "orders")
+    parts: tuple[Part, ...] = ("search", "methods", "ablations", "orders", "attribution")
     """Which parts of the study to run."""
+    quick: bool = False
+    """Run every method once, with the presets' steps, and print the table: half an hour on two cores."""
     jobs: int = 2
     """Number of runs at a time, each on one CPU core: twice as fast as one run on two cores."""
 
 
 def main(study: Annotated[Study, Parameter(name="*")] = Study()) -> None:
     """Run all commands of the chosen parts."""
+    quick = study.out / "quick"
     runs = [
         command
         for length in study.lengths
         for part in study.parts
         for command in PARTS[part](study.out / length / FOLDERS.get(part, part), length)
     ]
+    if study.quick:
+        runs = [_sequence(quick / method, "long", method, SEEDS[0], ORDERS[0]) for method in METHODS]
     console, lock = Console(stderr=True), threading.Lock()
 
     def run(command: str) -> None:
@@ -130,6 +153,8 @@ def main(study: Annotated[Study, Parameter(name="*")] = Study()) -> None:
 
     with ThreadPoolExecutor(study.jobs) as workers:
         list(workers.map(run, runs))
+    if study.quick:
+        print("\n".join(table([quick], "task")))
 
 
 def search(out: Path, length: Length) -> Iterator[str]:
@@ -174,8 +199,22 @@ def _sequence(out: Path, length: Length, method: Method, seed: int, order: int |
     return " ".join([*filter(None, (*words, LENGTHS[length][method], flags)), f"--out {out}"])
 
 
+def attribution(out: Path, length: Length) -> Iterator[str]:
+    """Yield the runs that show what earns the gain, each seed in a different order of tasks."""
+    if length == "long":
+        for seed, order in zip(SEEDS, ORDERS, strict=True):
+            for name, (method, flags) in ATTRIBUTION.items():
+                yield _sequence(out / name / f"order-{order}-seed-{seed}", length, method, seed, order, flags)
+
+
 FOLDERS = {"orders": "methods"}
-PARTS = {"search": search, "methods": methods, "ablations": ablations, "orders": orders}
+PARTS = {
+    "search": search,
+    "methods": methods,
+    "ablations": ablations,
+    "orders": orders,
+    "attribution": attribution,
+}
 
 if __name__ == "__main__":
     command_line.run(main, consume_multiple=True)

@@ -23,7 +23,7 @@ def test_every_run_of_the_study_is_a_valid_command(length):
     found = [command for part in mini.PARTS for command in chains(part, length)]
     assert len({command.out for command in found}) == len(found)
     assert all(isinstance(command, commands.Sequence) and command.tasks == ("mini",) for command in found)
-    assert {command.train.iterations for command in found} == {{"long": None, "short": 100}[length]}
+    assert {command.train.iterations for command in found} == {"long": {None, 300, 500}, "short": {100}}[length]
 
 
 @pytest.mark.slow
@@ -54,6 +54,28 @@ def test_an_ablation_changes_its_flag_and_nothing_else():
     for command in chains("ablations", "short"):
         if command.out.parent.name == "firmer" and command.train.seed == 0:
             assert command.train == replace(base, anchor_weight=4.0, drift_weight=400.0)
+
+
+def test_attribution_has_the_losses_without_the_pool_and_the_pool_without_the_losses():
+    found = {command.out.parent.name: command for command in chains("attribution", "long")}
+    (base,) = (c.train for c in chains("methods", "long") if c.method == "pool" and c.train.seed == 2)
+    bare, alone = found["pool-no-losses"].train, found["lora-both-losses"]
+    assert bare == replace(base, anchor_weight=0.0, drift_weight=0.0)
+    assert (alone.method, alone.train.anchor_weight, alone.train.drift_weight) == ("lora", 4.0, 1600.0)
+    assert found["default-of-other-models"].train == replace(
+        train_config("ViT-B-16"), seed=2, iterations=500, shots=None
+    )
+    assert list(mini.attribution(Path("out"), "short")) == []
+
+
+@pytest.mark.slow
+def test_the_quick_study_runs_every_method_once_and_prints_the_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(mini.LENGTHS, "long", dict.fromkeys(mini.METHODS, "--iterations 1 --shots 1 --batch-size 2"))
+    mini.main(mini.Study(out=tmp_path, quick=True))
+    printed = capsys.readouterr().out
+    assert all(f"| {method} |" in printed for method in ("pool", "lora", "finetune", "joint"))
+    assert "zero-shot" in printed
+    assert sorted(path.parent.name for path in tmp_path.rglob("sequence.json")) == sorted(mini.METHODS)
 
 
 @pytest.mark.slow
