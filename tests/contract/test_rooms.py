@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # From the lowest layer up. Modules listed together must not import each other.
 FLOORS = {
     "trainer": (
-        "errors extras mini os_errors preprocessing schemas",
+        "errors extras intervals mini os_errors preprocessing schemas",
         "command_line config files finite header launch output text",
         "tensors", "adapters", "tasks",
         "base", "commands method", "learning", "sequence", "report tables", "cli", "__main__",
