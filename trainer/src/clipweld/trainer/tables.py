@@ -61,16 +61,16 @@ def show_fitted(fitted: Fitted, lineage: Sequence[Adapter], path: Path) -> None:
     console().print(table)
     if learned.moved is not None:
         console().print(
-            "Moved, though not learned: the logits of 1,000 common words fell by {words_mean:.2f} on average, by at most "
-            "{words_p95:.2f} for 95% of them; how words describe the images diverged by {images_kl:.2f} nats.".format(
+            "Moved, though not learned: the logits of 1,000 common words fell by {words_mean:.2f} on average, by at "
+            "most {words_p95:.2f} for 95% of them; how words describe the images diverged by {images_kl:.2f} nats.".format(
                 **learned.moved
             ),
             soft_wrap=True,
         )
     if learned.config["coefficients"] == "chosen":
         console().print(
-            "Of the update, {image:.0%} was merged into the image tower and {text:.0%} into the text tower: that suited "
-            "the images held out best.".format(**learned.coefficients),
+            "Of the update, {image:.0%} was merged into the image tower and {text:.0%} into the text tower: that "
+            "suited the images held out best.".format(**learned.coefficients),
             soft_wrap=True,
         )
     console().print(
