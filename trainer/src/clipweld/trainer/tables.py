@@ -62,9 +62,8 @@ def show_fitted(fitted: Fitted, lineage: Sequence[Adapter], path: Path) -> None:
     if learned.moved is not None:
         console().print(
             "Moved, though not learned: the logits of 1,000 common words fell by {words_mean:.2f} on average, by at "
-            "most {words_p95:.2f} for 95% of them; how words describe the images diverged by {images_kl:.2f} nats.".format(
-                **learned.moved
-            ),
+            "most {words_p95:.2f} for 95% of them; how words describe the images diverged by {images_kl:.2f} "
+            "nats.".format(**learned.moved),
             soft_wrap=True,
         )
     if learned.config["coefficients"] == "chosen":
