@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clipweld.trainer import cli
-from clipweld.trainer.config import LABEL_SPACES, train_config
+from clipweld.trainer.config import MEASURED, train_config
 from clipweld.trainer.errors import TaskAlreadyLearned
 from clipweld.trainer.learning import fit
 from clipweld.trainer.sequence import methods
@@ -32,7 +32,7 @@ def quick(mini, monkeypatch):
 
 
 def measured(model, tasks, fabric):
-    return {space: {task.name: 50.0 for task in tasks} for space in LABEL_SPACES}
+    return {measured: {task.name: 50.0 for task in tasks} for measured in MEASURED}
 
 
 def left(folder):

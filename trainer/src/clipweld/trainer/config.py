@@ -109,6 +109,7 @@ LabelSpace = Literal["task", "union"]
 LABEL_SPACES = get_args(LabelSpace)
 # Accuracy over a task's images in each label space, and the mean of its classes' accuracies.
 Measured = Literal["task", "union", "task_classes", "union_classes"]
+MEASURED = get_args(Measured)
 # The measures of a sequence of tasks (clipweld.trainer.sequence.metrics).
 MEASURES = ("transfer", "average", "last", "forgetting")
 

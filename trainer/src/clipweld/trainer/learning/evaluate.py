@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast, get_args
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from clipweld.trainer.base.backbone import Backbone, encode_classes
-from clipweld.trainer.config import Measured
+from clipweld.trainer.config import MEASURED, Measured
 from clipweld.trainer.errors import NotFinite
 from clipweld.trainer.finite import has_direction
 from clipweld.trainer.tasks import Images, Task
@@ -45,7 +45,7 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
     names = [name for task in tasks for name in task.class_names]
     read = dict(zip(names, as_read(backbone.tokenizer, names), strict=True)) if names else {}
     union = torch.cat(classes) if classes else torch.empty(0, backbone.embed_dim)
-    accuracies: Accuracies = {measured: {} for measured in get_args(Measured)}
+    accuracies: Accuracies = {measured: {} for measured in MEASURED}
     for task, own in zip(tasks, classes, strict=True):
         images = task.load("test")
         labels = torch.tensor(images.labels)
@@ -73,7 +73,7 @@ def evaluate(backbone: Backbone, tasks: Sequence[Task], fabric: Fabric | None = 
         there = labels.bincount(minlength=len(own))
         over_classes = (100 * correct / there)[:, there > 0].mean(dim=1).tolist()
         over_images = [100 * right / len(images) for right in correct.sum(dim=1).tolist()]
-        for measured, value in zip(get_args(Measured), over_images + over_classes, strict=True):
+        for measured, value in zip(MEASURED, over_images + over_classes, strict=True):
             accuracies[measured][task.name] = round(value, 2)
     return accuracies
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar
 
-from clipweld.trainer.config import LABEL_SPACES, LabelSpace, Measured
+from clipweld.trainer.config import LABEL_SPACES, MEASURED, LabelSpace
 from clipweld.trainer.errors import CheckpointError
 from clipweld.trainer.files import replacing
 from clipweld.trainer.learning.checkpoint import differences
@@ -134,7 +134,7 @@ def _check_whole(found: Identity) -> None:
     if isinstance(found, Progress):
         tested = {*found.tasks, *found.watch}
         for accuracies in (found.zero_shot, *(stage.accuracies for stage in found.stages)):
-            if accuracies.keys() != set(get_args(Measured)) or any(own.keys() != tested for own in accuracies.values()):
+            if accuracies.keys() != set(MEASURED) or any(own.keys() != tested for own in accuracies.values()):
                 raise ValueError("its accuracies are not those of all tasks in both label spaces")
         if len(found.stages) > (1 if found.method == "joint" else len(found.tasks)):
             raise ValueError(f"{len(found.stages)} stages of {len(found.tasks)} tasks")
