@@ -51,7 +51,7 @@ def test_the_line_in_docs_folders_is_the_real_one():
         source="photos/bolts",
         class_names=("hex bolt", "rivet", *map(str, range(10))),
         train=Counts((30, 1200, *[99] * 10)),
-        used=Counts((5,) * 12),
+        used=Counts((30, 1200, *[99] * 10)),
         test=Counts((9, 5, *[8] * 10)),
         left_out={".txt": 2, "hidden": 1},
         renamed={"hex_bolt": "hex bolt"},
