@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from clipweld.trainer import cli
+from clipweld.trainer.adapters.adapter import Moved
 from clipweld.trainer.config import MEASURED, train_config
 from clipweld.trainer.errors import TaskAlreadyLearned
 from clipweld.trainer.learning import fit
@@ -19,11 +20,13 @@ from clipweld.trainer.tasks import load_tasks
 
 @pytest.fixture
 def quick(mini, monkeypatch):
-    """Save after every step and do not measure accuracies; use one thread, as forked children have only one."""
+    """Save after every step and measure nothing; use one thread, as forked children have only one."""
     monkeypatch.setattr("clipweld.trainer.learning.checkpoint.SAVE_EVERY_S", 0)
     monkeypatch.setattr("clipweld.trainer.learning.checkpoint.SHARE", 0)
     for module in (fit, methods, sequence):
         monkeypatch.setattr(module, "evaluate", measured)
+    monkeypatch.setattr(fit, "movement", lambda *_: Moved(words_mean=0.0, words_p95=0.0, images_kl=0.0))
+    monkeypatch.setattr(fit, "principal_inputs", lambda *_: {})
     monkeypatch.setattr(cli, "_load", lambda command, fabric: mini)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
