@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from clipweld.trainer.errors import ConfigError
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def train_config(model_name: str, method: str = "pool", *, published: bool = Fal
     """
     if published and method != "pool":
         raise ConfigError(f"--published: the paper's settings are the pool's, expected --method pool, not {method}")
-    preset = PUBLISHED if published else PRESETS.get(model_name, PRESETS[""]).get(method, {})
+    preset = PUBLISHED if published else _of_model(PRESETS, model_name).get(method, {})
     config = replace(TrainConfig(**preset), **{name: value for name, value in chosen.items() if value is not None})
     return of_method(config, method)
 
@@ -163,9 +165,7 @@ def of_method(config: TrainConfig, method: str) -> TrainConfig:
     """
     if method == "pool":
         return config
-    one_lora = replace(
-        config, router="none", k_active=config.rank, k_merge=config.rank, consolidate=0.0, ago="off"
-    )  # fmt: skip
+    one_lora = replace(config, router="none", k_active=config.rank, k_merge=config.rank, consolidate=0.0, ago="off")
     return one_lora if method == "lora" else replace(one_lora, drift_weight=0.0, anchor_weight=0.0)
 
 
@@ -174,22 +174,24 @@ def with_steps(config: TrainConfig, model_name: str, images: int, devices: int =
     if config.iterations is not None:
         return config
     epochs = math.ceil(EPOCHS * images / (config.batch_size * devices))
-    fewest = FEWEST_STEPS.get(model_name, FEWEST_STEPS[""])
-    return replace(config, iterations=min(max(fewest, epochs), MOST_STEPS))
+    return replace(config, iterations=min(max(_of_model(FEWEST_STEPS, model_name), epochs), MOST_STEPS))
 
 
 def shots_of(config: TrainConfig, model_name: str, *, is_folder: bool) -> int:
     """Return the number of training images per class, 0 for all."""
     if config.shots is not None:
         return config.shots
-    return 0 if is_folder else FEW_SHOTS.get(model_name, FEW_SHOTS[""])
+    return 0 if is_folder else _of_model(FEW_SHOTS, model_name)
 
 
 def on_benchmark(settings: Mapping[str, Any], model_name: str) -> dict[str, Any]:
     """Return recorded settings with the values that None stands for on a benchmark's few-shot tasks."""
-    few_shot = {"shots": FEW_SHOTS, "iterations": FEWEST_STEPS}
-    defaults = {name: values.get(model_name, values[""]) for name, values in few_shot.items()}
-    return {**settings, **{name: value for name, value in defaults.items() if settings.get(name, 0) is None}}
+    defaults = {"shots": _of_model(FEW_SHOTS, model_name), "iterations": _of_model(FEWEST_STEPS, model_name)}
+    return {name: defaults.get(name) if value is None else value for name, value in settings.items()}
+
+
+def _of_model(values: Mapping[str, Value], model_name: str) -> Value:
+    return values.get(model_name, values[""])
 
 
 def _raise_faults(faults: list[str]) -> None:

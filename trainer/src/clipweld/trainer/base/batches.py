@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -127,6 +127,11 @@ class Batches:
                     self._kept[index] = image
             decoded.append(image)
         return torch.stack(decoded)
+
+    def chunks(self, size: int, most: int | None = None) -> Iterator[Tensor]:
+        """Yield the first ``most`` training images (all by default) on the model's device, ``size`` at a time."""
+        for chunk in torch.arange(min(len(self), most or len(self))).split(size):
+            yield self.pixels(chunk.tolist()).to(self._backbone.device)
 
     def _read(self, indices: Sequence[int]) -> list[Future[Tensor]]:
         return [self._readers.submit(self._images.pixels, index, self._backbone.preprocess) for index in indices]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,7 @@ from clipweld.trainer.base.backbone import Backbone
 from clipweld.trainer.base.batches import Batches
 from clipweld.trainer.errors import NotFinite
 from clipweld.trainer.method.anchors import LOGIT_SCALE, encode_words, word_tokens
-
-CHUNK = 128
-MAX_IMAGES = 1024
+from clipweld.trainer.method.drift import CHUNK, MAX_IMAGES
 
 
 @torch.no_grad()
@@ -33,12 +30,13 @@ def movement(before: Backbone, after: Backbone, batches: Batches) -> Moved:
     Raises:
         NotFinite: features of either model are NaN or infinite.
     """
-    old, new = (encode_words(model, word_tokens(model)) for model in (before, after))
+    tokens = word_tokens(before)
+    old, new = (encode_words(model, tokens) for model in (before, after))
     fallen = LOGIT_SCALE * (1 - (old * new).sum(dim=-1)).clamp(min=0)
     diverged = torch.cat(
         [
             F.kl_div(_described(after, pixels, new), _described(before, pixels, old), log_target=True, reduction="none")
-            for pixels in _pixels(batches)
+            for pixels in batches.chunks(CHUNK, MAX_IMAGES)
         ]
     )
     moved: Moved = {
@@ -54,12 +52,7 @@ def movement(before: Backbone, after: Backbone, batches: Batches) -> Moved:
     return moved
 
 
-def _pixels(batches: Batches) -> Iterator[Tensor]:
-    for chunk in torch.arange(min(len(batches), MAX_IMAGES)).split(CHUNK):
-        yield batches.pixels(chunk.tolist())
-
-
 def _described(model: Backbone, pixels: Tensor, words: Tensor) -> Tensor:
     """Return the logarithm of the distribution of each image over all words: (images, words)."""
-    features = F.normalize(model.model.encode_image(pixels.to(model.device)), dim=-1)
+    features = F.normalize(model.model.encode_image(pixels), dim=-1)
     return (LOGIT_SCALE * features @ words.T).log_softmax(dim=-1)

@@ -47,8 +47,8 @@ class WordAnchors:
     """Features of words and images as a model computed them before a task.
 
     Args:
-        backbone: the model before its first step. Few-shot images are encoded at once; for a full training set, whose
-            features are computed per batch, a copy of the model is kept instead.
+        backbone: the model before its first step. Images that are kept in memory are encoded at once; for a larger set,
+            whose features are computed per batch, a copy of the model is kept instead.
         batches: the task's images.
         seed: draws the words of each step.
     """
@@ -62,9 +62,7 @@ class WordAnchors:
         self._model = model
         self._images = None
         if batches.in_memory:
-            chunks = torch.arange(len(batches)).split(CHUNK)
-            pixels = (batches.pixels(chunk.tolist()).to(backbone.device) for chunk in chunks)
-            self._images = torch.cat([self._encode(chunk) for chunk in pixels])
+            self._images = torch.cat([self._encode(pixels) for pixels in batches.chunks(CHUNK)])
             self._model = None
 
     def tokens(self, number: int) -> Tensor:

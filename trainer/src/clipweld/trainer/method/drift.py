@@ -64,8 +64,8 @@ def principal_inputs(
     model = backbone.model.eval()
     hooks = [pools.pools[name].register_forward_pre_hook(note(name)) for name in pools.pools if _input_of(name) == name]
     try:
-        for chunk in torch.arange(min(len(batches), MAX_IMAGES)).split(CHUNK):
-            model.encode_image(batches.pixels(chunk.tolist()).to(backbone.device))
+        for pixels in batches.chunks(CHUNK, MAX_IMAGES):
+            model.encode_image(pixels)
         prompts = [prompt_of(template, name) for template in task.templates for name in task.class_names]
         for chunk in backbone.tokenizer(prompts).to(backbone.device).split(CHUNK):
             texts = cut_to_longest(chunk)
