@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,14 +132,15 @@ class Study:
 def main(study: Annotated[Study, Parameter(name="*")] = Study()) -> None:
     """Run all commands of the chosen parts."""
     quick = study.out / "quick"
-    runs = [
-        command
-        for length in study.lengths
-        for part in study.parts
-        for command in PARTS[part](study.out / length / FOLDERS.get(part, part), length)
-    ]
     if study.quick:
         runs = [_sequence(quick / method, "long", method, SEEDS[0], ORDERS[0]) for method in METHODS]
+    else:
+        runs = [
+            command
+            for length in study.lengths
+            for part in study.parts
+            for command in PARTS[part](study.out / length / FOLDERS.get(part, part), length)
+        ]
     console, lock = Console(stderr=True), threading.Lock()
 
     def run(command: str) -> None:
@@ -184,9 +185,7 @@ def orders(out: Path, length: Length) -> Iterator[str]:
 
 def ablations(out: Path, length: Length) -> Iterator[str]:
     """Yield a run of every ablation for each seed, in a different order of tasks for each."""
-    for seed, order in zip(SEEDS, ORDERS, strict=True):
-        for name, flags in ABLATIONS[length].items():
-            yield _sequence(out / name / f"order-{order}-seed-{seed}", length, "pool", seed, order, flags)
+    yield from _variants(out, length, {name: ("pool", flags) for name, flags in ABLATIONS[length].items()})
 
 
 def _sequence(out: Path, length: Length, method: Method, seed: int, order: int | None, flags: str = "") -> str:
@@ -202,9 +201,13 @@ def _sequence(out: Path, length: Length, method: Method, seed: int, order: int |
 def attribution(out: Path, length: Length) -> Iterator[str]:
     """Yield the runs that show what earns the gain, each seed in a different order of tasks."""
     if length == "long":
-        for seed, order in zip(SEEDS, ORDERS, strict=True):
-            for name, (method, flags) in ATTRIBUTION.items():
-                yield _sequence(out / name / f"order-{order}-seed-{seed}", length, method, seed, order, flags)
+        yield from _variants(out, length, ATTRIBUTION)
+
+
+def _variants(out: Path, length: Length, variants: Mapping[str, tuple[Method, str]]) -> Iterator[str]:
+    for seed, order in zip(SEEDS, ORDERS, strict=True):
+        for name, (method, flags) in variants.items():
+            yield _sequence(out / name / f"order-{order}-seed-{seed}", length, method, seed, order, flags)
 
 
 FOLDERS = {"orders": "methods"}

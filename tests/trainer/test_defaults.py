@@ -121,6 +121,13 @@ def test_published_settings_are_the_papers_for_every_model(model):
     )
 
 
+@pytest.mark.parametrize("value", ["=true", "=yes", "=Y", "=1", "=t", "=no", ""])
+def test_the_published_flag_and_its_settings_agree(value):
+    given = commands.parse(["fit", "--task", "digits", "--model", "mini", f"--published{value}"])
+    assert given.train == train_config("mini", published=given.published)
+    assert given.published == (value != "=no")
+
+
 def test_published_settings_are_those_of_the_pool():
     with pytest.raises(ConfigError, match="--method pool, not lora"):
         commands.parse(["sequence", "--published", "--method", "lora", "--tasks", "digits", "--out", "x"])

@@ -21,7 +21,7 @@ from clipweld.trainer.config import shots_of
 from clipweld.trainer.errors import OutputError, TrainerError
 from clipweld.trainer.extras import missing
 from clipweld.trainer.files import check_surroundings
-from clipweld.trainer.intervals import wilson
+from clipweld.trainer.intervals import intervals
 from clipweld.trainer.output import console, messages, printing
 
 if TYPE_CHECKING:  # slow to import: commands import what they need, so that --help is instant
@@ -163,10 +163,7 @@ def _fit(command: commands.Fit, task: Task) -> None:
             "adapter": str(path),
             "sha256": fitted.adapter.sha256,
             "accuracy": fitted.adapter.accuracy,
-            "intervals": {
-                name: [round(bound, 2) for bound in wilson(percent, fitted.tested[name])]
-                for name, percent in fitted.accuracies["task"].items()
-            },
+            "intervals": intervals(fitted.accuracies["task"], fitted.tested),
             "moved": fitted.adapter.moved,
             "coefficients": fitted.adapter.coefficients,
             "trainable_parameters": fitted.trainable_parameters,
@@ -263,21 +260,17 @@ def evaluate(command: commands.Evaluate) -> None:
     if not fabric.is_global_zero:
         return
     learned = [adapter.task for adapter in lineage]
+    tested = {task.name: len(task.load("test")) for task in found}
     if command.json:
-        intervals = {
-            task.name: [round(bound, 2) for bound in wilson(accuracies["task"][task.name], len(task.load("test")))]
-            for task in found
-        }
         summary = {
             "model": base.model_name,
             "learned": learned,
             "accuracy": accuracies["task"],
-            "intervals": intervals,
+            "intervals": intervals(accuracies["task"], tested),
             "accuracy_classes": accuracies["task_classes"],
         }
         print(json.dumps(summary, indent=2))
     else:
-        tested = {task.name: len(task.load("test")) for task in found}
         tables.show_accuracies(base.model_name, learned, accuracies, tested)
 
 

@@ -19,6 +19,8 @@ from clipweld.trainer.config import LabelSpace, Method, TrainConfig, train_confi
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 
+TRUE = ("true", "t", "yes", "y", "1")  # what cyclopts takes for a flag's true
+
 HELP = """Learn image domains one after another, each as a small adapter that merges into CLIP.
 
 Example: trainer fit --model mini --task digits
@@ -208,7 +210,7 @@ def parse(args: list[str] | None = None) -> Command:
         check_named(Path(found.adapters))
     model = choose_model(found.model, Path(found.adapters) if reads_adapters else None)
     method = found.method if found.method in get_args(Method) else "pool"
-    published = str(found.published).lower() == "true"
+    published = str(found.published).lower() in TRUE
     chosen: dict[type[Command], dict[str, Any]] = {
         Tasks: {},
         Fit: {"model": model, "train": train_config(model, published=published)},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, quantiles
 
 Z95 = 1.959964  # 97.5% quantile of the standard normal distribution
@@ -18,6 +18,11 @@ def wilson(percent: float, images: int) -> tuple[float, float]:
     middle = (share + spread / 2) / (1 + spread)
     half = Z95 * math.sqrt(share * (1 - share) / images + spread / (4 * images)) / (1 + spread)
     return max(0.0, 100 * (middle - half)), min(100.0, 100 * (middle + half))
+
+
+def intervals(accuracies: Mapping[str, float], images: Mapping[str, int]) -> dict[str, list[float]]:
+    """Return Wilson's interval by task, rounded to hundredths, for accuracies over so many images each."""
+    return {name: [round(bound, 2) for bound in wilson(percent, images[name])] for name, percent in accuracies.items()}
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
