@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # slow to import: commands import what they need, so that --h
     from lightning_fabric import Fabric
 
     from clipweld.trainer.base.backbone import Backbone
-    from clipweld.trainer.learning.fit import Step
+    from clipweld.trainer.learning.fit import Fitted, Step
     from clipweld.trainer.tasks import Task
 
 TIMED_STEPS = 4  # after the first, which is slow
@@ -158,21 +159,25 @@ def _fit(command: commands.Fit, task: Task) -> None:
         return
     path = adapter_path(command.adapters, task.name)
     if command.json:
-        summary = {
-            "task": task.name,
-            "adapter": str(path),
-            "sha256": fitted.adapter.sha256,
-            "accuracy": fitted.adapter.accuracy,
-            "intervals": intervals(fitted.accuracies["task"], fitted.tested),
-            "moved": fitted.adapter.moved,
-            "coefficients": fitted.adapter.coefficients,
-            "trainable_parameters": fitted.trainable_parameters,
-            "kept_parameters": fitted.adapter.num_parameters,
-            "seconds": round(fitted.seconds, 2),
-        }
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(_summary(fitted, path), indent=2))
     else:
         tables.show_fitted(fitted, lineage, path)
+
+
+def _summary(fitted: Fitted, path: Path) -> dict[str, Any]:
+    """Return what ``fit --json`` prints."""
+    return {
+        "task": fitted.adapter.task,
+        "adapter": str(path),
+        "sha256": fitted.adapter.sha256,
+        "accuracy": fitted.adapter.accuracy,
+        "intervals": intervals(fitted.accuracies["task"], fitted.tested),
+        "moved": fitted.adapter.moved,
+        "coefficients": fitted.adapter.coefficients,
+        "trainable_parameters": fitted.trainable_parameters,
+        "kept_parameters": fitted.adapter.num_parameters,
+        "seconds": round(fitted.seconds, 2),
+    }
 
 
 def sequence(command: commands.Sequence) -> None:
