@@ -1,6 +1,7 @@
 """Settings that nobody gave: images per class, steps, and the losses that protect what other tasks use."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
@@ -82,6 +83,56 @@ def test_images_that_are_not_kept_are_read_ahead_and_are_the_same(mini, bolts, m
         one, other = kept[number], read[number]
         assert one.indices == other.indices
         assert torch.equal(one.pixels, other.pixels)
+
+
+def test_balanced_batches_show_all_classes_equally_often(mini):
+    task = load_task("clipart")  # 10 to 91 images per class
+    balanced = Batches(task, mini, train_config("mini", shots=0, balance=True))
+    drawn = [index for number in range(1, 15) for index in balanced[number].indices]
+    labels = Counter(task.load("train").labels[index] for index in drawn)
+    assert len(labels) == 8
+    assert max(labels.values()) - min(labels.values()) <= 2 * len(task.class_names)
+    assert max(Counter(drawn).values()) > min(Counter(drawn).values())  # small classes repeat
+
+
+@pytest.mark.parametrize("change", ["random_crop", "random_flip", "color_jitter"])
+def test_augmented_images_differ_in_every_epoch_and_are_the_same_when_resumed(mini, change):
+    task, plain = load_task("fashion"), train_config("mini", shots=2, batch_size=8)
+    augmented = Batches(task, mini, replace(plain, **{change: True}))
+    assert not augmented.unchanging
+    before = torch.random.get_rng_state()
+    one, again = augmented[3], augmented[3]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(one.pixels, again.pixels)
+    original = Batches(task, mini, plain)[3]
+    assert original.indices == one.indices
+    assert one.pixels.shape == original.pixels.shape
+    assert not torch.equal(one.pixels, original.pixels)
+    later = next(batch for number in range(5, 9) if set((batch := augmented[number]).indices) & set(one.indices))
+    (index, *_) = set(later.indices) & set(one.indices)
+    epochs = [batch.pixels[batch.indices.index(index)] for batch in (one, later)]
+    if change != "random_flip":  # which may fall alike
+        assert not torch.equal(*epochs)
+
+
+def test_a_flip_mirrors_about_half_of_the_images(mini):
+    task, plain = load_task("fashion"), train_config("mini")
+    flipped, original = (Batches(task, mini, c)[1].pixels for c in (replace(plain, random_flip=True), plain))
+    mirrored = [torch.equal(one, other.flip(-1)) for one, other in zip(flipped, original, strict=True)]
+    same = [torch.equal(one, other) for one, other in zip(flipped, original, strict=True)]
+    assert all(a != b for a, b in zip(mirrored, same, strict=True))
+    assert 8 <= sum(mirrored) <= 24
+
+
+def test_color_jitter_stays_within_the_colours_of_an_image(mini, bolts):
+    task = load_task(str(bolts))
+    pixels = Batches(task, mini, train_config("mini", color_jitter=True))[1].pixels
+    mean, std = (
+        torch.tensor(own)[:, None, None] for own in (mini.model.visual.image_mean, mini.model.visual.image_std)
+    )
+    raw = pixels * std + mean
+    assert raw.min() >= -1e-5
+    assert raw.max() <= 1 + 1e-5
 
 
 def test_an_unreadable_image_that_is_read_ahead_is_named_when_it_is_needed(mini, bolts, tmp_path, monkeypatch):

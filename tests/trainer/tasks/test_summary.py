@@ -86,15 +86,21 @@ def test_shipped_tasks_have_a_line_and_no_warnings(name):
 @pytest.mark.parametrize(
     ("counts", "says"),
     [
-        ({"a": (21, 2), "b": (2, 2)}, "class 'a' has 21 training images, class 'b' 2"),
-        ({"a": (3, 21), "b": (3, 2)}, "class 'a' has 21 test images, class 'b' 2"),
+        ({"a": (9, 2), "b": (2, 2)}, "class 'a' has 9 training images, class 'b' 2; --balance draws all classes"),
+        ({"a": (3, 9), "b": (3, 2)}, "class 'a' has 9 test images, class 'b' 2"),
         ({"a": (3, 2), "b": (3, 0)}, "no test image in class 'b'"),
-        ({"a": (20, 2), "b": (2, 2)}, None),
+        ({"a": (8, 2), "b": (2, 2)}, None),
     ],
 )
 def test_uneven_and_untested_classes_cause_a_warning(tmp_path, counts, says):
-    warnings = summarise(load_task(str(lay(tmp_path / "bolts", **counts))), 5).warnings
+    warnings = summarise(load_task(str(lay(tmp_path / "bolts", **counts))), 0).warnings
     assert (says in warnings[0]) if says else not warnings
+
+
+def test_uneven_classes_of_which_training_draws_equally_cause_no_warning(tmp_path):
+    task = load_task(str(lay(tmp_path / "bolts", a=(9, 2), b=(2, 2))))
+    assert not summarise(task, 2).warnings
+    assert not summarise(task, 0, balanced=True).warnings
 
 
 def test_a_class_with_one_image_in_a_folder_without_splits_is_untested(tmp_path):
@@ -139,12 +145,14 @@ def test_files_that_differ_in_the_last_byte_are_not_equal(tmp_path):
 @pytest.mark.slow
 def test_commands_print_the_line_on_stderr_before_training(tmp_path, capsys):
     folder = lay(tmp_path / "bolts", a=(40, 2), b=(2, 2))
-    main(["fit", "--task", str(folder), "--shots", "3", "--adapters", str(tmp_path / "adapters"), *QUICK, "--json"])
+    main(["fit", "--task", str(folder), "--shots", "9", "--adapters", str(tmp_path / "adapters"), *QUICK, "--json"])
     captured = capsys.readouterr()
     json.loads(captured.out)
     first, second = captured.err.splitlines()[:2]
-    assert first.startswith(f"bolts ({folder}): 2 classes; train 2 to 40 images per class (fewest: b), 2 to 3 per")
-    assert second == "warning: bolts: class 'a' has 40 training images, class 'b' 2"
+    assert first.startswith(f"bolts ({folder}): 2 classes; train 2 to 40 images per class (fewest: b), 2 to 9 per")
+    assert second == (
+        "warning: bolts: class 'a' has 9 training images, class 'b' 2; --balance draws all classes equally often"
+    )
 
     arguments = ["--tasks", f"nuts={folder}", "--watch", "emoji", "--out", str(tmp_path / "run"), "--json"]
     main(["sequence", *arguments, "--shots", "1", "--validate", *QUICK])

@@ -353,7 +353,8 @@ def _announce(tasks: list[Task], fabric: Fabric, learns: commands.Fit | commands
         for task in tasks:
             folder = task.origin is not None
             shots = None if learns is None else shots_of(learns.train, learns.model, is_folder=folder)
-            for line in summarise(task, shots).lines():
+            balanced = learns is not None and learns.train.balance
+            for line in summarise(task, shots, balanced=balanced).lines():
                 _say(line)
 
 

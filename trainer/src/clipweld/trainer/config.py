@@ -61,6 +61,14 @@ class TrainConfig(PoolConfig):
     """Optimiser steps. Default: 500 (mini: 300); for many images enough to see each 4 times, at most 5,000."""
     batch_size: int = 32
     """Images per step."""
+    balance: bool = False
+    """Draw all classes equally often, however many images each has."""
+    random_crop: bool = False
+    """Crop training images at random, to at least four fifths."""
+    random_flip: bool = False
+    """Flip training images left and right at random: not for letters, arrows and the like."""
+    color_jitter: bool = False
+    """Change brightness, contrast, saturation and hue of training images at random."""
     lr: float = 2e-3
     """AdamW's learning rate at the start, which falls to 1e-6 along a cosine."""
     consolidate: float = 0.0

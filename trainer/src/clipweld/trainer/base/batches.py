@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clipweld.trainer.base.augmentation import Augmentation
 from clipweld.trainer.base.backbone import Backbone
 from clipweld.trainer.config import TrainConfig, shots_of
 from clipweld.trainer.errors import ConfigError
@@ -79,10 +82,17 @@ class Batches:
         shots = shots_of(config, backbone.model_name, is_folder=task.origin is not None)
         self._images = task.load("train").few_shot(shots, config.seed)
         self.in_memory = shots > 0 or len(self._images) * 12 * backbone.image_size**2 <= KEPT_BYTES
+        self._balance = config.balance
+        self._augmentation = Augmentation(backbone, config)
         self._kept: dict[int, Tensor] = {}
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
         self._ahead: dict[int, list[Future[Tensor]]] = {}
         self._readers = ThreadPoolExecutor()  # starts its threads when images are read ahead
+
+    @property
+    def unchanging(self) -> bool:
+        """Whether an image has the same pixels in every step, and they are kept."""
+        return self.in_memory and not self._augmentation
 
     def drawn(self) -> str:
         """Return the number of training images and the start of a SHA-256 over them, to detect other images.
@@ -109,6 +119,7 @@ class Batches:
             reading = self._ahead.pop(number, None) or self._read(share)
             self._ahead = {number + 1: self._read(self._chosen(number + 1)[1])}
             pixels = torch.stack([image.result() for image in reading])
+        pixels = self._augmentation(pixels, number, share)
         labels = torch.tensor([self._images.labels[index] for index in chosen])
         classes, text_of = labels.unique(return_inverse=True)
         template = random.Random(f"template {self._seed} {number}").choice(self.task.templates)
@@ -146,4 +157,13 @@ class Batches:
         return chosen, chosen[self._rank * self._size : (self._rank + 1) * self._size]
 
     def _permutation(self, epoch: int) -> list[int]:
-        return random.Random(f"order {self._seed} {epoch}").sample(range(len(self)), len(self))
+        order = random.Random(f"order {self._seed} {epoch}").sample(range(len(self)), len(self))
+        return self._balanced(order) if self._balance else order
+
+    def _balanced(self, order: list[int]) -> list[int]:
+        """Return as many images, one of each class in turn: small classes repeat theirs, large ones show only some."""
+        members = defaultdict(list)
+        for index in order:
+            members[self._images.labels[index]].append(index)
+        turns = [itertools.cycle(own) for own in members.values()]
+        return [next(turn) for _, turn in zip(order, itertools.cycle(turns), strict=False)]

@@ -47,8 +47,8 @@ class WordAnchors:
     """Features of words and images as a model computed them before a task.
 
     Args:
-        backbone: the model before its first step. Images that are kept in memory are encoded at once; for a larger set,
-            whose features are computed per batch, a copy of the model is kept instead.
+        backbone: the model before its first step. Images that are kept in memory and don't change are encoded at
+            once; otherwise a copy of the model is kept, which encodes each batch.
         batches: the task's images.
         seed: draws the words of each step.
     """
@@ -58,10 +58,10 @@ class WordAnchors:
         self._seed = seed
         self._tokens = word_tokens(backbone)
         self._words = encode_words(backbone, self._tokens)
-        model = (backbone.model if batches.in_memory else copy.deepcopy(backbone.model)).eval()
+        model = (backbone.model if batches.unchanging else copy.deepcopy(backbone.model)).eval()
         self._model = model
         self._images = None
-        if batches.in_memory:
+        if batches.unchanging:
             self._images = torch.cat([self._encode(pixels) for pixels in batches.chunks(CHUNK)])
             self._model = None
 

@@ -10,7 +10,7 @@ from clipweld.trainer.tasks.equal_files import equal_files
 from clipweld.trainer.tasks.task import Images, Task
 from clipweld.trainer.tasks.tree import listed
 
-UNEVEN = 10  # warn if one class has more than this many times the images of another
+UNEVEN = 4  # warn if one class has more than this many times the images of another
 SHOWN = 5  # of renamed folders, or of kinds of files
 
 
@@ -79,11 +79,12 @@ class Summary:
         return f"{counts} images per class (fewest: {self.class_names[counts.per_class.index(fewest)]})"
 
 
-def summarise(task: Task, shots: int | None = None) -> Summary:
+def summarise(task: Task, shots: int | None = None, *, balanced: bool = False) -> Summary:
     """Count a task's images, and look for common mistakes in a user's own folder.
 
     Args:
         shots: images per class that training draws, 0 for all; None if the task is only tested.
+        balanced: whether training draws all classes equally often, so that uneven numbers need no warning.
     """
     number = len(task.class_names)
     test = task.load("test")
@@ -95,7 +96,7 @@ def summarise(task: Task, shots: int | None = None) -> Summary:
     if origin:
         warnings = (
             *origin.warnings,
-            *_warnings(task.class_names, counts, _counts(test, number)),
+            *_warnings(task.class_names, None if balanced else used, _counts(test, number)),
             *_equal(task.load("train"), test),
         )
     folders = origin.class_folders if origin else task.class_names
@@ -121,14 +122,15 @@ def _counts(images: Images, classes: int) -> Counts:
 
 
 def _warnings(names: Sequence[str], train: Counts | None, test: Counts) -> list[str]:
-    """Return warnings about the numbers of images."""
+    """Return warnings about the numbers of images: those that training uses, and those that are tested."""
     warnings = []
     for split, counts in (("training", train), ("test", test)):
         ranked = sorted((count, name) for count, name in zip(counts.per_class, names, strict=True)) if counts else []
         some = [(count, name) for count, name in ranked if count]
         if some and some[-1][0] > UNEVEN * some[0][0]:
             (fewest, rare), (most, common) = some[0], some[-1]
-            warnings.append(f"class {common!r} has {most:,} {split} images, class {rare!r} {fewest:,}")
+            advice = "; --balance draws all classes equally often" if split == "training" else ""
+            warnings.append(f"class {common!r} has {most:,} {split} images, class {rare!r} {fewest:,}{advice}")
             break
     if untested := [name for count, name in zip(test.per_class, names, strict=True) if not count]:
         warnings.append(f"no test image in class {listed(untested)}; its accuracy is not measured")
