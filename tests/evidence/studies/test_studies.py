@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipweld.trainer import commands
 from clipweld.trainer.config import train_config
 from clipweld.trainer.sequence.run import run_sequence
 from clipweld.trainer.tasks import load_task
-from evidence.studies import mini, scale, towers
+from evidence.studies import mini, routing, scale, towers
 
 
 def chains(part, length):
@@ -103,3 +104,26 @@ def test_the_updates_of_each_tower_are_evaluated_separately(mini, tmp_path, caps
     towers.main(out=tmp_path / "towers.json")
     assert capsys.readouterr().out == printed
     assert "| emoji | 1 | text tower |" in printed
+
+
+def test_the_information_of_a_choice_is_what_the_classes_tell_of_it():
+    classes = torch.tensor([0, 0, 1, 1])
+    apart = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2]])  # each class has experts of its own
+    same = torch.tensor([[0, 1]] * 4)
+    assert routing.information(apart, classes) == pytest.approx(1)
+    assert routing.information(same, classes) == pytest.approx(0, abs=1e-12)
+    assert routing.shared([{"layer": {0, 1}}, {"layer": {1, 2}}]) == 0.5
+
+
+@pytest.mark.slow
+def test_routers_are_measured_in_both_towers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(routing, "ROUTERS", {"fixed": {"router": "fixed", "shots": 1, "batch_size": 4}})
+    monkeypatch.setattr(routing, "shipped_tasks", lambda: [load_task("emoji"), load_task("clipart")])
+    routing.main(out=tmp_path / "routing.json", iterations=2)
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "routing.json").read_text())["fixed"]
+    for tower in ("image", "text"):
+        assert 0 <= figures[tower]["class"] <= figures[tower]["image"] < 0.585  # log2(12 / 8) bits
+        assert 0.3 < figures[tower]["shared"] <= 1
+    routing.main(out=tmp_path / "routing.json", show=True)
+    assert capsys.readouterr().out == printed
