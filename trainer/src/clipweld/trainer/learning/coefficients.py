@@ -68,8 +68,6 @@ def best_coefficients(adapter: Adapter, before: Backbone, task: Task) -> Coeffic
 def scale(tensors: dict[str, Tensor], coefficients: Coefficients) -> dict[str, Tensor]:
     """Return an adapter's tensors with the coefficients multiplied into ``lora_B``."""
     return {
-        name: tensor * (coefficients["image"] if tower_of(name) == "image" else coefficients["text"])
-        if name.endswith(".lora_B")
-        else tensor
+        name: tensor * coefficients[tower_of(name)] if name.endswith(".lora_B") else tensor
         for name, tensor in tensors.items()
     }

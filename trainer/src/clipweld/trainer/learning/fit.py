@@ -124,14 +124,7 @@ def fit(
     model = with_weights(base, weights)
     parents = tuple(parent.sha256 for parent in lineage)
     before = evaluate(model, test_on, fabric) if before is None else before
-    coefficients = Coefficients(image=1.0, text=1.0)
-    if config.coefficients == "chosen":
-        part = held_out(task, cast("int", config.shots), config.seed)
-        whole = replace(config, coefficients="full", shots=0)
-        probe = fit(
-            part, base, lineage, whole, test_on=[], start=model, before=UNTESTED, fabric=fabric, on_step=on_step
-        )  # fmt: skip
-        coefficients = fabric.broadcast(best_coefficients(probe.adapter, model, part))
+    coefficients = merge_coefficients(task, base, lineage, config, model, fabric, on_step)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         pools = attach_pools(model.model, config)
@@ -146,7 +139,7 @@ def fit(
             )  # fmt: skip
             checkpoint = checkpoint_of(unfinished, [batches], base, config, fabric, parents)
             seconds = train([batches], objective, checkpoint, resume=resume, on_step=on_step)
-            pools.scale(**coefficients)
+            pools.scale(coefficients)
             inputs = principal_inputs(task, model, pools, batches, config.drift_directions)
         finally:
             detach_pools(pools)
@@ -161,6 +154,24 @@ def fit(
     )
     tested = {of.name: len(of.load("test")) for of in test_on}
     return Fitted(adapter, merged, accuracies, tested, pools.num_trainable, seconds)
+
+
+def merge_coefficients(
+    task: Task,
+    base: Backbone,
+    lineage: Sequence[Adapter],
+    config: TrainConfig,
+    start: Backbone,
+    fabric: Fabric,
+    on_step: Callable[[Step], None],
+) -> Coefficients:
+    """Return how much of the update is to be merged into each tower, for which the task may be learned once before."""
+    if config.coefficients == "full":
+        return Coefficients(image=1.0, text=1.0)
+    part = held_out(task, cast("int", config.shots), config.seed)
+    config = replace(config, coefficients="full", shots=0)
+    probe = fit(part, base, lineage, config, test_on=[], start=start, before=UNTESTED, fabric=fabric, on_step=on_step)
+    return fabric.broadcast(best_coefficients(probe.adapter, start, part))
 
 
 def for_tasks(config: TrainConfig, tasks: Sequence[Task], base: Backbone, fabric: Fabric) -> TrainConfig:

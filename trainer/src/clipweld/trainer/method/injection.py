@@ -12,6 +12,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from clipweld.trainer.adapters.adapter import Coefficients
 from clipweld.trainer.config import PoolConfig
 from clipweld.trainer.method.attention import split_attention
 from clipweld.trainer.method.experts import ExpertPool
@@ -60,10 +61,10 @@ class PoolSet:
         return tensors
 
     @torch.no_grad()
-    def scale(self, image: float, text: float) -> None:
-        """Multiply the update of each tower by a coefficient."""
+    def scale(self, coefficients: Coefficients) -> None:
+        """Multiply the update of each tower by its coefficient."""
         for module, pool in self.pools.items():
-            pool.lora_B.mul_(image if tower_of(module) == "image" else text)
+            pool.lora_B.mul_(coefficients[tower_of(module)])
 
     def activation_counts(self) -> dict[str, list[int]]:
         """Return by layer the number of votes for each expert of its pool."""
