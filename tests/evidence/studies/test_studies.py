@@ -1,16 +1,18 @@
 import json
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from clipweld.trainer import commands
 from clipweld.trainer.config import train_config
 from clipweld.trainer.sequence.run import run_sequence
 from clipweld.trainer.tasks import load_task
-from evidence.studies import mini, routing, scale, towers
+from evidence.studies import mini, routing, scale, second, towers
 
 
 def chains(part, length):
@@ -127,3 +129,20 @@ def test_routers_are_measured_in_both_towers(tmp_path, capsys, monkeypatch):
         assert 0.3 < figures[tower]["shared"] <= 1
     routing.main(out=tmp_path / "routing.json", show=True)
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.slow
+def test_a_second_clip_learns_with_the_settings_of_the_first(tmp_path, capsys, monkeypatch):
+    architecture = json.loads(second.VARIANT.read_text())["model"]
+    save_file(open_clip.CLIP(**architecture).state_dict(), tmp_path / "random.safetensors")
+    monkeypatch.setattr(second, "load_tasks", lambda names: [load_task("emoji"), load_task("clipart")])
+    rows = ("pool", "default-of-other-models")
+    second.main(weights=tmp_path / "random.safetensors", out=tmp_path, seeds=(1,), runs=rows, iterations=1)
+    printed = capsys.readouterr().out
+    assert "zero-shot" in printed
+    records = [json.loads((tmp_path / "runs" / row / "order-1-seed-1" / "sequence.json").read_text()) for row in rows]
+    assert {record["model"] for record in records} == {"second-mini"}
+    configs = [record["config"] for record in records]
+    assert configs[0] | {"iterations": None} == asdict(train_config("mini", seed=1, shots=16)) | {"iterations": None}
+    assert [config["lr"] for config in configs] == [train_config("mini").lr, train_config("ViT-B-16").lr]
+    assert {config["anchor_weight"] for config in configs} == {4.0}

@@ -23,14 +23,13 @@ class Augmentation:
     """
 
     def __init__(self, backbone: Backbone, config: TrainConfig) -> None:
-        visual = backbone.model.visual
         changes: list[torch.nn.Module] = []
         if config.random_crop:
             changes.append(v2.RandomResizedCrop(backbone.image_size, scale=(SMALLEST_CROP, 1.0)))
         if config.random_flip:
             changes.append(v2.RandomHorizontalFlip())
         if config.color_jitter:
-            mean, std = torch.tensor(visual.image_mean), torch.tensor(visual.image_std)
+            mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
             # Colours are changed in [0, 1].
             raw = v2.Normalize((-mean / std).tolist(), (1 / std).tolist())
             changes += [raw, v2.ColorJitter(0.2, 0.2, 0.2, 0.05), v2.Normalize(mean.tolist(), std.tolist())]
