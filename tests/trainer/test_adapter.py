@@ -158,7 +158,7 @@ def sealed(adapter, path, **changes):
         ({"config": {"lr": [1]}}, "config.lr"),
         ({"activation_counts": {"m": [-1]}}, "activation_counts.m.0"),
         ({"moved": {"words_mean": 0.1}}, "moved.words_p95"),
-        ({"moved": {"words_mean": -1.0, "words_p95": 0.0, "images_kl": 0.0}}, "moved.words_mean"),
+        ({"moved": {"words_mean": -1.0, "words_p95": 0.0, "images_kl": 0.0, "names_mean": 0.0}}, "moved.words_mean"),
     ],
 )
 def test_invalid_metadata_is_refused_even_with_a_matching_hash(adapter, tmp_path, changes, says):

@@ -57,7 +57,7 @@ def test_the_loss_of_an_unchanged_model_is_zero(anchors, batches, mini):
 def test_loss_equals_the_sum_written_out(anchors, batches, mini, moved):
     """Computed with open_clip's functions over all words, before and after the change."""
     batch = batches[5]
-    prompts = [f"a photo of a {word}" for word in open_clip.IMAGENET_CLASSNAMES]
+    prompts = [f"a photo of a {word}" for index, word in enumerate(open_clip.IMAGENET_CLASSNAMES) if index % 10]
     old = mini.model.encode_text(mini.tokenizer(prompts), normalize=True)
     scale = 100.0
     before = (scale * features(mini.model, batch.pixels) @ old.T).softmax(-1)

@@ -70,7 +70,7 @@ def test_fit_prints_how_many_images_it_learns_from(bolts, tmp_path, capsys):
     said = capsys.readouterr()
     assert "bolts: 6 of 32 training images, 1 steps of 4" in said.err
     moved = json.loads(said.out)["moved"]
-    assert moved.keys() == {"words_mean", "words_p95", "images_kl"}
+    assert moved.keys() == {"words_mean", "words_p95", "images_kl", "names_mean"}
 
 
 def test_images_that_are_not_kept_are_read_ahead_and_are_the_same(mini, bolts, monkeypatch):

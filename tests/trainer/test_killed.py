@@ -25,7 +25,7 @@ def quick(mini, monkeypatch):
     monkeypatch.setattr("clipweld.trainer.learning.checkpoint.SHARE", 0)
     for module in (fit, methods, sequence):
         monkeypatch.setattr(module, "evaluate", measured)
-    monkeypatch.setattr(fit, "movement", lambda *_: Moved(words_mean=0.0, words_p95=0.0, images_kl=0.0))
+    monkeypatch.setattr(fit, "movement", lambda *_: Moved(words_mean=0.0, words_p95=0.0, images_kl=0.0, names_mean=0.0))
     monkeypatch.setattr(fit, "principal_inputs", lambda *_: {})
     monkeypatch.setattr(cli, "_load", lambda command, fabric: mini)
     threads = torch.get_num_threads()

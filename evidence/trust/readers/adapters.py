@@ -38,7 +38,7 @@ def tiny_adapter() -> Adapter:
         accuracy={"before": {"birds": 10.0}, "after": {"birds": 90.5}}, config={"lr": 0.1, "source": "birds"},
         activation_counts={"m": [3, 4]},
         tensors={name: torch.randn(shape, generator=drawn) for name, shape in shapes.items()},
-        moved=Moved(words_mean=0.25, words_p95=0.5, images_kl=0.125),
+        moved=Moved(words_mean=0.25, words_p95=0.5, images_kl=0.125, names_mean=8.0),
     )  # fmt: skip
 
 

@@ -61,9 +61,9 @@ def show_fitted(fitted: Fitted, lineage: Sequence[Adapter], path: Path) -> None:
     console().print(table)
     if learned.moved is not None:
         console().print(
-            "Moved, though not learned: the logits of 1,000 common words fell by {words_mean:.2f} on average, by at "
-            "most {words_p95:.2f} for 95% of them; how words describe the images diverged by {images_kl:.2f} "
-            "nats.".format(**learned.moved),
+            "Moved, though not learned: the logits of common words fell by {words_mean:.2f} on average, by at most "
+            "{words_p95:.2f} for 95% of them; how words describe the images diverged by {images_kl:.2f} nats. The "
+            "class names moved by {names_mean:.1f} on average, for every task that has them.".format(**learned.moved),
             soft_wrap=True,
         )
     if learned.config["coefficients"] == "chosen":

@@ -40,17 +40,19 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @with_config(STRICT)
 class Moved(TypedDict):
-    """How far things that were not learned have moved.
+    """How far things have moved that were not learned, and class names, which other tasks may share.
 
     Attributes:
         words_mean: by how much the logit of a common word fell against its own features before, mean over the words.
         words_p95: the same, 95th percentile.
         images_kl: KL divergence in nats of how words describe an image, before to after, mean over the task's images.
+        names_mean: as ``words_mean``, over the task's class names.
     """
 
     words_mean: Distance
     words_p95: Distance
     images_kl: Distance
+    names_mean: Distance
 
 
 @with_config(STRICT)

@@ -200,7 +200,7 @@ def untrained(
         config={**asdict(config), "source": task.source, **base.own_preprocessing},
         activation_counts=pools.activation_counts(),
         tensors={},
-        moved=Moved(words_mean=0.0, words_p95=0.0, images_kl=0.0),
+        moved=Moved(words_mean=0.0, words_p95=0.0, images_kl=0.0, names_mean=0.0),
     )
 
 

@@ -1,17 +1,19 @@
 """Word anchors: a loss that preserves a model's knowledge, without images or class names of earlier tasks.
 
-A thousand common words (ImageNet's class names, which come with open_clip) represent everything that the model is not
-being taught. Two things must stay as they were before the task: the features of the words (text tower), and the
-similarities of the task's images to the words (image tower). The first is feature distillation, the second *Learning
-without Forgetting* (arXiv 1606.09282) with words in place of classes. Both are measured in logits, because at CLIP's
-scale of 100 a cosine that is off by 0.01 moves a logit by one. A step's words pass through the text tower in one batch
-with its prompts, so that they constrain the same experts that the prompts train, and vote for experts too.
+Nine hundred common words (of ImageNet's class names, which come with open_clip) represent everything that the model is
+not being taught; a hundred more are left to see what the loss doesn't look at. Two things must stay as they were before
+the task: the features of the words (text tower), and the similarities of the task's images to the words (image tower).
+The first is feature distillation, the second *Learning without Forgetting* (arXiv 1606.09282) with words in place of
+classes. Both are measured in logits, because at CLIP's scale of 100 a cosine that is off by 0.01 moves a logit by one.
+A step's words pass through the text tower in one batch with its prompts, so that they constrain the same experts that
+the prompts train, and vote for experts too.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 
 import open_clip
 import torch
@@ -24,16 +26,18 @@ from clipweld.trainer.base.cls_block import cut_to_longest, encode_text
 from clipweld.trainer.text import prompt_of
 
 TEMPLATE = "a photo of a {}"
+# Every tenth word is held out: ``learning.movement`` measures how far these have moved.
+HELD_OUT = tuple(open_clip.IMAGENET_CLASSNAMES[::10])
+WORDS = tuple(word for index, word in enumerate(open_clip.IMAGENET_CLASSNAMES) if index % 10)
 WORDS_PER_STEP = 32
 CHUNK = 256
 # From cosines to logits: the scale of the published CLIPs, whatever the model's own is.
 LOGIT_SCALE = 100.0
 
 
-def word_tokens(backbone: Backbone) -> Tensor:
-    """Return the tokens of all words: int64 (words, context_length)."""
-    prompts = [prompt_of(TEMPLATE, word) for word in open_clip.IMAGENET_CLASSNAMES]
-    return backbone.tokenizer(prompts).to(backbone.device)
+def word_tokens(backbone: Backbone, words: Sequence[str] = WORDS) -> Tensor:
+    """Return the tokens of words: int64 (words, context_length)."""
+    return backbone.tokenizer([prompt_of(TEMPLATE, word) for word in words]).to(backbone.device)
 
 
 @torch.no_grad()
