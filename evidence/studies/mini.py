@@ -69,8 +69,9 @@ ABLATIONS: dict[Length, dict[str, str]] = {
     "long": {
         "no-drift": "--drift-weight 0",
         "no-anchors": "--anchor-weight 0",
-        "router-learned": "--router learned",
-        "ago-sum": "--ago sum",
+        "no-router": "--router none",
+        "no-ago": "--ago off",
+        "no-consolidation": "--consolidate 0",
         "drift-400": "--drift-weight 400",
         "anchor-16": "--anchor-weight 16",
     },
@@ -98,11 +99,8 @@ ABLATIONS: dict[Length, dict[str, str]] = {
 ATTRIBUTION: dict[str, tuple[Method, str]] = {
     "lora-both-losses": ("lora", "--lr 0.01 --anchor-weight 4 --drift-weight 1600"),
     "pool-no-losses": ("pool", "--anchor-weight 0 --drift-weight 0"),
-    "router-and-ago": ("pool", "--router learned --ago sum"),
-    "default-of-other-models": (
-        "pool",
-        "--router learned --ago sum --lr 0.002 --dropout 0.2 --consolidate 0 --iterations 500",
-    ),
+    "no-router-no-ago": ("pool", "--router none --ago off"),
+    "default-of-other-models": ("pool", "--lr 0.002 --dropout 0.2 --iterations 500"),
     "published": ("pool", "--published --shots 16 --iterations 300"),
     "coefficients": ("pool", "--coefficients chosen"),
     "k-merge-6": ("pool", "--k-merge 6"),

@@ -134,7 +134,7 @@ def test_files_that_are_not_adapters_are_ignored_when_choosing_the_model(write, 
 
 def test_fit_and_evaluate_use_the_model_of_the_adapters(adapters, capsys):
     main(["fit", "--task", "flags", "--adapters", str(adapters), "--dry-run", "--json"])
-    assert '"trainable_parameters": 359424' in capsys.readouterr().out  # the number of mini with its preset
+    assert '"trainable_parameters": 539856' in capsys.readouterr().out  # the number of mini with its preset
     main(["evaluate", "--tasks", "emoji", "--adapters", str(adapters), "--json"])
     assert '"model": "mini"' in capsys.readouterr().out
 

@@ -69,7 +69,7 @@ def write_run(
     }
     if classes:
         result["class_matrix"] = [[cell - 7 for cell in row] for row in matrix]
-    settings = {**asdict(train_config("mini", method, seed=seed, ago="sum", router="learned")), **config}
+    settings = {**asdict(train_config("mini", method, seed=seed, ago="mean")), **config}
     results = {"task": result, "union": {**result, "label_space": "union"}} if union else {"task": result}
     record = {
         "model": "mini", "pretrained": "mini", "base_fingerprint": "ab" * 32, "method": method, "tasks": list(order),
@@ -276,11 +276,11 @@ def test_the_setting_that_ablations_vary_is_the_reference(tmp_path):
 
 
 def test_the_model_s_default_settings_are_the_reference_if_any_run_has_them(tmp_path):
-    write_run(tmp_path / "default", router="none", ago="off", matrix=[[60.0, 10.0], [10.0, 10.0]])
+    write_run(tmp_path / "default", ago="sum", matrix=[[60.0, 10.0], [10.0, 10.0]])
     for seed in (0, 1):
         write_run(tmp_path / f"better{seed}", router="fixed", seed=seed)
     (section,) = sections(read_runs(tmp_path))
-    assert [group.label for group in section.groups] == ["pool", "pool, router=fixed, ago=sum"]
+    assert [group.label for group in section.groups] == ["pool", "pool, router=fixed, ago=mean"]
 
 
 def test_zero_shot_of_transfer_follows_each_run_s_own_order(tmp_path):

@@ -133,16 +133,17 @@ MOST_STEPS = 5000
 # What the paper trained with, where it differs from TrainConfig's defaults: its router got no gradient, and texts were
 # routed on token 0.
 PUBLISHED = {"shots": 5, "iterations": 500, "router": "fixed", "route_on": "first"}
-# Both losses against forgetting are relative (to a layer's output, to CLIP's scale of logits), so one weight serves
-# all models.
-PROTECTED = {"drift_weight": 1600.0, "anchor_weight": 4.0}
+# What the pool has beyond the paper's, for every model: two losses against forgetting, which are relative (to a layer's
+# output, to CLIP's scale of logits) so that one weight serves all models; and the second half of the training for the
+# experts that will be merged.
+POOL = {"drift_weight": 1600.0, "anchor_weight": 4.0, "consolidate": 0.5}
 # Differences from TrainConfig's defaults: for every method, and for models that need other settings.
 ALL_WEIGHTS = {"lr": 1e-5}
 MINI = {"dropout": 0.0}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "": {"pool": PROTECTED, "finetune": ALL_WEIGHTS, "joint": ALL_WEIGHTS},
+    "": {"pool": POOL, "finetune": ALL_WEIGHTS, "joint": ALL_WEIGHTS},
     "mini": {
-        "pool": {**MINI, **PROTECTED, "lr": 1e-2, "router": "none", "consolidate": 0.5, "ago": "off"},
+        "pool": {**MINI, **POOL, "lr": 1e-2},
         "lora": {**MINI, "lr": 2.5e-4},
         "finetune": {**MINI, "lr": 1e-4},
         "joint": {**MINI, "lr": 3e-4},
