@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 from clipweld.trainer.adapters.adapter import load_lineage
-from clipweld.trainer.base.backbone import encode_classes
+from clipweld.trainer.adapters.merge import merge
+from clipweld.trainer.base.backbone import encode_classes, with_weights
 from clipweld.trainer.config import train_config
 from clipweld.trainer.errors import ConfigError
 from clipweld.trainer.learning.evaluate import encode_images, evaluate
 from clipweld.trainer.sequence.metrics import average, forgetting, last, transfer
 from clipweld.trainer.sequence.run import run_sequence
-from clipweld.trainer.tasks import load_task
+from clipweld.trainer.tasks import load_task, untouched, validation
 
 # Accuracies on three tasks; one row after each learned task.
 MATRIX = [[80.0, 30.0, 10.0], [70.0, 90.0, 20.0], [75.0, 60.0, 50.0]]
@@ -84,6 +85,22 @@ def test_method_lora_trains_and_keeps_a_plain_lora(mini, tmp_path):
     }
     assert adapters[1].config["ago"] == "off"
     assert not any(any(counts) for counts in adapters[0].activation_counts.values()), "nothing votes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pool", "finetune"])
+def test_in_validation_a_task_is_tested_on_all_training_images_until_it_is_learned(mini, tmp_path, method):
+    tasks = [load_task("emoji"), load_task("clipart")]
+    whole, held_out = [untouched(task) for task in tasks], [validation(task) for task in tasks]
+    assert [len(task.load("test")) for task in whole] == [len(task.load("train")) for task in tasks]
+    config = train_config("mini", method, **QUICK)
+    result = run_sequence(held_out, mini, config, tmp_path, method=method, before_learned=whole)["task"]
+    assert result.zero_shot == list(evaluate(mini, whole)["task"].values())
+    if method == "pool":
+        adapters = load_lineage(tmp_path / "adapters", mini.fingerprint)
+        stages = [with_weights(mini, merge(mini.model.state_dict(), adapters[: i + 1])) for i in range(2)]
+        for row, stage, tested in zip(result.matrix, stages, ([held_out[0], whole[1]], held_out), strict=True):
+            assert row == list(evaluate(stage, tested)["task"].values())
 
 
 @pytest.mark.slow

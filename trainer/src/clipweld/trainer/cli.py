@@ -184,7 +184,7 @@ def sequence(command: commands.Sequence) -> None:
     """Learn several tasks one after another."""
     from clipweld.trainer.adapters.folder import held
     from clipweld.trainer.base.hub import check_default_weights
-    from clipweld.trainer.tasks import check_distinct, load_tasks, validation
+    from clipweld.trainer.tasks import check_distinct, load_tasks, untouched, validation
 
     given = [load_tasks(names, command.data, download=command.download) for names in (command.tasks, command.watch)]
     check_distinct([task for tasks in given for task in tasks])
@@ -197,7 +197,9 @@ def sequence(command: commands.Sequence) -> None:
     base = _load(command, fabric)
     _announce_prompts([task for tasks in given for task in tasks], base, fabric)
     learn, watch = (_readable(tasks, base, command) for tasks in given)
+    before_learned: list[Task] = []
     if command.validate:
+        before_learned = [untouched(task) for task in (*learn, *watch)]
         learn, watch = ([validation(task) for task in tasks] for tasks in (learn, watch))
     results = []
     for seed in command.seeds or (command.train.seed,):
@@ -211,8 +213,8 @@ def sequence(command: commands.Sequence) -> None:
 
             with held(out) if fabric.is_global_zero else contextlib.nullcontext():
                 found = run_sequence(
-                    learn, base, config, out, method=command.method, watch=watch, order_seed=command.order_seed,
-                    fabric=fabric, resume=command.resume, on_stage=on_stage,
+                    learn, base, config, out, method=command.method, watch=watch, before_learned=before_learned,
+                    order_seed=command.order_seed, fabric=fabric, resume=command.resume, on_stage=on_stage,
                 )  # fmt: skip
         results.append(found[command.label_space])
     if not fabric.is_global_zero:

@@ -117,7 +117,8 @@ class Sequence(WithModel):
     published: bool = False
     """Take the paper's own settings (arXiv 2601.22828) as defaults: no loss protects what other tasks use."""
     validate: bool = False
-    """Learn from 80% of the training images and test on the rest, to choose settings without using a test image."""
+    """Choose settings without a test image: learn from 80% of the training images, and test on the rest; until a task
+    is learned, on all of them."""
     seeds: tuple[int, ...] = ()
     """Repeat with each of these seeds, in a separate folder below --out."""
     order_seed: int | None = None

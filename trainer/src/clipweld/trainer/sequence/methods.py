@@ -12,7 +12,7 @@ joint      all weights, on all tasks in turn: the upper bound          the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -54,18 +54,25 @@ class Run:
     Attributes:
         out: the run's folder.
         tested: tasks whose accuracy is measured after each stage.
+        before_learned: the same tasks with other test images, for as long as they are not learned.
     """
 
     base: Backbone
     config: TrainConfig
     out: Path
     tested: Sequence[Task]
+    before_learned: Sequence[Task]
     fabric: Fabric
 
     @property
     def unfinished(self) -> Path:
         """Where the current stage is saved while it trains."""
         return self.out / "unfinished.safetensors"
+
+    def tests(self, learned: Collection[str]) -> list[Task]:
+        """Return the tasks to test after those of these names are learned."""
+        others = {task.name: task for task in self.before_learned if task.name not in learned}
+        return [others.get(task.name, task) for task in self.tested]
 
 
 class Learner(Protocol):
@@ -103,8 +110,9 @@ class AdapterLearner:
         (task,) = tasks
         run = self._run
         check_place(self._path(task), task.name)
+        tests = run.tests([*(adapter.task for adapter in self._lineage), task.name])
         fitted = fit(
-            task, run.base, self._lineage, run.config, test_on=run.tested, start=self._model, before=before,
+            task, run.base, self._lineage, run.config, test_on=tests, start=self._model, before=before,
             fabric=run.fabric, unfinished=run.unfinished, resume=resume, on_step=on_step,
         )  # fmt: skip
         self._lineage.append(fitted.adapter)
@@ -128,8 +136,10 @@ class WeightsLearner:
         self._folder = run.out / "weights"
         self._model = run.base
         self._path: Path | None = None
+        self._learned: list[str] = []
 
     def restore(self, learned: Sequence[Task]) -> None:
+        self._learned = [task.name for task in learned]
         if learned:
             self._path = self._path_of(learned)
             try:
@@ -157,7 +167,8 @@ class WeightsLearner:
         self._path = self._path_of(tasks)
         if run.fabric.is_global_zero:
             write_tensors(self._path, self._model.model.state_dict())
-        accuracies = evaluate(self._model, run.tested, run.fabric)
+        self._learned += [task.name for task in tasks]
+        accuracies = evaluate(self._model, run.tests(self._learned), run.fabric)
         return Learned(accuracies, seconds, weights.num_trainable, weights.num_trainable)
 
     def clear(self) -> None:

@@ -41,6 +41,7 @@ def run_sequence(
     *,
     method: Method = "pool",
     watch: Sequence[Task] = (),
+    before_learned: Sequence[Task] = (),
     order_seed: int | None = None,
     fabric: Fabric | None = None,
     resume: bool = False,
@@ -54,6 +55,8 @@ def run_sequence(
     Args:
         method: ``joint`` learns all tasks at once.
         watch: tasks that are tested but never learned.
+        before_learned: the same tasks with other test images, on which they are tested until they are learned
+            (``clipweld.trainer.tasks.untouched``).
         order_seed: shuffles ``tasks``; None keeps the order given.
         resume: resume the run in ``out`` if there is one; otherwise start it.
         on_stage: called with the tasks of each stage before they are learned; what it returns is called after every
@@ -82,8 +85,9 @@ def run_sequence(
                 (out / PROGRESS).unlink()
         return finished
     check_writable(out)
-    progress = _begin(out, identity, base, tested, fabric)
-    learned = _learn(Run(base, config, out, tested, fabric), tasks, progress, resume, on_stage)
+    run = Run(base, config, out, tested, before_learned, fabric)
+    progress = _begin(run, identity)
+    learned = _learn(run, tasks, progress, resume, on_stage)
     results = {space: _result(space, identity, tested, progress.zero_shot, learned) for space in LABEL_SPACES}
     if fabric.is_global_zero:
         write_record(out / FINISHED, Finished(**vars(identity), results=results))
@@ -123,15 +127,15 @@ def _identity(
     )
 
 
-def _begin(out: Path, identity: Identity, base: Backbone, tested: Sequence[Task], fabric: Fabric) -> Progress:
-    """Return the progress of the run in a folder; if there is none, that of a new run, for which the base is tested."""
+def _begin(run: Run, identity: Identity) -> Progress:
+    """Return the progress of the run in its folder; if there is none, that of a new run: its base is tested."""
     wanted = asdict(identity) | {
-        "class_names": {task.name: list(task.class_names) for task in tested},
-        "templates": {task.name: list(task.templates) for task in tested},
+        "class_names": {task.name: list(task.class_names) for task in run.tested},
+        "templates": {task.name: list(task.templates) for task in run.tested},
     }
-    if (out / PROGRESS).exists():
-        return read_record(out / PROGRESS, Progress, wanted)
-    return Progress(**wanted, zero_shot=evaluate(base, tested, fabric), stages=[])
+    if (run.out / PROGRESS).exists():
+        return read_record(run.out / PROGRESS, Progress, wanted)
+    return Progress(**wanted, zero_shot=evaluate(run.base, run.tests(learned=()), run.fabric), stages=[])
 
 
 def _learn(

@@ -17,7 +17,7 @@ from clipweld.trainer.schemas import one_line
 from clipweld.trainer.tasks import folder, shipped
 from clipweld.trainer.tasks.lists import LISTS, MTIL
 from clipweld.trainer.tasks.prompts import check_prompts
-from clipweld.trainer.tasks.split import validation
+from clipweld.trainer.tasks.split import untouched, validation
 from clipweld.trainer.tasks.summary import Summary, summarise
 from clipweld.trainer.tasks.task import Images, Task, skip_unreadable
 
@@ -41,6 +41,7 @@ __all__ = [
     "skip_unreadable",
     "summarise",
     "task_lists",
+    "untouched",
     "validation",
 ]
 

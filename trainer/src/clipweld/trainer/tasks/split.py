@@ -50,3 +50,11 @@ def validation(task: Task) -> Task:
     """
     parts = split_by_seed(task.load("train"), f"task {task.name!r}, training images ({task.source})")
     return replace(task, load=parts.__getitem__, source=f"{task.source}, validation")
+
+
+def untouched(task: Task) -> Task:
+    """Return the same task with all its training images instead of the test images.
+
+    As long as the task is not learned, none of them has been trained on, so all serve for validation.
+    """
+    return replace(task, load=lambda split: task.load("train"), source=f"{task.source}, validation")
