@@ -22,7 +22,8 @@ DATA = {
     "trainer": {
         "mini/LICENSES.md", "mini/MEASURED.md", "mini/held_out.json", "mini/mini.json", "mini/mini.safetensors",
         "mini/tasks/clipart.zip", "mini/tasks/digits.zip", "mini/tasks/emoji.zip", "mini/tasks/fashion.zip",
-        "mini/tasks/flags.zip", "mini/tasks/letters.zip", "mini/tasks/tasks.json", "py.typed", "report/page.html.j2",
+        "mini/tasks/flags.zip", "mini/tasks/icons.zip", "mini/tasks/letters.zip", "mini/tasks/signs.zip",
+        "mini/tasks/tasks.json", "mini/tasks/textures.zip", "py.typed", "report/page.html.j2",
     },
     "exporter": {"py.typed"},
 }  # fmt: skip
