@@ -40,7 +40,7 @@ def pairs(work: Work) -> None:
 
 @app.command
 def tasks(work: Work, out: Annotated[Path, Parameter(help="Folder for the zips and tasks.json.")]) -> None:
-    """Build the six tasks."""
+    """Build the nine tasks."""
     from evidence.mini_recipe import sources, tasks
 
     _start_logging()
@@ -77,11 +77,14 @@ def train(
 def measure(
     weights: Annotated[Path, Parameter(help="A safetensors file.")],
     tasks: Annotated[Path | None, Parameter(help="Folder of tasks; default: the shipped tasks.")] = None,
+    task_list: Annotated[
+        str, Parameter(name="--list", help="mini: the six tasks; mini-unseen: the other three.")
+    ] = "mini",
 ) -> None:
-    """Print zero-shot accuracy on the six tasks as a Markdown table."""
+    """Print zero-shot accuracy on the tasks of a list as a Markdown table."""
     from evidence.mini_recipe import measure
 
-    scores = measure.zero_shot(measure.load_model(weights), tasks or measure.TASKS)
+    scores = measure.zero_shot(measure.load_model(weights), tasks or measure.TASKS, task_list)
     Console(highlight=False, width=200).print(measure.table(scores), markup=False)
 
 

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -54,15 +55,37 @@ def render_svg(body: str, box: tuple[float, float, float, float]) -> np.ndarray 
     Returns:
         RGBA, uint8, (64, 64, 4); None if nothing is visible.
     """
-    from resvg_py import svg_to_bytes
-
     left, top, width, height = box
     side = 2 * SIZE
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#000" '
         f'viewBox="{left} {top} {width} {height}" width="{side}" height="{side * height / width}">{body}</svg>'
     )
-    return centre_in_square(Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg)))))
+    return centre_in_square(_rendered(svg))
+
+
+def draw_icon(icon_set: dict[str, Any], name: str) -> np.ndarray | None:
+    """Draw an icon of a set as RGBA, uint8, (64, 64, 4); None if nothing is visible.
+
+    Args:
+        icon_set: what the set's `icons.json` holds.
+    """
+    icon = icon_set["icons"][name]
+    default = icon_set.get("width", 16), icon_set.get("height", 16)
+    box = icon.get("left", 0), icon.get("top", 0), icon.get("width", default[0]), icon.get("height", default[1])
+    return render_svg(icon["body"], box)
+
+
+def read_svg(path: Path) -> np.ndarray | None:
+    """Draw an SVG file as RGBA, uint8, (64, 64, 4); None if nothing is visible."""
+    return centre_in_square(_rendered(path.read_text(encoding="utf-8"), 2 * SIZE))
+
+
+def _rendered(svg: str, width: int | None = None) -> Image.Image:
+    """Return an SVG as a picture as wide as it says, or ``width`` pixels wide."""
+    from resvg_py import svg_to_bytes
+
+    return Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg, width=width))))
 
 
 def draw_glyph(character: str, font_file: Path) -> np.ndarray | None:

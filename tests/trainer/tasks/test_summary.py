@@ -76,7 +76,7 @@ def test_the_line_of_a_task_that_is_only_tested_omits_training(tmp_path):
     assert line == f"bolts ({tmp_path / 'bolts'}): 2 classes; test 2 images per class"
 
 
-@pytest.mark.parametrize("name", ["digits", "emoji"])
+@pytest.mark.parametrize("name", ["digits", "emoji", "textures", "signs", "icons"])
 def test_shipped_tasks_have_a_line_and_no_warnings(name):
     summary = summarise(load_task(name), shots=16)
     assert summary.line().startswith(f"{name} (shipped): ")

@@ -14,6 +14,7 @@ from clipweld.trainer.tasks import (
     load_task,
     load_tasks,
     sample,
+    shipped_tasks,
     skip_unreadable,
     task_lists,
     validation,
@@ -149,7 +150,7 @@ def test_an_unknown_task_is_refused_with_similar_names():
 
 def test_the_catalogue_tells_where_data_was_looked_for(tmp_path):
     entries = {entry.name: entry for entry in catalogue(tmp_path)}
-    assert len(entries) == 17
+    assert len(entries) == 20
     assert entries["digits"].missing == ""
     assert entries["aircraft"].source == str(tmp_path / "fgvc-aircraft-2013b")
     assert "--download" in entries["aircraft"].missing
@@ -186,12 +187,16 @@ def test_sample_gives_real_images_and_prompts():
     assert len(images) == 12
     assert all(image.size == (64, 64) for image in images)
     assert "the flag of france" in prompts
+    assert len(prompts) == sum(len(task.prompts()) for task in shipped_tasks())
 
 
 def test_lists_of_tasks_expand_to_their_tasks_in_order():
     assert [task.name for task in load_tasks(["mini"])] == ["digits", "fashion", "letters", "flags", "emoji", "clipart"]
     assert [task.name for task in load_tasks(["flags", "emoji"])] == ["flags", "emoji"]
     lists = task_lists()
+    assert lists["mini-unseen"] == ("textures", "signs", "icons")
+    assert [task.name for task in load_tasks(["mini-unseen"])] == list(lists["mini-unseen"])
+    assert [task.name for task in shipped_tasks()] == list(lists["mini"])
     assert lists["mtil-1"][:3] == ("aircraft", "caltech101", "cifar100")
     assert sorted(lists["mtil-2"]) == sorted(lists["mtil-1"])
     assert set(lists["mtil-1"]) - set(lists["x-tail"]) == {"cifar100"}

@@ -102,8 +102,8 @@ class Sequence(WithModel):
     """
 
     tasks: tuple[str, ...]
-    """Tasks or folders to learn, in this order; NAME=FOLDER gives a folder another name. 'mini' is short for the six
-    shipped tasks; mtil-1, mtil-2 and x-tail are short for those of benchmarks."""
+    """Tasks or folders to learn, in this order; NAME=FOLDER gives a folder another name. 'mini' is short for six of the
+    shipped tasks, mini-unseen for the other three; mtil-1, mtil-2 and x-tail are short for those of benchmarks."""
     out: Path
     """Folder for the adapters and the accuracy matrix."""
     watch: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The small CLIP and its six small tasks, which ship with the package; ``evidence.mini_recipe`` rebuilds them."""
+"""The small CLIP and its nine small tasks, which ship with the package; ``evidence.mini_recipe`` rebuilds them."""
 
 from pathlib import Path
 

@@ -172,13 +172,13 @@ def check_distinct(tasks: Sequence[Task]) -> None:
 
 
 def shipped_tasks() -> list[Task]:
-    """Load the small tasks, which need no download."""
-    return [shipped.load(name) for name in shipped.names()]
+    """Load the six small tasks of the list ``mini``, which need no download."""
+    return [shipped.load(name) for name in shipped.lists()["mini"]]
 
 
 def task_lists() -> dict[str, tuple[str, ...]]:
-    """Return the lists of tasks by name: ``mini`` (the shipped tasks), MTIL's two orders, and X-TAIL's tasks."""
-    return {"mini": shipped.names(), **LISTS}
+    """Return the lists of tasks by name: ``mini`` and ``mini-unseen``, MTIL's two orders, and X-TAIL's tasks."""
+    return {**shipped.lists(), **LISTS}
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _availability(name: str, data: Path) -> Availability:
 
 
 def sample(count: int) -> tuple[list[Image.Image], list[str]]:
-    """Return ``count`` test images, from the shipped tasks in turn, and prompts of all their classes, for checks."""
+    """Return ``count`` test images, from ``mini``'s tasks in turn, and prompts of all their classes, for checks."""
     tasks = shipped_tasks()
     tests = [task.load("test") for task in tasks]
     images = [tests[i % len(tests)][(i // len(tests)) * 7 % len(tests[i % len(tests)])][0] for i in range(count)]

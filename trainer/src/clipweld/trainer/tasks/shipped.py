@@ -23,8 +23,16 @@ def _catalogue() -> dict[str, dict[str, Any]]:
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of the shipped tasks."""
+    """Return the names of all shipped tasks."""
     return tuple(_catalogue())
+
+
+def lists() -> dict[str, tuple[str, ...]]:
+    """Return the shipped tasks by the list that they are in: ``mini``, and ``mini-unseen``, which no setting used."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, entry in _catalogue().items():
+        found[entry["list"]] = (*found.get(entry["list"], ()), name)
+    return found
 
 
 def load(name: str) -> Task:
