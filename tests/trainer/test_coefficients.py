@@ -8,7 +8,7 @@ from clipweld.trainer.adapters.merge import merge
 from clipweld.trainer.base.backbone import with_weights
 from clipweld.trainer.config import train_config
 from clipweld.trainer.errors import TaskInvalid
-from clipweld.trainer.learning.coefficients import GRID, best_coefficients, held_out, scale
+from clipweld.trainer.learning.coefficients import GRID, smallest_update, held_out, scale
 from clipweld.trainer.learning.evaluate import evaluate
 from clipweld.trainer.learning.fit import fit
 from clipweld.trainer.tasks import load_task
@@ -66,4 +66,4 @@ def test_half_of_an_update_that_harms_is_left_out(mini, chosen):
         adapter = replace(chosen.adapter, tensors=only)
         spoilt = with_weights(mini, merge(mini.model.state_dict(), [adapter]))
         assert evaluate(spoilt, [task])["task"]["digits"] < evaluate(mini, [task])["task"]["digits"]
-        assert best_coefficients(adapter, mini, task) == {"image": 0.0, "text": 0.0}
+        assert smallest_update(adapter, mini, task) == {"image": 0.0, "text": 0.0}

@@ -86,8 +86,8 @@ class TrainConfig(PoolConfig):
     anchor_weight: float = 0.0
     """Weight of the loss that preserves the features of common words, and the similarities of the images to them."""
     coefficients: Literal["full", "chosen"] = "full"
-    """How much of the update is merged into each tower: all of it, or the share that suits a fifth of the training
-    images best, after learning without them first. Takes twice the time."""
+    """How much of the update is merged into each tower: all of it, or the least that a fifth of the training images
+    don't speak against, after learning without them first. Takes twice the time."""
     seed: int = 42
     """Seed for shots, batches, prompts, dropout and the initial pools."""
 

@@ -68,8 +68,8 @@ def show_fitted(fitted: Fitted, lineage: Sequence[Adapter], path: Path) -> None:
         )
     if learned.config["coefficients"] == "chosen":
         console().print(
-            "Of the update, {image:.0%} was merged into the image tower and {text:.0%} into the text tower: that "
-            "suited the images held out best.".format(**learned.coefficients),
+            "Of the update, {image:.0%} was merged into the image tower and {text:.0%} into the text tower: less was "
+            "worse for the images held out.".format(**learned.coefficients),
             soft_wrap=True,
         )
     console().print(

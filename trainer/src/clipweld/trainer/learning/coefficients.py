@@ -7,6 +7,7 @@ task only harms others. The coefficient is multiplied into ``lora_B``, so that i
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import torch
@@ -34,8 +35,12 @@ def held_out(task: Task, shots: int, seed: int) -> Task:
 
 
 @torch.no_grad()
-def best_coefficients(adapter: Adapter, before: Backbone, task: Task) -> Coefficients:
-    """Return the coefficients with which a task's test images are most likely; of equals those of the smaller update.
+def smallest_update(adapter: Adapter, before: Backbone, task: Task) -> Coefficients:
+    """Return the smallest update that a task's test images don't speak against.
+
+    By the one-standard-error rule (Breiman et al., *Classification and Regression Trees*, 1984): of all pairs of
+    coefficients whose loss is less than a standard error above the lowest, the one with the smallest update. The loss
+    is the cross-entropy of an image's class; the standard error is that of its mean difference to the lowest.
 
     Args:
         adapter: what was learned on the task's training images.
@@ -57,11 +62,16 @@ def best_coefficients(adapter: Adapter, before: Backbone, task: Task) -> Coeffic
     labels = torch.tensor(images.labels, device=before.device)
     logit_scale = before.model.logit_scale.exp()
 
-    def unlikelihood(pair: tuple[float, float]) -> float:
-        logits = logit_scale * towers["image", pair[0]] @ towers["text", pair[1]].T
-        return round(F.cross_entropy(logits, labels).item(), 6)
-
-    image, text = min(itertools.product(GRID, GRID), key=lambda pair: (unlikelihood(pair), sum(pair)))
+    losses = {
+        (image, text): F.cross_entropy(
+            logit_scale * towers["image", image] @ towers["text", text].T, labels, reduction="none"
+        )
+        for image, text in itertools.product(GRID, GRID)
+    }
+    lowest = min(losses.values(), key=lambda loss: loss.mean().item())
+    excesses = {pair: loss - lowest for pair, loss in losses.items()}
+    good = [pair for pair, own in excesses.items() if own.mean() <= own.std(correction=0) / len(own) ** 0.5]
+    image, text = min(good, key=lambda pair: (math.hypot(*pair), excesses[pair].mean().item()))
     return {"image": image, "text": text}
 
 

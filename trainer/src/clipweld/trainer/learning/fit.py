@@ -27,7 +27,7 @@ from clipweld.trainer.config import TrainConfig, shots_of, with_steps
 from clipweld.trainer.errors import NotFinite
 from clipweld.trainer.finite import all_finite, first_fault, first_not_finite
 from clipweld.trainer.learning.checkpoint import Checkpoint, Trainee
-from clipweld.trainer.learning.coefficients import best_coefficients, held_out
+from clipweld.trainer.learning.coefficients import smallest_update, held_out
 from clipweld.trainer.learning.evaluate import Accuracies, evaluate
 from clipweld.trainer.learning.movement import movement
 from clipweld.trainer.method import PoolSet, attach_pools, contrastive_loss, detach_pools, orthogonality_loss
@@ -171,7 +171,7 @@ def merge_coefficients(
     part = held_out(task, cast("int", config.shots), config.seed)
     config = replace(config, coefficients="full", shots=0)
     probe = fit(part, base, lineage, config, test_on=[], start=start, before=UNTESTED, fabric=fabric, on_step=on_step)
-    return fabric.broadcast(best_coefficients(probe.adapter, start, part))
+    return fabric.broadcast(smallest_update(probe.adapter, start, part))
 
 
 def for_tasks(config: TrainConfig, tasks: Sequence[Task], base: Backbone, fabric: Fabric) -> TrainConfig:
