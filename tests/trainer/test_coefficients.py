@@ -8,7 +8,7 @@ from clipweld.trainer.adapters.merge import merge
 from clipweld.trainer.base.backbone import with_weights
 from clipweld.trainer.config import train_config
 from clipweld.trainer.errors import TaskInvalid
-from clipweld.trainer.learning.coefficients import GRID, smallest_update, held_out, scale
+from clipweld.trainer.learning.coefficients import GRID, held_out, scale, smallest_update
 from clipweld.trainer.learning.evaluate import evaluate
 from clipweld.trainer.learning.fit import fit
 from clipweld.trainer.tasks import load_task

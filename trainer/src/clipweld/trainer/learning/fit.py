@@ -27,7 +27,7 @@ from clipweld.trainer.config import TrainConfig, shots_of, with_steps
 from clipweld.trainer.errors import NotFinite
 from clipweld.trainer.finite import all_finite, first_fault, first_not_finite
 from clipweld.trainer.learning.checkpoint import Checkpoint, Trainee
-from clipweld.trainer.learning.coefficients import smallest_update, held_out
+from clipweld.trainer.learning.coefficients import held_out, smallest_update
 from clipweld.trainer.learning.evaluate import Accuracies, evaluate
 from clipweld.trainer.learning.movement import movement
 from clipweld.trainer.method import PoolSet, attach_pools, contrastive_loss, detach_pools, orthogonality_loss
