@@ -15,7 +15,7 @@ from clipweld.trainer.report.runs import read_runs
 from evidence import command_line, markdown
 
 HEADINGS = (
-    "", "runs", "Transfer", "to zero-shot", "Average", "Last", "to the first row", "Forgetting",
+    "", "runs", "Transfer", "to zero-shot", "Average", "Last", "over classes", "to the first row", "Forgetting",
     "trained", "kept per task",
 )  # fmt: skip
 
@@ -34,7 +34,7 @@ def table(folders: Sequence[Path], space: str) -> Iterator[str]:
     """Yield Markdown with a row per method and settings: mean and standard deviation over seeds and orders."""
     for section in sections([run for folder in folders for run in read_runs(folder)]):
         before, end = as_text(section.zero_shot_transfer(space)), as_text(section.zero_shot(space))
-        last = ("zero-shot", None, before, None, None, end, None, None, None, None)
+        last = ("zero-shot", None, before, None, None, end, None, None, None, None, None)
         yield from markdown.table(HEADINGS, [*(_row(group, section, space) for group in section.groups), last], text=1)
         yield ""
 
@@ -44,9 +44,11 @@ def _row(group: Group, section: Section, space: str) -> tuple[object, ...]:
     transfer, average, last, forgetting = (as_text(group.measure(space, name)) for name in MEASURES)
     gain = signed(group.gain(space))
     ahead = "" if group is section.reference else signed(group.against(section.reference, space, "last"))
+    classes = as_text(group.last_classes(space))
     trained, kept = group.runs[0].result.trainable_parameters, round(group.kept_parameters)
     return (
-        group.label, len(group.runs), transfer, gain, average, last, ahead, forgetting, f"{trained:,}", f"{kept:,}"
+        group.label, len(group.runs), transfer, gain, average, last, classes, ahead, forgetting,
+        f"{trained:,}", f"{kept:,}",
     )  # fmt: skip
 
 
