@@ -108,7 +108,7 @@ ATTRIBUTION: dict[str, tuple[Method, str]] = {
     "k-merge-12": ("pool", "--k-active 12 --k-merge 12"),
 }
 
-Part = Literal["search", "methods", "ablations", "orders", "attribution"]
+Part = Literal["search", "methods", "ablations", "orders", "attribution", "unseen"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class Study:
     """Folder for all runs; run 'trainer report' on its sub-folders to draw them."""
     lengths: tuple[Length, ...] = ("long", "short")
     """The presets' 300 steps per task (long), or a third of them (short)."""
-    parts: tuple[Part, ...] = ("search", "methods", "ablations", "orders", "attribution")
+    parts: tuple[Part, ...] = ("search", "methods", "ablations", "orders", "attribution", "unseen")
     """Which parts of the study to run."""
     quick: bool = False
     """Run every method once, with the presets' steps, and print the table: half an hour on two cores."""
@@ -186,6 +186,14 @@ def ablations(out: Path, length: Length) -> Iterator[str]:
     yield from _variants(out, length, {name: ("pool", flags) for name, flags in ABLATIONS[length].items()})
 
 
+def unseen(out: Path, length: Length) -> Iterator[str]:
+    """Yield runs on the three tasks that no setting was chosen on, while the six are watched."""
+    compared = {"pool": ("pool", ""), "lora-both-losses": ATTRIBUTION["lora-both-losses"], "lora": ("lora", "")}
+    if length == "long":
+        for command in _variants(out, length, compared):
+            yield command.replace("--tasks mini ", "--tasks mini-unseen --watch mini ")
+
+
 def _sequence(out: Path, length: Length, method: Method, seed: int, order: int | None, flags: str = "") -> str:
     """Return one command line.
 
@@ -215,6 +223,7 @@ PARTS = {
     "ablations": ablations,
     "orders": orders,
     "attribution": attribution,
+    "unseen": unseen,
 }
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def chains(part, length):
 def test_every_run_of_the_study_is_a_valid_command(length):
     found = [command for part in mini.PARTS for command in chains(part, length)]
     assert len({command.out for command in found}) == len(found)
-    assert all(isinstance(command, commands.Sequence) and command.tasks == ("mini",) for command in found)
+    assert all(isinstance(command, commands.Sequence) for command in found)
+    assert {command.tasks for command in found if command.out.parts[1] != "unseen"} == {("mini",)}
     assert {command.train.iterations for command in found} == {"long": {None, 300, 500}, "short": {100}}[length]
 
 
@@ -69,6 +70,12 @@ def test_attribution_has_the_losses_without_the_pool_and_the_pool_without_the_lo
         train_config("ViT-B-16"), seed=2, iterations=500, shots=None
     )
     assert list(mini.attribution(Path("out"), "short")) == []
+
+
+def test_unseen_tasks_are_learned_while_the_six_are_watched():
+    found = chains("unseen", "long")
+    assert {(command.tasks, command.watch) for command in found} == {(("mini-unseen",), ("mini",))}
+    assert len(found) == 3 * len(mini.SEEDS)
 
 
 @pytest.mark.slow
