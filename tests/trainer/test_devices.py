@@ -59,7 +59,9 @@ def test_adapters_are_equal_on_all_ranks_and_close_to_those_of_a_single_process(
     one, first, second = (
         load_adapter(out / folder / f"{task}.safetensors") for folder in ("one/rank-0", "two/rank-0", "two/rank-1")
     )
-    assert first.activation_counts == second.activation_counts == one.activation_counts
+    assert first.activation_counts == second.activation_counts
+    for layer, votes in one.activation_counts.items():  # a close vote may fall to another expert by rounding
+        assert max(abs(a - b) for a, b in zip(votes, first.activation_counts[layer], strict=True)) <= 2, layer
     assert first.accuracy == second.accuracy
     for name, tensor in one.tensors.items():
         assert torch.equal(first.tensors[name], second.tensors[name])
