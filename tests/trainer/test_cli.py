@@ -75,7 +75,7 @@ def test_fit_then_fit_again_then_evaluate(capsys, tmp_path):
     main(["fit", "--task", "emoji", "--adapters", adapters, *QUICK, "--json"])
     first = json.loads(capsys.readouterr().out)
     assert first["sha256"] == load_adapter(first["adapter"]).sha256
-    assert first["trainable_parameters"] == 359_424
+    assert first["trainable_parameters"] == 539_856
 
     main(["fit", "--task", "clipart", "--adapters", adapters, *QUICK])
     table = capsys.readouterr().out
