@@ -298,3 +298,21 @@ def test_a_missing_tool_and_a_failing_command_are_named(tmp_path):
         sources._run(["absent-tool"], tmp_path)
     with pytest.raises(sources.PackageMissing, match=r"ls no-such-file failed in .*no-such-file"):
         sources._run(["ls", "no-such-file"], tmp_path)
+
+
+def test_a_variant_trains_another_model_on_another_mix_of_pictures(tmp_path, monkeypatch):
+    from evidence.mini_recipe import __main__ as recipe
+
+    started = []
+    monkeypatch.setattr(
+        train, "Training", lambda *given: started.append(given) or type("Idle", (), {"run": lambda self: None})()
+    )
+    save([Pair("synthetic", "emoji", ("cat",), (), square((250, 0, 0)))], tmp_path / "pairs.npz")
+    variant = tmp_path / "variant.json"
+    variant.write_text(json.dumps({"model": MODEL_CFG, "shares": {"emoji": 1.0}}), encoding="utf-8")
+    for given in (None, variant):
+        recipe.train(tmp_path, minutes=1.0, variant=given)
+    (_, usual, config, *_), (_, other, varied, *_) = started
+    assert (usual == MODEL_CFG, other == MODEL_CFG) == (False, True)
+    assert (config.shares, varied.shares) == (train.SHARES, {"emoji": 1.0})
+    assert varied.minutes == 1.0
