@@ -10,6 +10,7 @@ evidence.mini_recipe train --work DIR --variant evidence/mini_recipe/second.json
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def load(weights: Path, folder: Path) -> Backbone:
     architecture = json.loads(VARIANT.read_text(encoding="utf-8"))["model"]
     (folder / f"{MODEL}.json").write_text(json.dumps(architecture), encoding="utf-8")
     open_clip.add_model_config(folder / f"{MODEL}.json")
-    return load_backbone(MODEL, str(weights))
+    return replace(load_backbone(MODEL, str(weights)), pretrained=weights.name)  # records hold no path
 
 
 if __name__ == "__main__":
