@@ -283,6 +283,19 @@ def test_the_model_s_default_settings_are_the_reference_if_any_run_has_them(tmp_
     assert [group.label for group in section.groups] == ["pool", "pool, router=fixed, ago=mean"]
 
 
+def test_a_record_from_before_a_setting_is_one_with_the_setting_off(tmp_path):
+    write_run(tmp_path / "new")
+    write_run(tmp_path / "old", seed=1)
+    record = json.loads((tmp_path / "old/sequence.json").read_text())
+    for name in ("balance", "random_crop", "coefficients"):
+        del record["config"][name]
+    record.pop("precision", None)
+    (tmp_path / "old/sequence.json").write_text(json.dumps(record))
+    write_run(tmp_path / "on", balance=True)
+    (section,) = sections(read_runs(tmp_path))
+    assert [(group.label, len(group.runs)) for group in section.groups] == [("pool", 2), ("pool, balance=True", 1)]
+
+
 def test_zero_shot_of_transfer_follows_each_run_s_own_order(tmp_path):
     write_run(tmp_path / "a", order=("digits", "flags"), matrix=[[90.0, 12.0], [90.0, 90.0]])
     write_run(tmp_path / "b", order=("flags", "digits"), matrix=[[90.0, 58.0], [90.0, 90.0]])

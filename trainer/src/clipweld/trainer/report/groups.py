@@ -10,7 +10,7 @@ from functools import cached_property
 from statistics import mean, stdev
 from typing import Any
 
-from clipweld.trainer.config import LABEL_SPACES, METHODS, on_benchmark, train_config
+from clipweld.trainer.config import LABEL_SPACES, METHODS, TrainConfig, on_benchmark, train_config
 from clipweld.trainer.report.runs import Run
 
 NOT_SETTINGS = {"seed", "order_seed"}
@@ -231,5 +231,6 @@ def _differing(run: Run, reference: Run) -> list[str]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    settings = on_benchmark(run.config, run.model)
+    """Return the settings of a run; one that came after its record was written is as it was before there was one."""
+    settings = on_benchmark({**asdict(TrainConfig()), "precision": "32-true", **run.config}, run.model)
     return {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
