@@ -35,6 +35,7 @@ results: install
 	$(BIN)/python -m evidence.studies.mini --out runs/results
 	$(BIN)/python -m evidence.studies.towers runs/results/short/methods/pool/order-0-seed-0 \
 	  runs/results/short/ablations/no-anchors/order-0-seed-0 --out runs/results/towers.json
+	$(BIN)/python -m evidence.studies.routing --out runs/results/routing.json
 	$(BIN)/trainer report runs/results/long/methods
 	$(BIN)/trainer report runs/results/long
 	$(BIN)/trainer report runs/results/short
