@@ -82,9 +82,15 @@ class Learner(Protocol):
         """Load what was saved after these tasks."""
 
     def learn(
-        self, tasks: Sequence[Task], before: Accuracies, *, resume: bool, on_step: Callable[[Step], None]
+        self,
+        tasks: Sequence[Task],
+        test_on: Sequence[Task],
+        before: Accuracies,
+        *,
+        resume: bool,
+        on_step: Callable[[Step], None],
     ) -> Learned:
-        """Learn tasks on top of the earlier ones, and save the result in the run's folder."""
+        """Learn tasks on top of the earlier ones, save the result in the run's folder, and test it."""
 
     def clear(self) -> None:
         """Remove files that are no longer needed, now that the tasks learned last are on record."""
@@ -105,14 +111,19 @@ class AdapterLearner:
         self._model = with_weights(base, merge(base.model.state_dict(), self._lineage))
 
     def learn(
-        self, tasks: Sequence[Task], before: Accuracies, *, resume: bool, on_step: Callable[[Step], None]
+        self,
+        tasks: Sequence[Task],
+        test_on: Sequence[Task],
+        before: Accuracies,
+        *,
+        resume: bool,
+        on_step: Callable[[Step], None],
     ) -> Learned:
         (task,) = tasks
         run = self._run
         check_place(self._path(task), task.name)
-        tests = run.tests([*(adapter.task for adapter in self._lineage), task.name])
         fitted = fit(
-            task, run.base, self._lineage, run.config, test_on=tests, start=self._model, before=before,
+            task, run.base, self._lineage, run.config, test_on=test_on, start=self._model, before=before,
             fabric=run.fabric, unfinished=run.unfinished, resume=resume, on_step=on_step,
         )  # fmt: skip
         self._lineage.append(fitted.adapter)
@@ -136,10 +147,8 @@ class WeightsLearner:
         self._folder = run.out / "weights"
         self._model = run.base
         self._path: Path | None = None
-        self._learned: list[str] = []
 
     def restore(self, learned: Sequence[Task]) -> None:
-        self._learned = [task.name for task in learned]
         if learned:
             self._path = self._path_of(learned)
             try:
@@ -151,7 +160,13 @@ class WeightsLearner:
                 ) from exc
 
     def learn(
-        self, tasks: Sequence[Task], before: Accuracies, *, resume: bool, on_step: Callable[[Step], None]
+        self,
+        tasks: Sequence[Task],
+        test_on: Sequence[Task],
+        before: Accuracies,
+        *,
+        resume: bool,
+        on_step: Callable[[Step], None],
     ) -> Learned:
         run = self._run
         config = for_tasks(run.config, tasks, run.base, run.fabric)
@@ -167,8 +182,7 @@ class WeightsLearner:
         self._path = self._path_of(tasks)
         if run.fabric.is_global_zero:
             write_tensors(self._path, self._model.model.state_dict())
-        self._learned += [task.name for task in tasks]
-        accuracies = evaluate(self._model, run.tests(self._learned), run.fabric)
+        accuracies = evaluate(self._model, test_on, run.fabric)
         return Learned(accuracies, seconds, weights.num_trainable, weights.num_trainable)
 
     def clear(self) -> None:

@@ -155,7 +155,8 @@ def _learn(
         learner.clear()
     for stage in stages[len(learned) :]:
         before = learned[-1].accuracies if learned else progress.zero_shot
-        learned.append(learner.learn(stage, before, resume=resume, on_step=on_stage(stage)))
+        test_on = run.tests([task.name for stage in stages[: len(learned) + 1] for task in stage])
+        learned.append(learner.learn(stage, test_on, before, resume=resume, on_step=on_stage(stage)))
         if first:
             with output_errors(run.out):
                 run.unfinished.unlink(missing_ok=True)  # before progress is saved: the next task mustn't resume from it
