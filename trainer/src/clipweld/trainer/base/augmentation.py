@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from clipweld.trainer.base.backbone import Backbone
 from clipweld.trainer.config import TrainConfig
 
-SMALLEST_CROP = 0.8  # share of the image; smaller ones cost more than they give (RESULTS.md)
+SMALLEST_CROP = 0.8  # share of the image
 
 
 class Augmentation:
