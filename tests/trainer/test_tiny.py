@@ -96,5 +96,5 @@ def test_two_devices_share_an_odd_number_of_images(tmp_path, settings):
     )
     assert done.returncode == 0, done.stderr
     assert load_adapter(tmp_path / "adapters/tiny.safetensors").sha256 == json.loads(done.stdout)["sha256"]
-    said = [line for line in done.stderr.splitlines() if line.startswith("tiny (")]
-    assert len(said) == 1, "one process speaks for all"
+    # Counted, not compared by line: the processes share one stderr, and Gloo writes its own lines there in pieces.
+    assert done.stderr.count("tiny (") == 1, f"one process speaks for all: {done.stderr}"
