@@ -12,9 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 STAGE = ROOT / "build" / "docs"
@@ -26,7 +25,7 @@ PAGES = (
 # The commands whose help is the reference; tests/test_site.py compares them with the help of the program itself.
 COMMANDS = {
     "trainer": ("tasks", "fit", "sequence", "evaluate", "report", "bench"),
-    "exporter": ("merge", "serve", "versions", "verify", "promote", "rollback", "prune"),
+    "exporter": ("merge", "serve", "install-server", "versions", "verify", "promote", "rollback", "prune"),
     "client": ("classify", "bench", "tasks", "versions", "demo"),
 }
 CLIENT = "<!-- clipweld.client -->"  # replaced with the public names of the client

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from clipweld.exporter.errors import TritonFailed, TritonMissing
+from clipweld.exporter.errors import TritonFailed
 from clipweld.exporter.serving import isolation
 from clipweld.exporter.serving.installation import installation
 from clipweld.exporter.serving.triton import run_beside, serve
@@ -59,24 +59,6 @@ def test_variables_and_relative_paths_that_may_run_files_are_left_out():
         "BASH_FUNC_exec%%": "() { :; }", "PATH": ".::bin:/usr/bin:/bin", "LD_LIBRARY_PATH": ":lib:",
     }  # fmt: skip
     assert isolation.isolated_environment(given) == {"HOME": "/home/a", "LANG": "C", "PATH": "/usr/bin:/bin"}
-
-
-def test_packages_are_taken_from_pythonpath_only_if_they_are_not_installed(tmp_path, monkeypatch):
-    target, working = tmp_path / "target", tmp_path / "working"
-    for name in ("numpy", "onnxruntime", "only_there"):
-        for folder in (target, working):
-            (folder / name).mkdir(parents=True)
-            (folder / name / "__init__.py").touch()
-    monkeypatch.chdir(working)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(working), str(target))))
-    monkeypatch.syspath_prepend(str(target))
-    monkeypatch.syspath_prepend(str(working))
-    assert not {str(target), str(working)} & set(isolation.package_folders(("numpy", "onnxruntime")))
-    assert isolation.package_folders(("only_there",)) == [str(target)]
-    monkeypatch.setenv("PYTHONPATH", str(working))
-    sys.path.remove(str(target))
-    with pytest.raises(TritonMissing, match="package only_there: not installed where a server looks"):
-        isolation.package_folders(("only_there",))
 
 
 def test_a_temporary_folder_mounted_noexec_is_refused(tmp_path, monkeypatch):

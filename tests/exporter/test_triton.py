@@ -20,7 +20,7 @@ import onnxruntime
 import pytest
 import tritonclient.utils
 
-from clipweld.exporter.errors import PortTaken, TritonFailed, TritonMissing
+from clipweld.exporter.errors import PortTaken, TritonFailed
 from clipweld.exporter.serving import installation
 from clipweld.exporter.serving.triton import serve
 
@@ -267,19 +267,3 @@ def test_leftovers_of_a_killed_server_are_removed_and_files_in_use_are_kept(tmp_
             assert not stale.exists()
             assert others.backends.is_dir()
     assert not list(tmp_path.iterdir())
-
-
-def test_without_any_triton_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setattr(installation, "find_native", lambda: None)
-    monkeypatch.setattr(installation.importlib.util, "find_spec", lambda name: None)
-    with (
-        pytest.raises(TritonMissing, match=r"3.10 to 3.12: pip install 'clipweld\[serve\]'"),
-        installation.installation("clipweld-0-0-"),
-    ):
-        pytest.fail("must not be found")
-
-
-def test_a_python_without_a_stub_is_refused(tmp_path):
-    (tmp_path / "python_backend_stubs" / "2.7").mkdir(parents=True)
-    with pytest.raises(TritonMissing, match=r"only for 2\.7"):
-        installation.assemble_backends(tmp_path, tmp_path)

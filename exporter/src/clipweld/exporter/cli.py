@@ -84,7 +84,7 @@ def main() -> None:
             print(f"exporter: {' '.join(str(exc).split())}", file=sys.stderr)
             sys.exit(1)
         except ModuleNotFoundError as exc:
-            print(f"exporter: {missing(exc, 'serve' if sys.argv[1:2] == ['serve'] else 'export')}", file=sys.stderr)
+            print(f"exporter: {missing(exc, 'export')}", file=sys.stderr)
             sys.exit(1)
 
 
@@ -304,6 +304,39 @@ def serve(
             wait_until_stopped(server)
     except KeyboardInterrupt:
         raise SystemExit(0) from None
+
+
+@app.command
+def install_server(
+    *,
+    python: Annotated[
+        str | None, Parameter(metavar="PATH", help="Python 3.10 to 3.12 to make it with; found if left out.")
+    ] = None,
+    wheels: Annotated[
+        Path | None,
+        Parameter(name="--from", metavar="FOLDER", help="Folder of wheels, instead of pip's package index."),
+    ] = None,
+    cuda: Annotated[bool, Parameter(help="With CUDA's libraries (3 GB), for models on a GPU.")] = False,
+) -> None:
+    """Install Triton, in an environment of its own beside clipweld's packages.
+
+    Only exporter serve needs it, and not where a tritonserver with NVIDIA's onnxruntime backend is on PATH. Packages
+    are pinned, and checked against their hashes. It is removed with the environment that clipweld is installed in.
+
+    Example: exporter install-server
+    """
+    from clipweld.exporter.serving import server_environment as server
+
+    if wheels is not None and not wheels.is_dir():
+        raise WrongUsage(f"--from {wheels}: no such folder.")
+    has_cuda = server.installed(server.FOLDER)
+    if python is None and has_cuda is not None and (has_cuda or not cuda):
+        print(f"{server.FOLDER}: is there already")
+        return
+    chosen = server.choose_python(python, cuda=cuda)
+    with Console(stderr=True).status(f"installing Triton for Python {chosen.version} in {server.FOLDER}"):
+        found = server.install(chosen, wheels, cuda=cuda)
+    print(f"{server.FOLDER}: Triton, run by Python {found.version}. Next: exporter serve")
 
 
 @app.command

@@ -21,7 +21,8 @@ ExporterError
 └── TritonError
     ├── ServerUnreachable   no model control answers at an address
     ├── PromotionFailed     a server could not load a version; the previous one is still served
-    ├── TritonMissing       no tritonserver on this machine
+    ├── TritonMissing       no tritonserver on this machine, or no Python that can run one
+    ├── InstallationFailed  the server's environment could not be made
     ├── PortTaken           another process listens on a port
     ├── TritonFailed        Triton did not start, or exited
     ├── ModelNotLoaded      Triton refused to load a model
@@ -135,7 +136,11 @@ class PromotionFailed(TritonError):
 
 
 class TritonMissing(TritonError):
-    """No tritonserver on this machine."""
+    """No tritonserver on this machine, or no Python that can run one."""
+
+
+class InstallationFailed(TritonError):
+    """The server's environment could not be made."""
 
 
 class PortTaken(TritonError):

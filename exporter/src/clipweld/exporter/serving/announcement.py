@@ -13,7 +13,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +48,7 @@ def announced(repository: Path, url: str, http_url: str) -> Iterator[str | None]
         "url": url,
         "http_url": http_url,
         "pid": os.getpid(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname() or "unknown",
         "repository": str(repository.resolve()),
         "network": this_network(),

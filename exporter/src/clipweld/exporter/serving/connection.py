@@ -202,7 +202,7 @@ def _through(proxy: Proxy, address: str, timeout_s: float) -> HTTPClient:
     """Return an HTTP client for tritonclient, which has no proxy option; geventhttpclient's sends no credentials."""
     sending = HTTPClient(proxy.host.strip("[]"), proxy.port, headers=proxy.headers, network_timeout=timeout_s)
     target = urlsplit(f"//{address}")
-    sending.host, sending.port, sending.use_proxy = target.hostname, target.port, True
+    sending.host, sending.port, sending.use_proxy = str(target.hostname), target.port, True
     sending._base_url_string = f"http://{address}/"
     return sending
 

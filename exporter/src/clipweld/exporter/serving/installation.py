@@ -1,15 +1,11 @@
-"""Find a Triton on this machine: one with NVIDIA's ONNX Runtime backend, else the nvidia-pytriton package's."""
+"""Find a Triton on this machine: one with NVIDIA's ONNX Runtime backend, else that of the server's environment."""
 
 from __future__ import annotations
 
-import ctypes.util
 import fcntl
-import importlib.util
 import os
 import shutil
 import signal
-import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,8 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from clipweld.exporter.errors import TritonFailed, TritonMissing
-from clipweld.exporter.serving.isolation import absolute_entries, python_environment
+from clipweld.exporter.errors import TritonFailed
+from clipweld.exporter.serving.isolation import PYTHON_ENVIRONMENT, absolute_entries
+from clipweld.exporter.serving.server_environment import Interpreter, server_environment
 
 SHARED_MEMORY = Path("/dev/shm")
 SCRATCH = "backends-"
@@ -68,7 +65,7 @@ def installation(prefix: str) -> Iterator[Installation]:
         TritonFailed: programs can't be run from the temporary folder.
     """
     binary = find_native()
-    lay_out = partial(_native, binary) if binary else partial(_from_package, _pytriton())
+    lay_out = partial(_native, binary) if binary else partial(_from_environment, server_environment())
     with _scratch(prefix) as folder:
         found = lay_out(folder)
         found.working_folder.mkdir()
@@ -81,54 +78,37 @@ def _native(binary: Path, folder: Path) -> Installation:
     return Installation(binary, backends, f"{binary} with NVIDIA's onnxruntime backend", folder)
 
 
-def _from_package(package: Path, folder: Path) -> Installation:
+def _from_environment(python: Interpreter, folder: Path) -> Installation:
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise TritonFailed(
             f"temporary folder {folder.parent}: its file system is mounted noexec, and Triton's processes are started "
             "from there; set TMPDIR to a folder of another one"
         )
-    assemble_backends(package, folder)
-    link_python_library(folder / "lib")
-    site = folder / "site"
-    site.mkdir()
-    libraries = [str(package.parents[1] / "nvidia_pytriton.libs"), str(folder / "lib"), *_given("LD_LIBRARY_PATH")]
-    path = [str(Path(sys.executable).parent), *_given("PATH")]
+    assemble_backends(python, folder)
+    libraries = [str(python.packages / "nvidia_pytriton.libs"), *_given("LD_LIBRARY_PATH")]
+    if python.library:  # few systems have it on the search path of libraries
+        # Only that file: its folder may contain other libraries that Triton must not load, as conda's does.
+        (folder / "lib").mkdir()
+        (folder / "lib" / python.library.name).symlink_to(python.library)
+        libraries.insert(1, str(folder / "lib"))
     return Installation(
-        binary=package / "bin" / "tritonserver",
+        binary=tritonserver_folder(python) / "bin" / "tritonserver",
         backends=folder,
         description="the nvidia-pytriton package's tritonserver with clipweld's Python-based onnxruntime backend",
         folder=folder,
         # The backend's processes run the first python3 on PATH, which must be the one that has onnxruntime.
         environment={
             "LD_LIBRARY_PATH": os.pathsep.join(libraries),
-            "PATH": os.pathsep.join(path),
-            **python_environment(site),
+            "PATH": os.pathsep.join([str(python.executable.parent), *_given("PATH")]),
+            **PYTHON_ENVIRONMENT,
         },
         in_processes=True,
     )
 
 
-def link_python_library(folder: Path) -> None:
-    """Create a folder with a link to this Python's shared library, for Triton's stub, which needs it.
-
-    Few systems have it on the search path of libraries. Only that file is linked: its folder may contain other
-    libraries that Triton must not load, as conda's does.
-
-    Raises:
-        TritonMissing: this Python was built without a shared library, and the system has none of its version either.
-    """
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    name = f"libpython{version}.so.1.0"
-    places = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib", *_given("LD_LIBRARY_PATH")]
-    found = next((Path(place) / name for place in places if place and (Path(place) / name).is_file()), None)
-    folder.mkdir()
-    if found is not None:
-        (folder / name).symlink_to(found)
-    elif ctypes.util.find_library(f"python{version}") is None:
-        raise TritonMissing(
-            f"{name}: Triton needs this Python's shared library, and neither {sys.base_prefix}/lib nor the system has "
-            f"it; install the system's libpython{version}, or take a Python that was built with --enable-shared"
-        )
+def tritonserver_folder(python: Interpreter) -> Path:
+    """Return the folder in which the nvidia-pytriton package has Triton."""
+    return python.packages / "pytriton" / "tritonserver"
 
 
 def _given(variable: str) -> list[str]:
@@ -149,31 +129,21 @@ def _backends_of(binary: Path) -> Path | None:
     return None
 
 
-def assemble_backends(package: Path, folder: Path) -> None:
-    """Assemble a backend directory: Triton's Python backend with the stub for this Python, and our onnxruntime backend.
+def assemble_backends(python: Interpreter, folder: Path) -> None:
+    """Assemble a backend directory: Triton's Python backend with the stub for a Python, and our onnxruntime backend.
 
     Args:
-        package: pytriton's ``tritonserver`` folder.
+        python: of the server's environment.
         folder: an empty folder.
-
-    Raises:
-        TritonMissing: the package has no stub for this Python.
     """
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = package / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.is_file():
-        known = sorted(p.name for p in stub.parents[1].glob("*"))
-        raise TritonMissing(
-            f"nvidia-pytriton has no Triton stub for Python {version}, only for {', '.join(known)}; "
-            "run clipweld with one of these"
-        )
-    python, onnxruntime = folder / "python", folder / "onnxruntime"
-    python.mkdir()
-    onnxruntime.mkdir()
+    package = tritonserver_folder(python)
+    stub = package / "python_backend_stubs" / python.version / "triton_python_backend_stub"
+    for backend in ("python", "onnxruntime"):
+        (folder / backend).mkdir()
     # Copies (3 MB), as Triton refuses a library that is a link to a file outside the backend directory.
     for file in (*(package / "backends" / "python").glob("*triton_python*"), stub):
-        shutil.copy(file, python)
-    shutil.copy(OUR_BACKEND, onnxruntime / "model.py")
+        shutil.copy(file, folder / "python")
+    shutil.copy(OUR_BACKEND, folder / "onnxruntime" / "model.py")
 
 
 @contextmanager
@@ -238,14 +208,3 @@ def _locked(folder: Path, how: int) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _pytriton() -> Path:
-    spec = importlib.util.find_spec("pytriton")
-    package = Path(spec.origin).parent / "tritonserver" if spec and spec.origin else None
-    if package is None or not (package / "bin" / "tritonserver").is_file():
-        raise TritonMissing(
-            "no Triton here: neither a tritonserver with an onnxruntime backend on PATH nor the nvidia-pytriton "
-            "package; on Python 3.10 to 3.12: pip install 'clipweld[serve]'"
-        )
-    return package

@@ -64,8 +64,8 @@ class TritonPythonModel:
             self.session = ort.InferenceSession(path, options, providers=providers)
             if self.session.get_providers()[0] != _name(providers[0]):
                 raise ValueError(
-                    f"onnxruntime could not start {_name(providers[0])}: install the CUDA and cuDNN libraries it asks "
-                    "for, or set instance_group [ { kind: KIND_CPU } ]"
+                    f"onnxruntime could not start {_name(providers[0])}: install CUDA's libraries with 'exporter "
+                    "install-server --cuda', or set instance_group [ { kind: KIND_CPU } ]"
                 )
             check_config(config, self.session.get_inputs(), self.session.get_outputs())
         except Exception as exc:  # onnxruntime's errors share no base class
@@ -179,8 +179,8 @@ def execution_providers(kind: str, device_id: str) -> list:
         return ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise ValueError(
-            "instance_group asks for a GPU and this onnxruntime has no CUDA: pip install onnxruntime-gpu, or set "
-            "instance_group [ { kind: KIND_CPU } ]"
+            "instance_group asks for a GPU, and this onnxruntime has no CUDA, as on all but x86_64: set instance_group "
+            "[ { kind: KIND_CPU } ]"
         )
     ort.preload_dlls()  # CUDA and cuDNN from Python packages, where the system has none
     return [("CUDAExecutionProvider", {"device_id": int(device_id)}), "CPUExecutionProvider"]
