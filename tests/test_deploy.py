@@ -343,6 +343,9 @@ def test_promotion_needs_neither_torch_nor_onnxruntime(tmp_path):
     heavy += ("lightning_fabric", "jinja2", "matplotlib")
     image = (DEPLOY / "exporter.Dockerfile").read_text(encoding="utf-8")
     assert re.search(r"pip install .* /src/trainer /src/exporter ", image), "without extras"
+    locked = {line.partition("==")[0] for line in (ROOT / "requirements/exporter.txt").read_text().splitlines()}
+    assert "tritonclient" in locked
+    assert not {name.replace("_", "-") for name in (*heavy, "onnxruntime-gpu", "open-clip-torch")} & locked
     code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); from clipweld.exporter.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "promote", "2", "--repository", str(tmp_path / "model_repository")],

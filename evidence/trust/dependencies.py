@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from clipweld.exporter.serving.server_environment import server_environment
 from evidence import command_line
 from evidence.trust.record import Record
 
-CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+LOCKED = Path(__file__).parents[2] / "requirements" / "dev.txt"
 OURS = {"clipweld", "clipweld-client", "clipweld-trainer", "clipweld-exporter"}
 NOT_PINNED = OURS | {"pip", "setuptools", "wheel"}  # the last three come with a new environment
 
@@ -30,15 +33,14 @@ def main(
 ) -> None:
     """Check every package in this environment."""
     with Record(out) as record:
-        pins = pinned(CONSTRAINTS.read_text(encoding="utf-8"))
-        there = {_normal(found.name): found.version for found in distributions()}
+        pins = pinned(LOCKED.read_text(encoding="utf-8"))
+        there = {canonicalize_name(found.name): found.version for found in distributions()}
         for name, version in sorted(there.items()):
             if name not in NOT_PINNED and pins.get(name) != version:
-                record.broken.append(f"{name} {version} is installed, constraints.txt has {pins.get(name)}")
-        sbom.parent.mkdir(parents=True, exist_ok=True)
-        listing = ["cyclonedx_py", "environment", "--output-reproducible", "--output-file", str(sbom)]
-        subprocess.run([sys.executable, "-m", *listing], check=True, capture_output=True)
-        listed = {_normal(part["name"]) for part in json.loads(sbom.read_text(encoding="utf-8"))["components"]}
+                record.broken.append(f"{name} {version} is installed, {LOCKED.name} has {pins.get(name)}")
+        parts = list_packages(Path(sys.executable), sbom)
+        listed = {canonicalize_name(part["name"]) for part in parts}
+        list_packages(server_environment().executable, sbom.with_name("sbom-server.json"))
         if missing := sorted(set(there) - listed):
             record.broken.append(f"{sbom} lacks {', '.join(missing)}")
         audited, vulnerabilities = audit()
@@ -47,6 +49,7 @@ def main(
             "installed": len(there),
             "pinned": len(set(there) & set(pins)),
             "listed": len(listed),
+            "without_licence": sorted(part["name"] for part in parts if not part.get("licenses")),
             "audited": audited,
             "vulnerabilities": len(vulnerabilities),
         }
@@ -54,10 +57,23 @@ def main(
             print("no data on vulnerabilities can be reached from here: pinned and listed only", file=sys.stderr)
 
 
-def pinned(constraints: str) -> dict[str, str]:
-    """Return the pinned versions by normalised name."""
-    lines = (line.partition("#")[0].partition(";")[0].strip() for line in constraints.splitlines())
-    return {_normal(name): version for name, _, version in (line.partition("==") for line in lines if line)}
+def list_packages(python: Path, sbom: Path) -> list[dict]:
+    """Write the list of a Python's packages, with their licences, and return its entries."""
+    sbom.parent.mkdir(parents=True, exist_ok=True)
+    listing = ["cyclonedx_py", "environment", str(python), "--output-reproducible", "--output-file", str(sbom)]
+    subprocess.run([sys.executable, "-m", *listing], check=True, capture_output=True)
+    return json.loads(sbom.read_text(encoding="utf-8"))["components"]
+
+
+def pinned(locked: str) -> dict[str, str]:
+    """Return by normalised name the versions that a file of pinned and hashed requirements has for this Python."""
+    lines = re.sub(r"\\\n\s+--hash=\S+|(?m:^#.*\n)", "", locked).splitlines()
+    found = [Requirement(line) for line in lines if line.strip()]
+    return {
+        canonicalize_name(each.name): str(each.specifier).removeprefix("==")
+        for each in found
+        if each.marker is None or each.marker.evaluate()
+    }
 
 
 def audit() -> tuple[int, list[str]]:
@@ -75,10 +91,6 @@ def audit() -> tuple[int, list[str]]:
         for fault in part["vulns"]
     ]
     return len(audited), lines
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,7 +45,7 @@ class Record:
         command = ["python", "-m", module.name if module else "?", *sys.argv[1:]]
         record = {
             "command": shlex.join(command),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - self._began, 1),
             "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()},
             "figures": self.figures,

@@ -255,7 +255,7 @@ ROWS = (
     ),
     Row(
         "Dependencies are pinned, listed, audited",
-        "each installed package against `constraints.txt`; CycloneDX list; pip-audit",
+        "each installed package against `requirements/dev.txt`; CycloneDX list; pip-audit",
         "dependencies",
         lambda f: (
             f"{f['installed']} installed, all pinned and listed; "

@@ -292,7 +292,7 @@ def png(image: Image.Image) -> bytes:
         (b"GIF89a", "it (6 bytes) is no image; expected AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP"),
         (png(random_image("RGB", (50, 40)))[:-300], "it cannot be decoded"),
         ("missing.png", "it cannot be read: No such file or directory"),
-        ("nul\0.png", "it cannot be read: embedded null byte"),
+        ("nul\0.png", "it cannot be read: "),
         (
             np.full((4, 4, 3), 255.0, np.float32),
             "it is float32 of shape (4, 4, 3) with values from 255 to 255; expected",

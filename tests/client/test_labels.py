@@ -70,7 +70,7 @@ def test_a_label_with_an_article_is_encoded_without_a_second_one(fake):
     np.testing.assert_allclose([found["the number seven"], found["a shoe"]], scores, atol=1e-6)
 
 
-class Colour(str, Enum):
+class Colour(str, Enum):  # noqa: UP042 - unlike a StrEnum, its text is not its value
     RED = "red"
     BLUE = "blue"
 

@@ -25,7 +25,7 @@ DATA = {
         "mini/tasks/flags.zip", "mini/tasks/icons.zip", "mini/tasks/letters.zip", "mini/tasks/signs.zip",
         "mini/tasks/tasks.json", "mini/tasks/textures.zip", "py.typed", "report/page.html.j2",
     },
-    "exporter": {"py.typed"},
+    "exporter": {"py.typed", "serving/server-cpu.txt", "serving/server-cuda.txt"},
 }  # fmt: skip
 LARGEST_MB = {"client": 2, "trainer": 38, "exporter": 1}
 
@@ -103,12 +103,16 @@ def test_all_packages_have_the_same_version(wheels):
 @pytest.fixture(scope="session")
 def install(wheels, tmp_path_factory):
     """A function that installs wheels and their dependencies in a fresh environment and returns its bin folder."""
+    # With hashes, pip would ask for those of our own wheels too.
+    pinned = re.sub(r" \\\n\s+--hash=\S+", "", (ROOT / "requirements" / "dev.txt").read_text(encoding="utf-8"))
+    constraints = tmp_path_factory.mktemp("constraints") / "constraints.txt"
+    constraints.write_text(pinned, encoding="utf-8")
 
     def install(*requirements):
         folder = tmp_path_factory.mktemp("environment")
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
-        pins = ["--constraint", str(ROOT / "constraints.txt"), "--find-links", str(wheels)]
+        pins = ["--constraint", str(constraints), "--find-links", str(wheels)]
         subprocess.run([*pip, *pins, *requirements], check=True)
         return folder / "bin"
 
@@ -147,19 +151,24 @@ def test_commands_name_the_extra_that_they_lack(install, repository, tmp_path):
     for command, extra in (
         (["trainer", "fit", "--model", "mini", "--task", "digits"], "train"),
         (["exporter", "merge", "--to", "onnx", "--model", "mini"], "export"),
-        (["exporter", "serve", "--repository", repository], "serve"),
     ):
         code, out, err = run([commands / command[0], *command[1:]], tmp_path)
         assert (code, out) == (1, "")
         assert re.fullmatch(rf"{command[0]}: .*pip install 'clipweld\[{extra}\]'\n", err), err
+    code, out, err = run([commands / "exporter", "serve", "--repository", repository], tmp_path)
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"exporter: no Triton here: .*; make that with: exporter install-server\n", err), err
 
 
 @pytest.mark.network
 @pytest.mark.slow
 def test_serving_needs_no_torch(install, repository, tmp_path):
-    """With the extra ``serve`` alone, versions can be listed, served and queried."""
+    """With the extra ``serve`` alone, a server can be installed, and versions listed, served and queried."""
     commands = install("clipweld[serve]")
     assert not list(commands.parent.glob("lib/python*/site-packages/torch"))
+    code, out, err = run([commands / "exporter", "install-server"], tmp_path)
+    assert (code, err) == (0, "")
+    assert out.endswith("Next: exporter serve\n")
     for folder in ("", ".store"):  # hard links, as in the original: both folders share their files
         shutil.copytree(f"{repository}{folder}", tmp_path / f"model_repository{folder}", copy_function=os.link)
     shutil.copy(ROOT / "samples" / "seven.png", tmp_path)

@@ -145,7 +145,9 @@ def test_quantisation_on_a_full_disk_is_an_error(cast, share, caplog):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # the kernel refuses to write beyond it
     try:
-        with pytest.raises(OutputError, match=r"temporary folder .* can't be written .* make room"):
+        with pytest.raises(
+            OutputError, match=r"temporary folder .* can't be written .*; .*, or name another folder in TMPDIR"
+        ):
             quantize(file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -16,9 +16,9 @@ from evidence.trust import dependencies
 def check(tmp_path, monkeypatch):
     """A function that checks this environment against given pins and returns the record."""
 
-    def check(constraints):
-        (tmp_path / "constraints.txt").write_text(constraints)
-        monkeypatch.setattr(dependencies, "CONSTRAINTS", tmp_path / "constraints.txt")
+    def check(locked):
+        (tmp_path / "dev.txt").write_text(locked)
+        monkeypatch.setattr(dependencies, "LOCKED", tmp_path / "dev.txt")
         monkeypatch.setattr(dependencies, "audit", lambda: (0, []))
         with suppress(SystemExit):
             dependencies.main(sbom=tmp_path / "sbom.json", out=tmp_path / "record.json")
@@ -35,14 +35,23 @@ def test_pinned_packages_are_listed(check, tmp_path):
     assert record["figures"]["installed"] == record["figures"]["listed"] > 100
     listed = {part["name"]: part["version"] for part in json.loads((tmp_path / "sbom.json").read_text())["components"]}
     assert listed["pillow"].count(".") == 2
+    of_server = json.loads((tmp_path / "sbom-server.json").read_text())["components"]
+    assert {part["name"]: part["version"] for part in of_server}["numpy"].startswith("1.")
+    assert "numpy" not in record["figures"]["without_licence"]
 
 
 @pytest.mark.slow
 def test_a_package_that_differs_from_its_pin_is_reported(check):
     pins = [f"{found.name}=={found.version}" for found in distributions() if found.name != "numpy"]
     (line,) = check("\n".join([*pins, "numpy==0.1"]))["broken"]
-    assert line.startswith("numpy 1.26")
-    assert line.endswith("constraints.txt has 0.1")
+    assert line.startswith("numpy 2.")
+    assert line.endswith("dev.txt has 0.1")
+
+
+def test_hashes_comments_and_pins_of_other_pythons_are_left_out():
+    hashed = " \\\n    --hash=sha256:0 \\\n    --hash=sha256:1\n"
+    locked = f"# by hand\na==1.0{hashed}B_b==2 ; python_version < '3'{hashed}b-b==3\n"
+    assert dependencies.pinned(locked) == {"a": "1.0", "b-b": "3"}
 
 
 def test_a_known_vulnerability_is_reported(monkeypatch):

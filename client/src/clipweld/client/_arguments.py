@@ -13,6 +13,8 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from clipweld.client.errors import InvalidRequest
 
 MOST_VERSIONS = 2**63 - 1
@@ -92,7 +94,7 @@ def shown(value: Any) -> str:
 
 def _number(value: Any) -> int | float | None:
     """Return a value as one of Python's numbers; None if it is not a number."""
-    if isinstance(value, bool) or type(value).__name__ == "bool_":  # NumPy's
+    if isinstance(value, (bool, np.bool_)):
         return None
     try:
         return operator.index(value)

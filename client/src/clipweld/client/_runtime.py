@@ -100,7 +100,7 @@ class AsyncioRuntime:
     async def acquire(self, lock: _LockOfEachLoop | asyncio.Semaphore, timeout_s: float) -> bool:
         try:
             return await asyncio.wait_for(lock.acquire(), None if timeout_s == math.inf else timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return False
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 # Loads in ONNX Runtime from 1.15 on, so in every Triton container from 24.03 on. Raise it only for a
 # measured gain in speed.
@@ -13,7 +13,7 @@ PRODUCER = "clipweld"
 MODEL_NAME = "[A-Za-z0-9_-]{1,100}"  # common to the three models: part of folders' names and of addresses
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """The numeric precision of a version.
 
     fp32: the precision of training.

@@ -93,10 +93,11 @@ def take_inside(tensor: TensorProto, file: Path) -> None:
 def values(tensor: TensorProto, file: Path) -> np.ndarray:
     """Return a copy of a weight of a model that ``load`` read from ``file``."""
     if not _is_elsewhere(tensor):
-        return numpy_helper.to_array(tensor).copy()
+        return np.array(numpy_helper.to_array(tensor))
     dtype, offset = helper.tensor_dtype_to_np_dtype(tensor.data_type), _offset(tensor)
     # Not with onnx, which refuses files with several hard links, as active versions have.
-    return np.fromfile(data_file(file), dtype, math.prod(tensor.dims), offset=offset).reshape(tensor.dims)
+    flat: np.ndarray = np.fromfile(data_file(file), dtype, math.prod(tensor.dims), offset=offset)
+    return flat.reshape(tensor.dims)
 
 
 def _is_beside(tensor: TensorProto, file: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,10 @@ def quantize(file: Path) -> ModelProto:
 
     large = onnx_file.data_file(file).exists()
     with _temporary_folder() as folder, _quiet():
+        if large:  # copied, because onnx refuses data with several hard links, as a version's have
+            for part in (file, onnx_file.data_file(file)):
+                shutil.copy(part, folder)
+            file = folder / file.name
         # Unique names, because onnx looks for the data of a large model in the working folder too.
         folded, quantized = (folder / f"{folder.name}-{step}.onnx" for step in ("folded", "quantized"))
         quant_pre_process(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ def manifest(build: Build, architecture: str) -> Manifest:
         "format": MANIFEST_FORMAT,
         "model": card["model"],
         "version": build.number,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": {**card["base"], "architecture": architecture},
         "lineage": [{"task": adapter.task, "sha256": adapter.sha256} for adapter in build.adapters],
         "accuracy": [_plain(accuracy) for accuracy in build.accuracies],

@@ -81,7 +81,8 @@ def _read_torchscript(file: Path) -> dict[str, Tensor]:
     if sha256_of(file) not in OPENAI_SHA256:
         raise refusal(file, "a TorchScript archive is a program, and this is none of OpenAI's own", OTHER)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the only way to read these files
+        for deprecated in (DeprecationWarning, FutureWarning):  # which of them depends on torch's version
+            warnings.simplefilter("ignore", deprecated)  # there is no other way to read these files
         return dict(torch.jit.load(file, map_location="cpu").state_dict())
 
 
@@ -101,6 +102,9 @@ def _read_torch(file: Path, *, zipped: bool) -> object:
         if packed or sum(entry.file_size for entry in entries) > file.stat().st_size:
             raise refusal(file, "its parts are compressed or overlap, which torch.save never does", OTHER)
     try:
+        if file.suffix == ".safetensors":  # torch.load would go by the name
+            with file.open("rb") as opened:
+                return torch.load(opened, map_location="cpu", weights_only=True)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except UnpicklingError as exc:
         raise refusal(file, f"it holds more than tensors{_objects(file, zipped)}", SAVE) from exc

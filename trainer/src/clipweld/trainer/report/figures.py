@@ -22,7 +22,7 @@ CSS_PX_PER_INCH = 100
 SHARPNESS = 2  # pixels of the PNG per CSS pixel
 GREY = "#5f6b76"
 INK = "#1b1f24"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.titlesize": 10,
