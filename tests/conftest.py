@@ -14,6 +14,8 @@ os.environ.setdefault("COLUMNS", "120")  # the width of help screens and tables 
 import pytest
 import torch
 
+import clipweld.exporter  # noqa: F401 - before any test imports ONNX Runtime, which would report to Microsoft
+
 # After a model was compiled or exported, autograd starts threads, with which a forked child cannot train,
 # unless autograd was used before.
 torch.ones(1, requires_grad=True).sum().backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -59,6 +60,17 @@ def test_variables_and_relative_paths_that_may_run_files_are_left_out():
         "BASH_FUNC_exec%%": "() { :; }", "PATH": ".::bin:/usr/bin:/bin", "LD_LIBRARY_PATH": ":lib:",
     }  # fmt: skip
     assert isolation.isolated_environment(given) == {"HOME": "/home/a", "LANG": "C", "PATH": "/usr/bin:/bin"}
+
+
+def test_onnx_runtime_reports_to_nobody(repository, tmp_path):
+    """From 1.29 on it sends what it runs to Microsoft, and leaves a device's identifier in the home folder."""
+    assert isolation.isolated_environment(os.environ)["ORT_DISABLE_TELEMETRY"] == "1", "servers inherit it"
+    code = f"from clipweld.exporter.checks.parity import onnxruntime as o; o.InferenceSession({str(repository.file('text', 1))!r})"
+    environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / ".ses").exists()
+    assert not list(tmp_path.rglob("Microsoft"))
 
 
 def test_a_temporary_folder_mounted_noexec_is_refused(tmp_path, monkeypatch):
