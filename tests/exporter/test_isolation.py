@@ -65,7 +65,8 @@ def test_variables_and_relative_paths_that_may_run_files_are_left_out():
 def test_onnx_runtime_reports_to_nobody(repository, tmp_path):
     """From 1.29 on it sends what it runs to Microsoft, and leaves a device's identifier in the home folder."""
     assert isolation.isolated_environment(os.environ)["ORT_DISABLE_TELEMETRY"] == "1", "servers inherit it"
-    code = f"from clipweld.exporter.checks.parity import onnxruntime as o; o.InferenceSession({str(repository.file('text', 1))!r})"
+    tower = str(repository.file("text", 1))
+    code = f"from clipweld.exporter.checks.parity import onnxruntime; onnxruntime.InferenceSession({tower!r})"
     environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PATH": os.environ["PATH"]}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
