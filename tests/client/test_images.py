@@ -1,5 +1,6 @@
 import io
 import os
+import sys
 import threading
 import warnings
 import zipfile
@@ -17,6 +18,8 @@ from clipweld.client._images import INTERPOLATIONS, RESIZE_MODES, Reading, as_im
 from clipweld.client.errors import BadImage
 
 SIZE = 32
+# What Python says of a path with a NUL.
+NUL_IN_A_PATH = "stat: embedded null character in path" if sys.version_info >= (3, 13) else "embedded null byte"
 MODES = (
     "RGB",
     "L",
@@ -292,7 +295,7 @@ def png(image: Image.Image) -> bytes:
         (b"GIF89a", "it (6 bytes) is no image; expected AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP"),
         (png(random_image("RGB", (50, 40)))[:-300], "it cannot be decoded"),
         ("missing.png", "it cannot be read: No such file or directory"),
-        ("nul\0.png", "it cannot be read: "),
+        ("nul\0.png", f"it cannot be read: {NUL_IN_A_PATH}"),
         (
             np.full((4, 4, 3), 255.0, np.float32),
             "it is float32 of shape (4, 4, 3) with values from 255 to 255; expected",

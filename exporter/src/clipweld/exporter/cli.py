@@ -329,7 +329,7 @@ def install_server(
 
     if wheels is not None and not wheels.is_dir():
         raise WrongUsage(f"--from {wheels}: no such folder.")
-    has_cuda = server.installed(server.FOLDER)
+    has_cuda = server.has_cuda()
     if python is None and has_cuda is not None and (has_cuda or not cuda):
         print(f"{server.FOLDER}: is there already")
         return

@@ -7,7 +7,6 @@ the other, so the server's pins hold nothing back, and its Python may be another
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -19,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipweld.exporter.errors import InstallationFailed, TritonMissing
+from clipweld.trainer.schemas import one_line
 
 FOLDER = Path(sys.prefix) / "clipweld-server"
 REQUIREMENTS = Path(__file__).parent / "server-cpu.txt"
 CUDA_REQUIREMENTS = Path(__file__).parent / "server-cuda.txt"
 INTERPRETER = Path(__file__).parent / "interpreter.py"
-INSTALLED = "installed.json"  # what an environment was made from; written last
+INSTALLED = "installed.txt"  # a copy of the requirements that an environment was made from; written last
 # Triton's Python backend needs numpy 1, which has no wheels for newer versions of Python.
 VERSIONS = ("3.12", "3.11", "3.10")
 WITHOUT_CUDA = ("3.10",)  # the last ONNX Runtime for it wants an older CUDA than all others
@@ -60,25 +60,18 @@ def server_environment() -> Interpreter:
             "no Triton here: neither a tritonserver with an onnxruntime backend on PATH nor one in an environment of "
             f"its own; make that with: {COMMAND}"
         )
-    cuda = installed(FOLDER)
-    if cuda is None:
+    if has_cuda() is None:
         raise TritonMissing(f"{FOLDER}: made for another release of clipweld; make it anew with: {COMMAND}")
     return ask(executable)
 
 
-def installed(folder: Path) -> bool | None:
-    """Return whether an environment has CUDA's libraries; None if it isn't one that this release made."""
+def has_cuda() -> bool | None:
+    """Return whether the environment has CUDA's libraries; None if there is none that this release made."""
     try:
-        found = json.loads((folder / INSTALLED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = (FOLDER / INSTALLED).read_bytes()
+    except OSError:
         return None
-    return next((cuda for cuda in (False, True) if found == made_from(cuda=cuda)), None)
-
-
-def made_from(*, cuda: bool) -> dict[str, str]:
-    """Return the name and the digest of the requirements that an environment is made from."""
-    file = requirements(cuda=cuda)
-    return {"requirements": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    return next((cuda for cuda in (False, True) if found == requirements(cuda=cuda).read_bytes()), None)
 
 
 def requirements(*, cuda: bool) -> Path:
@@ -161,7 +154,7 @@ def install(python: Interpreter, wheels: Path | None, *, cuda: bool) -> Interpre
             shutil.copy(own_settings, new)
         _run([*pip, "--requirement", str(requirements(cuda=cuda))])
         _run([executable, "-I", "-c", "import numpy, onnxruntime"])
-        (new / INSTALLED).write_text(json.dumps(made_from(cuda=cuda)), encoding="utf-8")
+        shutil.copy(requirements(cuda=cuda), new / INSTALLED)
         shutil.rmtree(FOLDER, ignore_errors=True)
         new.rename(FOLDER)
     return server_environment()
@@ -204,4 +197,4 @@ def _last_line(exc: Exception) -> str:
     """Return what a program said at its end: pip's errors, or its last line."""
     said = (getattr(exc, "stderr", None) or getattr(exc, "stdout", None) or str(exc)).strip().splitlines() or [str(exc)]
     errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
-    return " ".join(" ".join(errors or said[-1:]).split())
+    return one_line(" ".join(errors or said[-1:]))
