@@ -146,7 +146,8 @@ def test_quantisation_on_a_full_disk_is_an_error(cast, share, caplog):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # the kernel refuses to write beyond it
     try:
         with pytest.raises(
-            OutputError, match=r"temporary folder .* can't be written .*; .*(make room|raise that), or name another folder in TMPDIR"
+            OutputError,
+            match=r"temporary folder .* can't be written .*(make room|raise that), or name another",
         ):
             quantize(file)
     finally:
